@@ -1,0 +1,64 @@
+"""What a pattern finds: a frozen description of what a subgraph means, or the reason why it is not one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy
+import torch
+
+Dead = Literal["nan", "mean", "zero"]
+
+
+class Miss(Exception):
+    """A candidate that is not matched, and why. `culprits` are whatever the reason speaks of (nodes or values)."""
+
+    def __init__(self, reason: str, *culprits: object) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.culprits = culprits
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that the score loads from: what a kernel must know of it before it sees it."""
+
+    dtype: torch.dtype
+    ndim: int
+
+
+@dataclass(frozen=True)
+class Band:
+    """Closed bounds of the keys that a query may see: `lower(i) <= j < upper(i)` wherever `keep` holds.
+
+    Both are non-decreasing in i and made of `I` and scalars; None is no bound on that side.
+    `exact`: the bounds say all that `keep` says.
+    """
+
+    lower: sympy.Expr | None = None
+    upper: sympy.Expr | None = None
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """softmax over j of `score` where `keep`: everything that a kernel needs to know of one attention site.
+
+    score: expression in the vocabulary of `xfcompile.score`, without masking.
+    keep: the mask predicate over (b, h, i, j), scalars and loads; `sympy.true` is no mask.
+    dead: what a query row that may see no key yields: NaN (-inf fill), the mean of all of v (a finite fill that absorbs
+        the scores), or 0 (SDPA with a boolean mask).
+    operands: dtype and rank of operand n, for each `Load(n, ...)`.
+    scalars: the free symbols that are neither `S` nor a position; integers (symbolic sizes) or real numbers.
+    sink: an extra logit, a function of (b, h, i), that takes part in the softmax but has no value (attention sinks).
+    band: closed bounds on j, derived from `keep`.
+    """
+
+    score: sympy.Expr
+    keep: sympy.Basic = sympy.true
+    dead: Dead = "zero"
+    operands: tuple[Operand, ...] = ()
+    scalars: tuple[sympy.Symbol, ...] = ()
+    sink: sympy.Expr | None = None
+    band: Band = Band()
