@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import sympy
 import torch
+
+from xfcompile.values import Value
 
 Dead = Literal["nan", "mean", "zero"]
 
@@ -62,3 +64,59 @@ class ScoreSpec:
     scalars: tuple[sympy.Symbol, ...] = ()
     sink: sympy.Expr | None = None
     band: Band = Band()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of an attention, and what each of its dimensions is.
+
+    dims: for each dimension of `value` the logical axes that it holds, slowest first: () is a dimension of which one
+        element is taken (`picks`), one axis is the usual case, several are a flattened run of axes.
+    groups: for each axis that is shared, how many consecutive positions of it share one element (grouped heads).
+    factor: a number that the tensor is multiplied by.
+    """
+
+    value: Value
+    dims: tuple[tuple[sympy.Symbol, ...], ...]
+    picks: tuple[sympy.Expr, ...]
+    groups: tuple[tuple[sympy.Symbol, int], ...] = ()
+    factor: sympy.Expr = sympy.S.One
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """softmax over the keys of a score of q·k, times v.
+
+    root: the value that is replaced. lead: the batch axes (symbols) and their sizes, in the order of `root`.
+    q, k, v: the same operand read ever less deeply, the deepest (fewest copies) first.
+    score, keep, dead, sink, band: as in `ScoreSpec`, over `loads`, the values that `Load(n, ...)` speaks of.
+    queries, keys, head_dim, value_dim: sizes. layout: for each dimension of `root`, its axis.
+    interior: the values between the products, which the replaced call never makes.
+    """
+
+    family: ClassVar[str] = "attention"
+
+    root: Value
+    lead: tuple[sympy.Symbol, ...]
+    sizes: tuple[sympy.Expr, ...]
+    q: tuple[Placed, ...]
+    k: tuple[Placed, ...]
+    v: tuple[Placed, ...]
+    queries: sympy.Expr
+    keys: sympy.Expr
+    head_dim: sympy.Expr
+    value_dim: sympy.Expr
+    score: sympy.Expr
+    keep: sympy.Basic
+    dead: Literal["nan", "mean", "zero", "unknown"]
+    alive: bool
+    sink: sympy.Expr | None
+    band: Band
+    loads: tuple[Value, ...]
+    dropout: float
+    layout: tuple[sympy.Symbol, ...]
+    product_dtype: torch.dtype
+    interior: tuple[Value, ...]
+    mask: str
+    call: Value | None = None
+    """The `scaled_dot_product_attention` call, if the site is one."""

@@ -1,0 +1,455 @@
+"""Attention: softmax over the keys of a score of q·k, times v; written out, or as a call of SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+
+from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
+from xfcompile.elementwise import Elements, Index, as_boolean, as_number, broadcast, literal
+from xfcompile.indexing import integer
+from xfcompile.masking import separate, without_row_shift
+from xfcompile.masks import band, describe, has_live_key, prove
+from xfcompile.operands import D, Walk, place
+from xfcompile.score import B, H, I, J, S
+from xfcompile.site import AttentionSite, Band, Miss
+from xfcompile.values import Value
+
+FAMILY = "attention"
+SDPA = "scaled_dot_product_attention"
+
+
+def anchors(values: list[Value]) -> Iterator[Value]:
+    """The values around which an attention may stand: every softmax, and every SDPA call."""
+    for value in values:
+        if value.op in ("softmax", SDPA) or _written_out(value) is not None:
+            yield value
+
+
+def match(anchor: Value, users: dict[Value, list[Value]]) -> list[AttentionSite]:
+    """The attentions around an anchor (one for each product with values); `Miss` if there is none."""
+    if anchor.op == SDPA:
+        return [_sdpa(anchor)]
+    products = list(_products(anchor, users))
+    if not products:
+        raise Miss("the softmax is not multiplied with values", anchor)
+    return [_softmax(anchor, product, path) for product, path in products]
+
+
+# -- the softmax ----------------------------------------------------------------------------------------------
+
+
+def _written_out(value: Value) -> tuple[Value, int] | None:
+    """exp(x) / sum(exp(x)) over one axis: (x, axis)."""
+    if value.op == "exp" and value["self"].op == "log_softmax":
+        inner = value["self"]
+        return inner["self"], inner["dim"] % inner.ndim
+    if value.op != "div" or value.args.get("rounding_mode") is not None:
+        return None
+    top, bottom = value["self"], value["other"]
+    if not isinstance(top, Value) or not isinstance(bottom, Value) or top.op != "exp":
+        return None
+    unsqueezed = bottom.op == "reshape"
+    total = bottom["self"] if unsqueezed else bottom
+    if total.op != "sum" or total["self"] is not top:
+        return None
+    dims = total.args.get("dim")
+    if not isinstance(dims, tuple) or len(dims) != 1:
+        return None
+    axis = dims[0] % top.ndim
+    kept = tuple(1 if k == axis else n for k, n in enumerate(top.shape))
+    return (top["self"], axis) if bottom.shape == kept else None
+
+
+def _softmax_of(anchor: Value) -> tuple[Value, int]:
+    written = _written_out(anchor)
+    return written if written is not None else (anchor["self"], anchor["dim"])
+
+
+_CARRIES = frozenset({"to", "dropout", "reshape", "permute", "expand", "slice", "detach"})
+
+
+def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[tuple[Contraction, list[Value]]]:
+    """The products that the softmax's weights go into, through casts, dropout and views, with the values on the way."""
+    todo: list[tuple[Value, list[Value]]] = [(anchor, [anchor])]
+    seen: set[tuple[Value, Value]] = set()
+    while todo:
+        value, path = todo.pop()
+        for user in users.get(value, ()):
+            if user.op in _CARRIES and user["self"] is value:
+                todo.append((user, [*path, user]))
+            if user.op not in CONTRACTIONS or (value, user) in seen:
+                continue
+            seen.add((value, user))
+            found = contraction(user)
+            if found is None:
+                continue
+            if found.lhs is value and found.rhs is not value:
+                yield found, path
+            elif found.rhs is value and found.lhs is not value:
+                yield found.swapped(), path
+
+
+# -- one attention --------------------------------------------------------------------------------------------
+
+
+def _softmax(anchor: Value, product: Contraction, path: list[Value]) -> AttentionSite:
+    weights, values = product.lhs, product.rhs
+    summed = product.summed
+    if len(summed) != 1:
+        raise Miss("weights and values are contracted over more than one axis", product.value)
+    key_label = next(iter(summed))
+    if key_label not in product.lhs_labels or key_label not in product.rhs_labels:
+        raise Miss("weights and values share no contracted axis", product.value)
+    features = [c for c in product.rhs_labels if c not in product.lhs_labels]
+    own = [c for c in product.lhs_labels if c not in product.rhs_labels and c != key_label]
+    if len(features) != 1 or not own:
+        raise Miss("the product of weights and values is not [.., queries, keys] x [.., keys, features]", product.value)
+    query_label = own[-1]
+    lead_labels = [c for c in product.out_labels if c not in (query_label, features[0])]
+    size = _label_sizes(product)
+    lead, substitution = _lead_axes([size[c] for c in lead_labels])
+    axis = dict(zip(lead_labels, lead, strict=True)) | {query_label: I, key_label: J, features[0]: D}
+    sizes = {axis[c]: integer(n) for c, n in size.items() if c in axis}
+    ranges = {symbol: n for symbol, n in sizes.items() if symbol != D}
+
+    # From the weights back to the softmax: casts and views only, so that the index alone changes.
+    walk = Walk(ranges)
+    at = tuple(axis[c] for c in product.lhs_labels)
+    index, dropout = _back_to(anchor, weights, at, walk)
+    scores, softmax_axis = _softmax_of(anchor)
+    if index[softmax_axis] != J:
+        raise Miss("softmax runs over another axis than the one that meets the values", anchor)
+    if any(J in x.free_symbols for k, x in enumerate(index) if k != softmax_axis):
+        raise Miss("the weights are reordered between softmax and values", anchor)
+    columns, keys = integer(scores.shape[softmax_axis]), sizes[J]
+    dot, elements, score = _score(scores, index, ranges, columns, lead)
+    sink = None
+    if columns != keys:
+        if sympy.expand(columns - keys) != 1:
+            raise Miss("the softmax has more columns than there are keys", anchor)
+        extra = tuple(keys if k == softmax_axis else x for k, x in enumerate(index))
+        sink = without_row_shift(as_number(elements.at(scores, extra)))
+        if S in sink.free_symbols or J in sink.free_symbols:
+            raise Miss("the extra column of the softmax depends on the keys", anchor)
+
+    q, k = _query_and_key(dot, elements, walk, lead)
+    v_index = tuple(
+        sympy.S.Zero if values.shape[n] == 1 and sizes[axis[c]] != 1 else axis[c]
+        for n, c in enumerate(product.rhs_labels)
+    )
+    v = place(values, v_index, J, lead, walk, scale=False)
+    score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
+    return _site(
+        root=product.value,
+        lead=lead,
+        sizes=sizes,
+        operands=(q, k, v),
+        head_dim=integer(_feature_size(q[-1], D)),
+        score=score,
+        sink=sink,
+        loads=tuple(elements.loads),
+        dropout=dropout,
+        layout=tuple(axis[c] for c in product.out_labels),
+        dtype=dot.value.dtype,
+        interior=tuple(_interior(product.value, dot.value)),
+        ranges=_flat_ranges(lead, sizes),
+        score_dtype=scores.dtype,
+        dead_bool="nan",
+    )
+
+
+def _sdpa(call: Value) -> AttentionSite:
+    q, k, v = call["query"], call["key"], call["value"]
+    if q.ndim < 2 or k.ndim != q.ndim or v.ndim != q.ndim:
+        raise Miss("SDPA on tensors of different ranks", call)
+    lead, substitution = _lead_axes([integer(n) for n in call.shape[:-2]])
+    sizes = {s: integer(n) for s, n in zip(lead, call.shape[:-2], strict=True)}
+    sizes |= {I: integer(q.shape[-2]), J: integer(k.shape[-2]), D: integer(v.shape[-1])}
+    ranges = {s: n for s, n in sizes.items() if s != D}
+    walk = Walk(ranges)
+
+    def at(x: Value, row: sympy.Symbol) -> Index:
+        position = []
+        for n, (symbol, own) in enumerate(zip(lead, x.shape[:-2], strict=True)):
+            group = integer(sizes[symbol]) / integer(own)
+            if own == 1 and sizes[symbol] != 1:
+                position.append(sympy.S.Zero)
+            elif group == 1:
+                position.append(symbol)
+            elif n == len(lead) - 1 and call["enable_gqa"] and group.is_Integer:
+                position.append(walk.floordiv(symbol, group))
+            else:
+                raise Miss("SDPA on batch sizes that do not broadcast", call)
+        return (*position, row, D)
+
+    elements = Elements(ranges)
+    scale = call["scale"]
+    factor = literal(scale) if scale is not None else 1 / sympy.sqrt(integer(q.shape[-1]))
+    score: sympy.Expr = S * (sympy.Float(factor, 17) if factor.is_number else factor)
+    keep: Any = sympy.true
+    if call["is_causal"]:
+        keep = sympy.Le(J, I)
+    mask = call["attn_mask"]
+    dead_bool = "zero"
+    if isinstance(mask, Value):
+        element = elements.at(mask, broadcast((*lead, I, J), (*(sizes[s] for s in (*lead, I, J)),), mask.shape))
+        if mask.dtype == torch.bool:
+            keep = sympy.And(keep, as_boolean(element))
+        else:
+            score = score + as_number(element)
+    return _site(
+        root=call,
+        lead=lead,
+        sizes=sizes,
+        operands=(
+            place(q, at(q, I), I, lead, walk, scale=False),
+            place(k, at(k, J), J, lead, walk, scale=False),
+            place(v, at(v, J), J, lead, walk, scale=False),
+        ),
+        head_dim=integer(q.shape[-1]),
+        score=score.xreplace(substitution),
+        sink=None,
+        loads=tuple(elements.loads),
+        dropout=float(call["dropout_p"]),
+        layout=(*lead, I, D),
+        dtype=call.dtype,
+        interior=(call,),
+        ranges=_flat_ranges(lead, sizes),
+        score_dtype=q.dtype,
+        dead_bool=dead_bool,
+        keep=keep.xreplace(substitution),
+        call=call,
+    )
+
+
+def _site(
+    *,
+    root: Value,
+    lead: tuple[sympy.Symbol, ...],
+    sizes: dict[sympy.Symbol, sympy.Expr],
+    operands: tuple[Any, Any, Any],
+    head_dim: sympy.Expr,
+    score: sympy.Expr,
+    sink: sympy.Expr | None,
+    loads: tuple[Value, ...],
+    dropout: float,
+    layout: tuple[sympy.Symbol, ...],
+    dtype: torch.dtype,
+    interior: tuple[Value, ...],
+    ranges: dict[sympy.Symbol, sympy.Expr],
+    score_dtype: torch.dtype,
+    dead_bool: str,
+    keep: Any = sympy.true,
+    call: Value | None = None,
+) -> AttentionSite:
+    masked = separate(without_row_shift(score), score_dtype)
+    predicate = prove(sympy.And(keep, masked.keep), ranges)
+    alive = has_live_key(predicate, ranges)
+    dead = masked.dead() if masked.fills else dead_bool
+    if call is not None and dead == "nan":
+        dead = "zero"  # SDPA's own softmax gives 0 where every score is -inf
+    if masked.fills and keep != sympy.true and dead == "mean" and not alive:
+        dead = "unknown"
+    if sink is not None and not alive:
+        dead = "zero" if dead in ("nan", "mean", "zero") else dead
+    if dead == "unknown" and not alive:
+        # Rows without keys can't be excluded, and what they get is no simple rule: keep the fills as numbers.
+        if any(not fill.is_finite for fill, _ in masked.fills):
+            raise Miss("a row may see no key, and the fills of its masks do not agree", root)
+        masked, predicate, dead, alive = separate_nothing(score), keep, dead_bool, keep == sympy.true
+    bounds = band(predicate) if predicate != sympy.true else Band()
+    had = describe(predicate, ranges)
+    if had == "none" and (masked.fills or (call is not None and call["attn_mask"] is not None)):
+        had = "all true (dropped)" if not _has_bias(masked.score) else "none"
+    return AttentionSite(
+        root=root,
+        lead=lead,
+        sizes=tuple(sizes[s] for s in lead),
+        q=operands[0],
+        k=operands[1],
+        v=operands[2],
+        queries=sizes[I],
+        keys=sizes[J],
+        head_dim=head_dim,
+        value_dim=sizes[D],
+        score=masked.score,
+        keep=predicate,
+        dead=dead,  # type: ignore[arg-type]
+        alive=alive,
+        sink=sink,
+        band=bounds,
+        loads=loads,
+        dropout=dropout,
+        layout=layout,
+        product_dtype=dtype,
+        interior=interior,
+        mask=had,
+        call=call,
+    )
+
+
+def separate_nothing(score: sympy.Expr) -> Any:
+    """The score as it is, masks and all."""
+    from xfcompile.masking import Masked
+
+    return Masked(without_row_shift(score), sympy.true)
+
+
+def _has_bias(score: sympy.Expr) -> bool:
+    return bool((score.free_symbols | set()) - {S}) or bool(score.atoms(sympy.Function))
+
+
+def _lead_axes(sizes: list[Any]) -> tuple[tuple[sympy.Symbol, ...], dict[sympy.Symbol, sympy.Expr]]:
+    """Symbols for the batch axes: (), (b,), (b, h), or (p0, .., h) with b the flattened p's."""
+    if len(sizes) <= 2:
+        return (B, H)[: len(sizes)], {}
+    outer = tuple(sympy.Symbol(f"p{k}", integer=True, nonnegative=True) for k in range(len(sizes) - 1))
+    from xfcompile.indexing import unravel
+
+    flat = tuple(integer(n) for n in sizes[:-1])
+    ranges = {B: sympy.prod(flat)}
+    return (*outer, H), dict(zip(outer, unravel(B, flat, ranges), strict=True))
+
+
+def _flat_ranges(lead: tuple[sympy.Symbol, ...], sizes: dict[sympy.Symbol, sympy.Expr]) -> dict[sympy.Symbol, Any]:
+    ranges = {I: sizes[I], J: sizes[J]}
+    if len(lead) >= 2:
+        ranges[H] = sizes[lead[-1]]
+        ranges[B] = sympy.prod([sizes[s] for s in lead[:-1]])
+    elif lead:
+        ranges[B] = sizes[lead[0]]
+    return ranges
+
+
+def _label_sizes(product: Contraction) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    for labels, value in ((product.lhs_labels, product.lhs), (product.rhs_labels, product.rhs)):
+        for label, n in zip(labels, value.shape, strict=True):
+            if label not in sizes or sizes[label] == 1:
+                sizes[label] = n
+    return sizes
+
+
+def _back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index, float]:
+    """The index into the softmax of an element of the weights, and the dropout on the way."""
+    value, index, dropout = weights, at, 0.0
+    while value is not anchor:
+        if value.op == "dropout":
+            if dropout:
+                raise Miss("the weights are dropped out twice", value)
+            dropout = float(value["p"])
+            value = value["self"]
+        elif value.op in ("to",):
+            value = value["self"]
+        else:
+            step = walk.back(value, index)
+            if step is None:
+                raise Miss(f"{value.op} stands between the softmax and the values", value)
+            value, index = step
+    return index, dropout
+
+
+def _score(
+    scores: Value,
+    index: Index,
+    ranges: dict[sympy.Symbol, Any],
+    columns: sympy.Expr,
+    lead: tuple[sympy.Symbol, ...],
+) -> tuple[Contraction, Elements, sympy.Expr]:
+    """The product of queries and keys, and the score as a formula of it."""
+    found = list(_dots(scores))
+    if not found:
+        raise Miss("no product of queries and keys below the softmax", scores)
+    reasons: list[Miss] = []
+    for dot in found:
+        elements = Elements(ranges, dot.value, columns)
+        try:
+            score = as_number(elements.at(scores, index))
+            if S not in score.free_symbols:
+                raise Miss("the softmax does not see the product of queries and keys", scores)
+            _query_and_key(dot, elements, Walk(ranges), lead)
+            return dot, elements, score
+        except Miss as miss:
+            reasons.append(miss)
+    raise reasons[0]
+
+
+def _dots(scores: Value) -> Iterator[Contraction]:
+    """Products below the softmax that are not below another product, the largest feature size first."""
+    found: list[Contraction] = []
+    todo, seen = [scores], set()
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.op in CONTRACTIONS:
+            product = contraction(value)
+            if product is not None:
+                found.append(product)
+            continue
+        todo.extend(value.inputs())
+
+    def weight(c: Contraction) -> tuple[int, int]:
+        size = _label_sizes(c)
+        features = sympy.prod([integer(size[x]) for x in c.summed])
+        return (-int(features) if features.is_Integer else 0, c.value.order)
+
+    yield from sorted(found, key=weight)
+
+
+def _query_and_key(
+    dot: Contraction, elements: Elements, walk: Walk, lead: tuple[sympy.Symbol, ...]
+) -> tuple[Any, Any]:
+    """Which operand of the product is the query, and what each dimension of both is."""
+    if dot.lhs is dot.rhs and dot.lhs_labels == dot.rhs_labels:
+        raise Miss("queries and keys are one tensor, contracted with itself", dot.value)
+    if len(dot.summed) != 1:
+        raise Miss("queries and keys are contracted over more than one axis", dot.value)
+    index = elements.dot_index
+    assert index is not None
+    place_of = dict(zip(dot.out_labels, index, strict=True)) | {next(iter(dot.summed)): D}
+    size = _label_sizes(dot)
+
+    def at(value: Value, labels: str) -> Index:
+        return tuple(
+            sympy.S.Zero if n == 1 and size[c] != 1 else place_of[c] for c, n in zip(labels, value.shape, strict=True)
+        )
+
+    lhs, rhs = at(dot.lhs, dot.lhs_labels), at(dot.rhs, dot.rhs_labels)
+    sides = [(dot.lhs, lhs), (dot.rhs, rhs)]
+    for (a, at_a), (b, at_b) in (sides, sides[::-1]):
+        rows = [set().union(*(x.free_symbols for x in at_x)) for at_x in (at_a, at_b)]
+        if J in rows[0] or I in rows[1]:
+            continue
+        return place(a, at_a, I, lead, walk, scale=True), place(b, at_b, J, lead, walk, scale=True)
+    raise Miss("the product below the softmax is not one of queries with keys", dot.value)
+
+
+def _feature_size(placed: Any, axis: sympy.Symbol) -> Any:
+    for n, axes in enumerate(placed.dims):
+        if axes == (axis,):
+            return placed.value.shape[n]
+    return 1
+
+
+def _interior(root: Value, dot: Value) -> Iterator[Value]:
+    """The values on the way from the product of queries and keys to the replaced root."""
+    known: dict[Value, bool] = {dot: True}
+    todo = [root]
+    while todo:
+        value = todo[-1]
+        if value in known:
+            todo.pop()
+            continue
+        pending = [v for v in value.inputs() if v not in known and v.order > dot.order]
+        if pending:
+            todo.extend(pending)
+            continue
+        known[value] = any(known.get(v, False) for v in value.inputs())
+        todo.pop()
+    yield from (v for v, inside in known.items() if inside)

@@ -1,0 +1,300 @@
+"""Writes FX nodes: operands laid out for a kernel, formulas as tensor arithmetic, and the result put back in place."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+from xfcompile.operands import D
+from xfcompile.read import Reading
+from xfcompile.score import B, H, I, J, Load, Where
+from xfcompile.site import AttentionSite, Miss, Placed
+from xfcompile.values import Value
+
+
+class Emitter:
+    """Inserts nodes before `anchor`. Tensors made once may be used again by later emitters through `shared`."""
+
+    def __init__(self, reading: Reading, anchor: fx.Node, shared: dict[Any, fx.Node]) -> None:
+        self.reading = reading
+        self.anchor = anchor
+        self.graph = anchor.graph
+        self.shared = shared
+        self.scope = reading.scope[anchor]
+
+    def call(self, fn: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call_function node, or a call_method node where `fn` is a string, before the anchor."""
+        with self.graph.inserting_before(self.anchor):
+            if isinstance(fn, str):
+                node = self.graph.call_method(fn, args, kwargs)
+            else:
+                node = self.graph.call_function(fn, args, kwargs)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.anchor.meta and key != "source_fn_stack":
+                node.meta[key] = self.anchor.meta[key]
+        return node
+
+    def size(self, expr: Any) -> Any:
+        """A size as an int, or the node that holds it."""
+        expr = sympy.sympify(expr)
+        if expr.is_Integer:
+            return int(expr)
+        known = self.reading.number_node(expr)
+        if known is not None and self.reading.time.get(known, -1) < self.reading.time[self.anchor]:
+            return known
+        if isinstance(expr, (sympy.Add, sympy.Mul)):
+            combine = operator.add if isinstance(expr, sympy.Add) else operator.mul
+            parts = [self.size(a) for a in expr.args]
+            total = parts[0]
+            for part in parts[1:]:
+                total = self.call(combine, total, part)
+            return total
+        if isinstance(expr, FloorDiv):
+            return self.call(operator.floordiv, self.size(expr.args[0]), self.size(expr.args[1]))
+        return self._size_of_input(expr)
+
+    def _size_of_input(self, expr: sympy.Expr) -> fx.Node:
+        for node, cell in self.reading.cells.items():
+            value = getattr(cell, "value", None)
+            if isinstance(value, Value) and self.reading.time[node] < self.reading.time[self.anchor]:
+                for k, n in enumerate(value.shape):
+                    if n == expr:
+                        return self.call("size", node, k)
+        raise Miss(f"no node holds the size {expr}")
+
+    def number(self, expr: sympy.Expr) -> Any:
+        """A real number as a float, or as the node that holds it."""
+        if expr.is_number:
+            return float(expr)
+        known = self.reading.number_node(expr)
+        if known is not None:
+            return known
+        coefficient, rest = expr.as_coeff_Mul()
+        inverse = self.reading.number_node(1 / rest)
+        if coefficient != 1 and self.reading.number_node(rest) is not None:
+            return self.call(operator.mul, self.reading.number_node(rest), float(coefficient))
+        if inverse is not None:
+            return self.call(operator.truediv, float(coefficient), inverse)
+        raise Miss(f"no node holds the number {expr}")
+
+    # -- operands -------------------------------------------------------------------------------------------
+
+    def holder(self, value: Value) -> fx.Node | None:
+        return self.reading.holder(value, self.reading.time[self.anchor])
+
+    def choose(self, readings: tuple[Placed, ...]) -> Placed:
+        """The deepest reading of an operand that a node still holds here."""
+        for placed in readings:
+            if self.holder(placed.value) is not None:
+                return placed
+        raise Miss("an operand is changed before the product with values", readings[-1].value)
+
+    def operand(self, placed: Placed, site: AttentionSite, row: sympy.Symbol, *, grouped: bool) -> fx.Node:
+        """A node of [b, h, row, d]; b is 1 or whole, h is whole, or whole divided by its group if `grouped`."""
+        x = self.holder(placed.value)
+        assert x is not None
+        axes: list[sympy.Symbol] = []
+        sizes = dict(zip(site.lead, site.sizes, strict=True))
+        groups = dict(placed.groups)
+        # Flattened runs are split, single elements are picked, from the last dimension to the first.
+        for d in range(len(placed.dims) - 1, -1, -1):
+            here = placed.dims[d]
+            if not here:
+                x = self.call("select", x, d, self.size(placed.picks[d]))
+            elif len(here) > 1:
+                rest = [self.size(sizes.get(a, self._own(site, a, row, placed))) for a in here[1:]]
+                x = self.call("unflatten", x, d, (-1, *rest))
+            axes = [*here, *axes]
+        order = [a for a in (*site.lead, row, D) if a in axes]
+        if order != axes:
+            x = self.call("permute", x, *(axes.index(a) for a in order))
+        for position, a in enumerate((*site.lead, row, D)):
+            if a not in axes:
+                x = self.call("unsqueeze", x, position)
+        for a, group in groups.items():
+            if not (grouped and a == H):
+                x = self.call("repeat_interleave", x, group, site.lead.index(a))
+        x = self._four(x, site, axes)
+        return x
+
+    def _own(self, site: AttentionSite, axis: sympy.Symbol, row: sympy.Symbol, placed: Placed) -> Any:
+        if axis == row:
+            return site.queries if row == I else site.keys
+        return site.head_dim if axis == D else 1
+
+    def _four(self, x: fx.Node, site: AttentionSite, axes: list[sympy.Symbol]) -> fx.Node:
+        """[..lead, row, d] to [b, h, row, d]."""
+        n = len(site.lead)
+        if n == 0:
+            return self.call("unsqueeze", self.call("unsqueeze", x, 0), 0)
+        if n == 1:
+            return self.call("unsqueeze", x, 1)
+        if n == 2:
+            return x
+        outer = site.lead[:-1]
+        if any(a in axes for a in outer) and not all(a in axes for a in outer):
+            sizes = [self.size(s) for s in site.sizes[:-1]]
+            x = self.call("expand", x, *sizes, -1, -1, -1)
+        return self.call("flatten", x, 0, n - 2)
+
+    def whole_batch(self, x: fx.Node, site: AttentionSite, *, heads: bool) -> fx.Node:
+        """Expand dimensions of size 1 to the batch (and the heads)."""
+        batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else 1
+        head = site.sizes[-1] if len(site.lead) >= 2 else 1
+        return self.call("expand", x, self.size(batch), self.size(head) if heads else -1, -1, -1)
+
+    def restore(self, out: fx.Node, site: AttentionSite, dtype: torch.dtype) -> fx.Node:
+        """[b, h, i, d] back to the dimensions of the root, in its dtype."""
+        n = len(site.lead)
+        if n == 0:
+            out = self.call("select", self.call("select", out, 0, 0), 0, 0)
+        elif n == 1:
+            out = self.call("select", out, 1, 0)
+        elif n > 2:
+            out = self.call("unflatten", out, 0, tuple(self.size(s) for s in site.sizes[:-1]))
+        axes = (*site.lead, I, D)
+        if site.layout != axes:
+            out = self.call("permute", out, *(axes.index(a) for a in site.layout))
+        if dtype != site.root.dtype:
+            out = self.call("to", out, site.root.dtype)
+        return out
+
+    # -- formulas -------------------------------------------------------------------------------------------
+
+    def tensor(self, expr: Any, site: AttentionSite) -> Any:
+        """A formula over (b, h, i, j) as a node that broadcasts against [b, h, i, j], or a number."""
+        key = (expr, site.loads, site.queries, site.keys, site.sizes, self.scope)
+        if key not in self.shared:
+            made = self._tensor(sympy.sympify(expr), site)
+            if not isinstance(made, fx.Node):
+                return made
+            self.shared[key] = made
+        return self.shared[key]
+
+    def _tensor(self, expr: Any, site: AttentionSite) -> Any:
+        def sub(x: Any) -> Any:
+            return self.tensor(x, site)
+
+        if expr in (sympy.true, sympy.false):
+            return bool(expr)
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_number:
+            return float(expr)
+        if expr in (B, H, I, J):
+            return self._position(expr, site)
+        if expr.is_Symbol:
+            return self.size(expr) if expr.is_integer else self.number(expr)
+        if isinstance(expr, Load):
+            return self._load(expr, site)
+        if isinstance(expr, Where):
+            return self.call(torch.where, *self._tensors(expr.args, site))
+        if isinstance(expr, (sympy.And, sympy.Or, sympy.Xor)):
+            combine = {sympy.And: torch.logical_and, sympy.Or: torch.logical_or, sympy.Xor: torch.logical_xor}[expr.func]
+            return self._chain(combine, [sub(a) for a in expr.args])
+        if isinstance(expr, sympy.Not):
+            return self.call(torch.logical_not, sub(expr.args[0]))
+        if expr.func in _RELATIONS:
+            return self.call(_RELATIONS[expr.func], *(sub(a) for a in expr.args))
+        if isinstance(expr, sympy.Add):
+            return self._chain(operator.add, [sub(a) for a in expr.args])
+        if isinstance(expr, sympy.Mul):
+            return self._chain(operator.mul, [sub(a) for a in expr.args])
+        if isinstance(expr, sympy.Pow):
+            return self.call(operator.pow, sub(expr.args[0]), sub(expr.args[1]))
+        if isinstance(expr, (FloorDiv, Mod, PythonMod, sympy.Mod)):
+            op = operator.floordiv if isinstance(expr, FloorDiv) else operator.mod
+            return self.call(op, sub(expr.args[0]), sub(expr.args[1]))
+        if isinstance(expr, sympy.Abs):
+            return self.call(operator.abs, sub(expr.args[0])) if False else self.call(torch.abs, sub(expr.args[0]))
+        if isinstance(expr, (sympy.Min, sympy.Max)):
+            extreme = torch.minimum if isinstance(expr, sympy.Min) else torch.maximum
+            return self._chain(extreme, self._tensors(expr.args, site))
+        raise Miss(f"{expr.func.__name__} has no tensor form here")
+
+    def _tensors(self, args: Any, site: AttentionSite) -> list[Any]:
+        """Operands of functions that want tensors; numbers become 0-d tensors where no other operand tells the device."""
+        made = [self.tensor(a, site) for a in args]
+        return [
+            x
+            if isinstance(x, fx.Node) and self._is_tensor(x)
+            else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=torch.float32)
+            if not (k == 0 and isinstance(x, bool))
+            else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=torch.bool)
+            for k, x in enumerate(made)
+        ]
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        return node not in self.reading.numbers.values()
+
+    def _device(self, site: AttentionSite) -> torch.device:
+        return site.root.meta.device
+
+    def _chain(self, op: Callable[..., Any], parts: list[Any]) -> Any:
+        total = parts[0]
+        for part in parts[1:]:
+            total = self.call(op, total, part)
+        return total
+
+    def _position(self, symbol: sympy.Symbol, site: AttentionSite) -> fx.Node:
+        n, trailing = self._extent(symbol, site)
+        x = self.call(torch.arange, n, device=self._device(site))
+        return self.call("view", x, -1, *[1] * trailing) if trailing else x
+
+    def _extent(self, symbol: sympy.Symbol, site: AttentionSite) -> tuple[Any, int]:
+        """How many positions an axis has, and how many axes follow it."""
+        if symbol == J:
+            return self.size(site.keys), 0
+        if symbol == I:
+            return self.size(site.queries), 1
+        if symbol == H:
+            return self.size(site.sizes[-1]), 2
+        batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0]
+        return self.size(batch), 3
+
+    def _load(self, load: Load, site: AttentionSite) -> fx.Node:
+        value = site.loads[load.operand]
+        x = self.holder(value)
+        if x is None:
+            raise Miss("a term of the score is changed before the product with values", value)
+        axes: list[sympy.Symbol] = []
+        simple = True
+        for index, n in zip(load.indices, value.shape, strict=True):
+            if index in (B, H, I, J) and index not in axes and sympy.sympify(n) == self._full(index, site):
+                axes.append(index)
+            elif index.is_Integer:
+                pass
+            else:
+                simple = False
+        if not simple:
+            return self.call(operator.getitem, x, tuple(self.tensor(index, site) for index in load.indices))
+        for d in range(len(load.indices) - 1, -1, -1):
+            if load.indices[d].is_Integer:
+                x = self.call("select", x, d, int(load.indices[d]))
+        order = [a for a in (B, H, I, J) if a in axes]
+        if order != axes:
+            x = self.call("permute", x, *(axes.index(a) for a in order))
+        for a in (H, I, J):
+            if a not in axes and any(o in axes for o in (B, H, I, J)[: (B, H, I, J).index(a)]):
+                x = self.call("unsqueeze", x, [o for o in (B, H, I, J) if o in axes or o == a].index(a))
+                axes.append(a)
+        return x
+
+    def _full(self, axis: sympy.Symbol, site: AttentionSite) -> sympy.Expr:
+        if axis in (I, J):
+            return site.queries if axis == I else site.keys
+        if axis == H:
+            return site.sizes[-1]
+        return sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0]
+
+
+_RELATIONS: dict[Any, Callable[..., Any]] = {
+    sympy.Le: operator.le, sympy.Lt: operator.lt, sympy.Ge: operator.ge, sympy.Gt: operator.gt,
+    sympy.Eq: operator.eq, sympy.Ne: operator.ne,
+}  # fmt: skip

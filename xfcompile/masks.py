@@ -1,0 +1,207 @@
+"""Mask predicates: what the index ranges prove of them, and the names that they go by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv
+
+from xfcompile.indexing import Ranges, extreme, nonnegative
+from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.site import Band
+
+_FLIPPED = {sympy.Lt: sympy.Gt, sympy.Gt: sympy.Lt, sympy.Le: sympy.Ge, sympy.Ge: sympy.Le}
+
+
+def prove(expr: Any, ranges: Ranges) -> Any:
+    """An expression with every comparison that the ranges decide replaced by true or false."""
+    if not isinstance(expr, sympy.Basic):
+        return expr
+    decided = {}
+    for atom in expr.atoms(sympy.core.relational.Relational):
+        verdict = _decide(atom, ranges)
+        if verdict is not None:
+            decided[atom] = verdict
+    return expr.xreplace(decided) if decided else expr
+
+
+def _decide(atom: Any, ranges: Ranges) -> Any:
+    a, b = atom.args
+    if not (a.is_integer and b.is_integer):
+        return None
+    gap = sympy.expand(a - b)
+    if isinstance(atom, sympy.Le):
+        return _sign(-gap, gap - 1, ranges)
+    if isinstance(atom, sympy.Lt):
+        return _sign(-gap - 1, gap, ranges)
+    if isinstance(atom, sympy.Ge):
+        return _sign(gap, -gap - 1, ranges)
+    if isinstance(atom, sympy.Gt):
+        return _sign(gap - 1, -gap, ranges)
+    apart = nonnegative(gap - 1, ranges) or nonnegative(-gap - 1, ranges)
+    same = gap == 0 or (nonnegative(gap, ranges) and nonnegative(-gap, ranges))
+    if isinstance(atom, sympy.Eq):
+        return sympy.false if apart else sympy.true if same else None
+    if isinstance(atom, sympy.Ne):
+        return sympy.true if apart else sympy.false if same else None
+    return None
+
+
+def _sign(holds: sympy.Expr, fails: sympy.Expr, ranges: Ranges) -> Any:
+    if nonnegative(holds, ranges):
+        return sympy.true
+    return sympy.false if nonnegative(fails, ranges) else None
+
+
+def conjuncts(keep: Any) -> tuple[Any, ...]:
+    """The terms of a conjunction."""
+    return tuple(keep.args) if isinstance(keep, sympy.And) else () if keep == sympy.true else (keep,)
+
+
+def band(keep: Any) -> Band:
+    """Closed bounds on the keys, from the conjuncts that are linear in j - i."""
+    lower: list[sympy.Expr] = []
+    upper: list[sympy.Expr] = []
+    exact = True
+    for term in conjuncts(keep):
+        bounds = _key_bound(term)
+        if bounds is None:
+            exact = False
+            continue
+        lower += [bounds[0]] if bounds[0] is not None else []
+        upper += [bounds[1]] if bounds[1] is not None else []
+    return Band(
+        sympy.Max(*lower) if lower else None, sympy.Min(*upper) if upper else None, exact and bool(lower or upper)
+    )
+
+
+def _key_bound(term: Any) -> tuple[sympy.Expr | None, sympy.Expr | None] | None:
+    """lower <= j < upper, from one comparison; bounds must not fall as i grows."""
+    gap = _nonnegative_form(term)
+    if gap is None:
+        return _window(term)
+    slope = gap.coeff(J)
+    rest = sympy.expand(gap - slope * J)
+    if slope not in (1, -1) or J in rest.free_symbols or rest.free_symbols & {B, H} or rest.atoms(Load):
+        return None
+    if slope == -1:  # rest - j >= 0
+        return (None, rest + 1) if _rises(rest) else None
+    return (-rest, None) if _rises(-rest) else None
+
+
+def _window(term: Any) -> tuple[sympy.Expr | None, sympy.Expr | None] | None:
+    """|i - j| <= w, and chunks i // c == j // c."""
+    if isinstance(term, (sympy.Le, sympy.Lt)) and isinstance(term.args[0], sympy.Abs):
+        inner, width = sympy.expand(term.args[0].args[0]), term.args[1]
+        strict = 1 if isinstance(term, sympy.Lt) else 0
+        if width.free_symbols & {B, H, I, J} or width.atoms(Load):
+            return None
+        centre = inner + J if inner.coeff(J) == -1 else J - inner if inner.coeff(J) == 1 else None
+        if centre is None or centre.free_symbols & {J, B, H} or centre.atoms(Load) or not _rises(centre):
+            return None
+        return centre - width + strict, centre + width + 1 - strict
+    if isinstance(term, (sympy.Ge, sympy.Gt)) and isinstance(term.args[1], sympy.Abs):
+        return _window(term.reversed)
+    if isinstance(term, sympy.Eq) and all(isinstance(a, FloorDiv) for a in term.args):
+        (x, c), (y, d) = (a.args for a in term.args)
+        x, y = (y, x) if x == J else (x, y)
+        if y == J and x == I and c == d and c.is_Integer:
+            return c * FloorDiv(I, c), c * FloorDiv(I, c) + c
+    return None
+
+
+def _rises(expr: sympy.Expr) -> bool:
+    """Whether an expression does not fall as i grows."""
+    slope = expr.coeff(I)
+    return bool(slope.is_nonnegative) and I not in sympy.expand(expr - slope * I).free_symbols
+
+
+def _nonnegative_form(term: Any) -> sympy.Expr | None:
+    """The integer expression that is >= 0 exactly where a comparison holds."""
+    if not isinstance(term, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return None
+    a, b = term.args
+    if not (a.is_integer and b.is_integer) or a.has(sympy.Abs) or b.has(sympy.Abs):
+        return None
+    if isinstance(term, (sympy.Le, sympy.Lt)):
+        a, b = b, a
+    strict = isinstance(term, (sympy.Lt, sympy.Gt))
+    return sympy.expand(a - b - (1 if strict else 0))
+
+
+def is_causal(keep: Any) -> bool:
+    """j <= i and nothing else."""
+    gap = _nonnegative_form(keep)
+    return gap is not None and sympy.expand(gap - (I - J)) == 0
+
+
+def has_live_key(keep: Any, ranges: Ranges) -> bool:
+    """Whether every row is proved to see at least one key: the first, the one at its own position, or the last."""
+    keys = ranges[J]
+    witnesses: list[sympy.Expr] = [sympy.S.Zero, keys - 1]
+    if nonnegative(keys - ranges[I], ranges):
+        witnesses += [I, I + keys - ranges[I]]
+    return any(prove(sympy.sympify(keep).xreplace({J: w}), ranges) == sympy.true for w in witnesses)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A mask in words."""
+
+    words: str
+
+
+def describe(keep: Any, ranges: Ranges) -> str:
+    """A mask in the field's words: "causal", "causal & window(256)", "key padding" ..."""
+    if keep == sympy.true:
+        return "none"
+    if keep == sympy.false:
+        return "nothing"
+    words = [_word(term, ranges) for term in conjuncts(keep)]
+    lower = [w for w in words if w.startswith("after ")]
+    if lower and "causal" in words:
+        words = [f"window({w[6:]})" if w in lower else w for w in words]
+    order = sorted(dict.fromkeys(words), key=lambda w: (w != "causal", w))
+    return " & ".join(order)
+
+
+def _word(term: Any, ranges: Ranges) -> str:
+    gap = _nonnegative_form(term)
+    if gap is not None and not gap.atoms(Load):
+        offset = sympy.expand(gap - (I - J))
+        if not offset.free_symbols & {I, J, B, H}:
+            if offset == 0:
+                return "causal"
+            if sympy.expand(offset - (ranges[J] - ranges[I])) == 0:
+                return "causal (bottom-right)"
+            return f"causal (offset {offset})"
+        width = sympy.expand(gap + (I - J))
+        if not width.free_symbols & {I, J, B, H}:
+            return f"after {width + 1}"
+        if gap.free_symbols & {I, J} == {J}:
+            return f"prefix({sympy.expand(gap + J) + 1})"
+    if isinstance(term, sympy.Or):
+        return "(" + " | ".join(_word(t, ranges) for t in term.args) + ")"
+    bounds = _key_bound(term)
+    if bounds is not None and None not in bounds:
+        if isinstance(term, sympy.Eq):
+            return f"chunks({term.args[0].args[1]})"
+        return f"window(±{sympy.expand(bounds[1] - I - 1)})"
+    loads = term.atoms(Load) if isinstance(term, sympy.Basic) else set()
+    symbols = term.free_symbols & {B, H, I, J}
+    if loads and isinstance(term, sympy.Eq) and len(loads) == 2 and symbols >= {I, J}:
+        return "documents"
+    if loads and gap is not None:
+        return "limit from data"
+    if loads and J in symbols and I not in symbols:
+        return "key padding"
+    if loads and I in symbols and J in symbols:
+        return "dense mask"
+    if loads:
+        return "mask from data"
+    return str(term)
+
+
+__all__ = ["Band", "S", "band", "describe", "extreme", "has_live_key", "is_causal", "prove"]

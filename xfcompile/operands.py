@@ -1,0 +1,166 @@
+"""Finds the tensor behind an operand: through transposes, reshapes, expands and scalings, so that nothing is copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch.utils._sympy.functions import FloorDiv
+
+from xfcompile import indexing
+from xfcompile.elementwise import Index, broadcast, interleaved, literal, permuted, reshaped
+from xfcompile.indexing import Ranges, integer, linear
+from xfcompile.site import Miss, Placed
+from xfcompile.values import Value
+
+D = sympy.Symbol("d", integer=True, nonnegative=True)
+"""The feature axis."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Follows an element backwards through views."""
+
+    ranges: Ranges
+
+    def floordiv(self, x: sympy.Expr, n: sympy.Expr) -> sympy.Expr:
+        return indexing.floordiv(x, n, self.ranges)
+
+    def back(self, value: Value, index: Index) -> tuple[Value, Index] | None:
+        """The same element one view earlier; None if `value` is no view."""
+        index = tuple(sympy.S.Zero if n == 1 else x for x, n in zip(index, value.shape, strict=True))
+        if value.op == "reshape":
+            return value["self"], reshaped(value, index, self.ranges)
+        if value.op == "permute":
+            return value["self"], permuted(value, index)
+        if value.op == "expand":
+            return value["self"], broadcast(index, value.shape, value["self"].shape)
+        if value.op == "select":
+            d = value["dim"]
+            return value["self"], (*index[:d], integer(value["index"]), *index[d:])
+        if value.op == "slice":
+            d = value["dim"]
+            moved = integer(value["start"]) + integer(value["step"]) * index[d]
+            return value["self"], (*index[:d], moved, *index[d + 1 :])
+        if value.op == "repeat_interleave":
+            source = interleaved(value, index, self.ranges)
+            return None if source is None else (value["self"], source)
+        return None
+
+
+def place(
+    value: Value, index: Index, row: sympy.Symbol, lead: tuple[sympy.Symbol, ...], walk: Walk, *, scale: bool
+) -> tuple[Placed, ...]:
+    """All readings of an operand whose dimensions are axes of the attention, the deepest first.
+
+    `scale`: whether multiplications by numbers are looked through (they then are `Placed.factor`).
+    Raises `Miss` if not even the operand itself is one.
+    """
+    ranges = {**walk.ranges}
+    found: list[Placed] = []
+    factor: sympy.Expr = sympy.S.One
+    current: Value | None = value
+    features = _feature_range(value, index)
+    if features is not None:
+        ranges[D] = features
+    walk = Walk(ranges)
+    while current is not None:
+        placed = _placed(current, index, row, lead, ranges, factor)
+        if placed is not None:
+            found.append(placed)
+        step = walk.back(current, index)
+        if step is not None:
+            current, index = step
+        elif current.op == "to" and _widens(current):
+            current = current["self"]
+        elif scale and current.op in ("mul", "div") and _number(current) is not None:
+            n = _number(current)
+            assert n is not None
+            factor = factor * n if current.op == "mul" else factor / n
+            current = current["self"] if isinstance(current["self"], Value) else current["other"]
+        else:
+            current = None
+        if current is not None and len(index) != current.ndim:
+            break
+    if not found:
+        raise Miss("an operand is not laid out along the axes of the attention", value)
+    return tuple(reversed(found))
+
+
+def _feature_range(value: Value, index: Index) -> sympy.Expr | None:
+    for x, n in zip(index, value.shape, strict=True):
+        if x == D:
+            return integer(n)
+    return None
+
+
+def _widens(cast: Value) -> bool:
+    """A cast that changes no number: half precision to single or double, single to double."""
+    order = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
+    a, b = order.get(cast["self"].dtype), order.get(cast.dtype)
+    return a is not None and b is not None and a < b and cast["self"].meta.device == cast.meta.device
+
+
+def _number(product: Value) -> sympy.Expr | None:
+    """The finite number that a tensor is multiplied or divided by."""
+    other = product["other"]
+    if isinstance(product["self"], Value) and product["self"].op == "full" and product.op == "mul":
+        other = product["self"]["fill"] if product["self"].ndim == 0 else None
+    if isinstance(other, Value):
+        other = other["fill"] if other.op == "full" and other.ndim == 0 else None
+    if other is None or isinstance(other, (bool, Value)) or product.args.get("rounding_mode") is not None:
+        return None
+    n = literal(other)
+    if product.op == "div" and n == 0:
+        return None
+    tensor = product["self"] if isinstance(product["self"], Value) else product["other"]
+    return n if n.is_number and n.is_finite and n != 0 and tensor.dtype.is_floating_point else None
+
+
+def _placed(
+    value: Value,
+    index: Index,
+    row: sympy.Symbol,
+    lead: tuple[sympy.Symbol, ...],
+    ranges: Ranges,
+    factor: sympy.Expr,
+) -> Placed | None:
+    dims: list[tuple[sympy.Symbol, ...]] = []
+    picks: list[sympy.Expr] = []
+    groups: list[tuple[sympy.Symbol, int]] = []
+    for x, n in zip(index, value.shape, strict=True):
+        axes, pick, group = _axes_of(x, integer(n), row, lead, ranges)
+        if axes is None:
+            return None
+        dims.append(axes)
+        picks.append(pick)
+        groups += group
+    flat = [a for axes in dims for a in axes]
+    if len(set(flat)) != len(flat):
+        return None
+    for needed in (row, D):
+        if needed not in flat and ranges.get(needed, sympy.S.One) != 1:
+            return None
+    return Placed(value, tuple(dims), tuple(picks), tuple(groups), factor)
+
+
+def _axes_of(
+    x: sympy.Expr, size: sympy.Expr, row: sympy.Symbol, lead: tuple[sympy.Symbol, ...], ranges: Ranges
+) -> tuple[tuple[sympy.Symbol, ...] | None, sympy.Expr, list[tuple[sympy.Symbol, int]]]:
+    """The logical axes that one dimension holds, given the index into it."""
+    own = (*lead, row, D)
+    if x.is_Integer:
+        return (), x, []
+    if x in own:
+        return ((x,), sympy.S.Zero, []) if ranges.get(x) == size else (None, x, [])
+    if isinstance(x, FloorDiv) and x.args[0] in lead and x.args[1].is_Integer:
+        symbol, group = x.args
+        if sympy.expand(ranges[symbol] - group * size) == 0:
+            return (symbol,), sympy.S.Zero, [(symbol, int(group))]
+        return None, x, []
+    used = [s for s in own if s in x.free_symbols]
+    if len(used) > 1 and x == linear(tuple(used), tuple(ranges[s] for s in used)):
+        if sympy.expand(sympy.prod([ranges[s] for s in used]) - size) == 0:
+            return tuple(used), sympy.S.Zero, []
+    return None, x, []

@@ -1,0 +1,150 @@
+"""Chooses how a site runs: the fastest correct route among SDPA, our Triton kernel, and leaving it to Inductor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from xfcompile.masks import is_causal
+from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.site import AttentionSite
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Route:
+    """What runs a site, and why it was chosen (None: it is the usual choice)."""
+
+    name: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What SDPA can be told of a site: coefficient * s + rest, masked by `keep`."""
+
+    coefficient: sympy.Expr
+    rest: sympy.Expr
+    causal: bool
+    keep: sympy.Basic
+
+    @property
+    def plain(self) -> bool:
+        """No mask tensor at all."""
+        return self.rest == 0 and self.keep == sympy.true
+
+
+def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
+    """The site in SDPA's words, or why it has none."""
+    if site.sink is not None:
+        return "SDPA knows no attention sinks"
+    coefficient = score.coeff(S, 1)
+    rest = sympy.expand(score - coefficient * S)
+    if S in rest.free_symbols or S in coefficient.free_symbols:
+        expanded = sympy.expand(score)
+        coefficient = expanded.coeff(S, 1)
+        rest = sympy.expand(expanded - coefficient * S)
+    if S in rest.free_symbols or S in coefficient.free_symbols or coefficient == 0:
+        return "the score is not linear in q·k"
+    if J in coefficient.free_symbols:
+        return "the scale depends on the key"
+    # What is the same for a whole row is a shift that softmax does not see.
+    rest = sympy.Add(*(t for t in sympy.Add.make_args(rest) if J in t.free_symbols))
+    causal = is_causal(site.keep) and sympy.expand(site.queries - site.keys) == 0
+    return Told(coefficient, rest, causal, sympy.true if causal else site.keep)
+
+
+def choose(
+    site: AttentionSite, score: sympy.Expr, *, training: bool, bias_grad: bool, forced: Mapping[str, str]
+) -> tuple[Route, Told | None]:
+    """The route of a site whose score, in terms of the chosen operands, is `score`."""
+    device = site.root.meta.device.type
+    wanted = forced.get(site.family)
+    words = told(site, score)
+    sayable = words if isinstance(words, Told) else None
+    kernel = _why_no_kernel(site, training)
+    sdpa = _why_no_sdpa(site, words, device, bias_grad)
+    if wanted == "inductor":
+        return Route("inductor", "asked for"), None
+    if wanted == "sdpa":
+        return (Route("inductor", sdpa), None) if sdpa else (Route("sdpa", "asked for"), sayable)
+    if wanted == "triton":
+        return (Route("inductor", kernel), None) if kernel else (Route("triton", "asked for"), sayable)
+    if device == "cpu":
+        return (Route("inductor", sdpa), None) if sdpa else (Route("sdpa"), sayable)
+    if sayable is not None and sayable.plain and sdpa is None:
+        return Route("sdpa"), sayable
+    if device == "cuda" and kernel is None:
+        return Route("triton"), sayable
+    if sdpa is None:
+        return Route("sdpa", kernel), sayable
+    return Route("inductor", kernel or sdpa), None
+
+
+def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad: bool) -> str | None:
+    if isinstance(words, str):
+        return words
+    if site.dead == "unknown" and not site.alive:
+        return "a row may see no key, and what it gets has no simple rule"
+    if site.root.dtype not in (*HALF, torch.float32, torch.float64):
+        return f"SDPA has no kernel for {site.root.dtype}"
+    if site.head_dim != site.value_dim:
+        return "queries and values have different head dimensions, for which SDPA has no fused kernel"
+    if site.dropout and device == "cpu":
+        return "SDPA drops no weights out on CPUs"
+    if bias_grad and device == "cpu":
+        return "a term of the score needs a gradient, which SDPA on CPUs has only unfused"
+    if device == "cpu" and _materialised(site, words) > 4:
+        return "SDPA would need a bias of the size of all scores"
+    return None
+
+
+def _materialised(site: AttentionSite, words: Told) -> int:
+    """How many of the batch axes an explicit bias spans that no tensor of the program spans already."""
+    symbols = (words.rest.free_symbols | words.keep.free_symbols) & {B, H}
+    loads = words.rest.atoms(Load) | words.keep.atoms(Load)
+    spanned = set().union(*(load.free_symbols & {B, H} for load in loads)) if loads else set()
+    both = symbols == {B, H} and not any(load.free_symbols >= {B, H} for load in loads)
+    return 8 if both and len(site.lead) > 2 and spanned else 0
+
+
+def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
+    if training:
+        return "our kernel has no backward yet"
+    if site.dropout:
+        return "our kernel drops no weights out yet"
+    if site.dead == "unknown" and not site.alive:
+        return "a row may see no key, and what it gets has no simple rule"
+    device = site.root.meta.device
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"
+    try:
+        from xfcompile.kernels.attention import supports
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    for size in (site.head_dim, site.value_dim):
+        if not sympy.sympify(size).is_Integer:
+            return "a head dimension is not known at compile time"
+    return supports(device, _kernel_dtype(site), int(site.head_dim), int(site.value_dim))
+
+
+def _kernel_dtype(site: AttentionSite) -> torch.dtype:
+    return operand_dtype(site, site.q[-1].value.dtype, site.k[-1].value.dtype, site.v[-1].value.dtype)
+
+
+def operand_dtype(site: AttentionSite, q: torch.dtype, k: torch.dtype, v: torch.dtype) -> torch.dtype:
+    """The dtype in which a fused call takes q, k and v: the widest of theirs, unless the product itself is narrower
+    (under autocast)."""
+    wide = torch.promote_types(torch.promote_types(q, k), v)
+    product = site.product_dtype
+    if product in HALF and wide in (torch.float32, torch.float64):
+        return product
+    return wide
+
+
+__all__ = ["H", "Route", "Told", "choose", "operand_dtype", "told"]

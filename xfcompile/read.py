@@ -1,0 +1,548 @@
+"""Reads an FX graph: runs it in the abstract, in order, keeping for every tensor what its memory then holds.
+
+A node is traced alone (`trace`), its ATen calls become `Value`s, and writes are followed: after `a.add_(b)` the node `a`
+and every view of it hold other contents than before. Nothing in the graph is changed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from xfcompile.trace import Constant, Meta, Program, Ref, meta_of, number, signature, trace
+from xfcompile.values import Value, Values
+
+
+class Memory:
+    """A storage: the tensors that live in it, oldest first."""
+
+    def __init__(self, external: bool) -> None:
+        self.cells: list[Cell] = []
+        self.external = external
+
+
+class Cell:
+    """A tensor object: its contents now, where they lie, and how it is a view of another."""
+
+    def __init__(self, value: Value, memory: Memory, base: Cell | None = None, derive: Any = None) -> None:
+        self.memory = memory
+        self.base = base
+        self.derive: Callable[[Value], Value] | None = derive
+        self.history: list[tuple[int, Value]] = [(-1, value)]
+        memory.cells.append(self)
+
+    @property
+    def value(self) -> Value:
+        return self.history[-1][1]
+
+    def at(self, time: int) -> Value:
+        """The contents just before node number `time` runs."""
+        for when, value in reversed(self.history):
+            if when < time:
+                return value
+        return self.history[0][1]
+
+    def set(self, value: Value, time: int) -> None:
+        if value is not self.value:
+            self.history.append((time, value))
+
+
+@dataclass
+class Effects:
+    """What running a node may do besides its result."""
+
+    reads: set[Memory] = field(default_factory=set)
+    writes: set[Memory] = field(default_factory=set)
+    random: bool = False
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The modes that a node runs under: gradients on or off, and the autocast regions around it."""
+
+    grad: bool | None = None
+    autocast: tuple[Any, ...] = ()
+
+
+_SCOPES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
+_DATA_DEPENDENT = {"nonzero", "item", "tolist", "unique", "unique_consecutive", "masked_select", "argwhere", "bincount"}
+
+
+class Reading:
+    """The reading of one graph. `outer` maps its placeholders to the values that a calling graph passes."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any] = (),
+        *,
+        values: Values | None = None,
+        programs: dict[Any, Program | None] | None = None,
+        outer: Sequence[Any] | None = None,
+    ) -> None:
+        self.gm = gm
+        self.values = values or Values()
+        self.programs: dict[Any, Program | None] = {} if programs is None else programs
+        self.cells: dict[fx.Node, Any] = {}
+        self.time: dict[fx.Node, int] = {}
+        self.scope: dict[fx.Node, Scope] = {}
+        self.effects: dict[fx.Node, Effects] = {}
+        self.numbers: dict[Any, fx.Node] = {}
+        self.steps: dict[Value, fx.Node] = {}
+        """For each value that an operation made, the node whose reading made it first."""
+        self.makers: dict[Value, list[fx.Node]] = {}
+        """For each value, every node whose reading made it (equal computations are one value)."""
+        self.program: dict[fx.Node, Program] = {}
+        self.inside: dict[fx.Node, list[Value]] = {}
+        """For each node, the values that its reading made, its own result and any on the way."""
+        self.children: list[tuple[fx.Node, Reading]] = []
+        self.holders: dict[Value, list[tuple[fx.Node, Cell]]] = {}
+        self._inputs = list(example_inputs)
+        self._outer = list(outer) if outer is not None else None
+        self._memories: dict[Any, Memory] = {}
+        self._now = 0
+        self._scope = Scope()
+        for self._now, node in enumerate(gm.graph.nodes):
+            self.time[node] = self._now
+            self.scope[node] = self._scope
+            self.effects[node] = Effects()
+            self._read(node)
+
+    # -- what is asked of a reading -------------------------------------------------------------------------
+
+    def value(self, node: fx.Node, time: int | None = None) -> Value | None:
+        """What a node's tensor holds, just before node number `time` (default: right after the node itself)."""
+        cell = self.cells.get(node)
+        if not isinstance(cell, Cell):
+            return None
+        return cell.at(self.time[node] + 1 if time is None else time)
+
+    def holder(self, value: Value, time: int) -> fx.Node | None:
+        """A node, older than number `time`, whose tensor still holds `value` when node number `time` runs."""
+        for node, cell in self.holders.get(value, ()):
+            if self.time[node] < time and cell.at(time) is value:
+                return node
+        return None
+
+    def memories(self, nodes: Iterable[fx.Node]) -> Iterator[Memory]:
+        """The memory that the tensors of some nodes lie in."""
+        for cell in self._cells_of(nodes):
+            yield cell.memory
+
+    def tensor_arguments(self, node: fx.Node) -> list[tuple[fx.Node | None, Cell]]:
+        """The tensors that a node is given, in the order of its program's inputs, each with the node that holds it."""
+        flat, _ = pytree.tree_flatten((node.args, node.kwargs))
+        found: list[tuple[fx.Node | None, Cell]] = []
+        for x in flat:
+            if isinstance(x, fx.Node):
+                whole = self.cells.get(x)
+                found += [(x if whole is c else None, c) for c in pytree.tree_leaves(whole) if isinstance(c, Cell)]
+        return found
+
+    def number_node(self, expr: Any) -> fx.Node | None:
+        """The node that holds a symbolic size or number."""
+        return self.numbers.get(expr)
+
+    # -- reading --------------------------------------------------------------------------------------------
+
+    def _read(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self._placeholder(node)
+        elif node.op == "get_attr":
+            self._attribute(node)
+        elif node.op == "output":
+            self.effects[node].reads = {c.memory for c in self._cells_of(node.all_input_nodes)}
+        elif getattr(node.target, "__name__", "") in _SCOPES:
+            self._enter(node)
+        else:
+            self._call(node)
+        for cell in pytree.tree_leaves(self.cells.get(node)):
+            if isinstance(cell, Cell) and self.cells[node] is cell:
+                self._hold(cell.value, node, cell)
+
+    def _hold(self, value: Value, node: fx.Node, cell: Cell) -> None:
+        self.holders.setdefault(value, []).append((node, cell))
+
+    def _placeholder(self, node: fx.Node) -> None:
+        index = sum(1 for n in self.cells if n.op == "placeholder")
+        example = _example(node)
+        if example is None and index < len(self._inputs):
+            example = self._inputs[index]
+        outer = self._outer[index] if self._outer is not None and index < len(self._outer) else None
+        if isinstance(example, torch.Tensor):
+            memory = self._memory(example)
+            known = outer if isinstance(outer, Value) else self.values.leaf(meta_of(example))
+            self.cells[node] = Cell(known, memory)
+        else:
+            self._scalar(node, example)
+
+    def _scalar(self, node: fx.Node, example: Any) -> None:
+        self.cells[node] = number(example)
+        if isinstance(self.cells[node], sympy.Basic):
+            self.numbers.setdefault(self.cells[node], node)
+
+    def _attribute(self, node: fx.Node) -> None:
+        target: Any = self.gm
+        for part in str(node.target).split("."):
+            target = getattr(target, part)
+        if isinstance(target, torch.Tensor):
+            self.cells[node] = Cell(self.values.leaf(meta_of(target)), self._memory(target))
+        else:
+            self.cells[node] = target
+
+    def _enter(self, node: fx.Node) -> None:
+        name = getattr(node.target, "__name__", "")
+        autocast = self._scope.autocast
+        if name == "_enter_autocast":
+            self._scope = Scope(self._scope.grad, (*autocast, tuple(node.args)))
+        elif name == "_exit_autocast":
+            self._scope = Scope(self._scope.grad, autocast[:-1])
+        else:
+            self._scope = Scope(bool(node.args[0]), autocast)
+        self.effects[node].opaque = True
+        self.cells[node] = None
+
+    def _memory(self, t: torch.Tensor) -> Memory:
+        key = t.untyped_storage()._cdata if t.layout is torch.strided else id(t)
+        return self._memories.setdefault(key, Memory(external=True))
+
+    def _call(self, node: fx.Node) -> None:
+        effects = self.effects[node]
+        effects.reads = {c.memory for c in self._cells_of(node.all_input_nodes)}
+        if node.target is operator.getitem and isinstance(self.cells.get(node.args[0]), (tuple, list)):  # type: ignore[arg-type]
+            self.cells[node] = self.cells[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        bodies = [self.cells.get(n) for n in node.all_input_nodes if isinstance(self.cells.get(n), fx.GraphModule)]
+        if bodies:
+            self._higher_order(node, bodies)
+            return
+        example = _example(node)
+        if example is not None and not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(example)):
+            effects.opaque = _may_write(node) or _is_random(node)
+            self._scalar(node, example)
+            return
+        program = self._program(node)
+        if program is None:
+            self._opaque(node)
+        else:
+            self._run(node, program)
+
+    def _cells_of(self, nodes: Iterable[fx.Node]) -> Iterator[Cell]:
+        for n in nodes:
+            for cell in pytree.tree_leaves(self.cells.get(n)):
+                if isinstance(cell, Cell):
+                    yield cell
+
+    def _arguments(self, node: fx.Node) -> tuple[list[Any], pytree.TreeSpec]:
+        """Flattened arguments, nodes replaced by cells and numbers."""
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        return [self.cells.get(x) if isinstance(x, fx.Node) else x for x in flat], spec
+
+    def _program(self, node: fx.Node) -> Program | None:
+        if _name(node) in _DATA_DEPENDENT:
+            return None
+        fn = _callable(node, self.gm)
+        if fn is None:
+            return None
+        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        fakes = []
+        for x in flat:
+            if not isinstance(x, fx.Node):
+                fakes.append(x)
+                continue
+            cell = self.cells.get(x)
+            leaves = pytree.tree_leaves(cell)
+            if isinstance(cell, Cell):
+                fakes.append(self._fake(x, cell))
+            elif any(isinstance(c, Cell) for c in leaves) or isinstance(cell, (tuple, list)):
+                fakes.append([self._fake(x, c) if isinstance(c, Cell) else c for c in cell])
+            elif isinstance(cell, sympy.Basic):
+                fakes.append(_example(x))
+            else:
+                fakes.append(cell)
+        if any(f is _UNKNOWN for f in pytree.tree_leaves(fakes)):
+            return None
+        inner, inner_spec = pytree.tree_flatten(pytree.tree_unflatten(fakes, spec))
+        key = (_identity(node), str(inner_spec), tuple(signature(x) for x in inner), self._scope.autocast)
+        try:
+            known = key in self.programs
+        except TypeError:  # an unhashable argument: trace it every time
+            return self._trace(fn, inner, inner_spec)
+        if not known:
+            self.programs[key] = self._trace(fn, inner, inner_spec)
+        return self.programs[key]
+
+    def _trace(self, fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> Program | None:
+        if not self._scope.autocast:
+            return trace(fn, flat, spec)
+        device, dtype, enabled, cache = (*self._scope.autocast[-1], None, None, None)[:4]
+        with torch.autocast(device, dtype=dtype, enabled=enabled is not False, cache_enabled=False):
+            return trace(fn, flat, spec)
+
+    def _fake(self, node: fx.Node, cell: Cell) -> Any:
+        """A fake tensor like the one that a cell stands for."""
+        example = _example(node)
+        m = cell.value.meta
+        if isinstance(example, torch._subclasses.FakeTensor) and tuple(number(s) for s in example.shape) == m.shape:
+            return example
+        if not all(isinstance(n, int) for n in (*m.shape, *m.stride)) or len(m.stride) != len(m.shape):
+            return _UNKNOWN
+        from xfcompile.trace import _static_mode
+
+        with _static_mode():
+            return torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device=m.device)
+
+    def _run(self, node: fx.Node, program: Program) -> None:
+        """Run a program over this graph's cells."""
+        flat, _ = self._arguments(node)
+        inputs = [c for x in flat for c in pytree.tree_leaves(x) if isinstance(c, Cell)]
+        outputs: list[list[Cell | None]] = []
+        made: list[Value] = []
+
+        def cell_of(ref: Ref) -> Cell | None:
+            return inputs[ref.index] if ref.item is None else outputs[ref.index][ref.item]
+
+        def operand(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(operand(y) for y in x)
+            if isinstance(x, Ref):
+                cell = cell_of(x)
+                return cell.value if cell is not None else None
+            return self.values.constant(x) if isinstance(x, Constant) else x
+
+        for call in program.calls:
+            args = {k: operand(v) for k, v in call.args.items()}
+            sizes = [m.shape if m is not None else () for m in call.outputs]
+            written = [
+                (p.name, call.args[p.name])
+                for p in call.op._schema.arguments
+                if p.alias_info is not None and p.alias_info.is_write and isinstance(call.args[p.name], Ref)
+            ]
+            results: list[Cell | None] = []
+            self.effects[node].random |= _random_call(call.op, args)
+            if torch.Tag.inplace_view in call.op.tags and isinstance(call.args["self"], Ref) and call.outputs[0]:
+                results = [self._reviewed(call, args, cell_of(call.args["self"]), sizes)]
+            elif written:
+                _, ref = written[0]
+                target = cell_of(ref)
+                assert target is not None
+                if len(written) == 1 and call.outputs[0] is not None:
+                    value = self.values.make(call.op, args, _shaped(target.value.meta), 0, sizes)
+                    made.append(value)
+                else:
+                    value = self.values.leaf(target.value.meta, "written")
+                for _, other in written[1:]:
+                    other_cell = cell_of(other)
+                    assert other_cell is not None
+                    self._write(node, other_cell, self.values.leaf(other_cell.value.meta, "written"))
+                self._write(node, target, value)
+                results = [target if m is not None else None for m in call.outputs]
+            else:
+                for item, meta in enumerate(call.outputs):
+                    if meta is None:
+                        results.append(None)
+                        continue
+                    value = self.values.make(call.op, args, meta, item, sizes)
+                    made.append(value)
+                    results.append(self._result(call, args, value, item, meta, sizes, cell_of))
+            outputs.append(results)
+        self.program[node] = program
+        for value in dict.fromkeys(made):
+            self.steps.setdefault(value, node)
+            self.makers.setdefault(value, []).append(node)
+        self.inside[node] = made
+
+        def result(x: Any) -> Any:
+            if isinstance(x, Ref):
+                return cell_of(x)
+            if isinstance(x, Constant):
+                return Cell(self.values.constant(x), Memory(external=False))
+            return x
+
+        self.cells[node] = pytree.tree_map(result, program.result)
+        if not program.calls and isinstance(self.cells[node], Cell):
+            self.inside[node] = []
+
+    def _result(
+        self, call: Any, args: Any, value: Value, item: int, meta: Meta, sizes: Any, cell_of: Callable[[Ref], Any]
+    ) -> Cell:
+        alias = call.aliases[item]
+        if alias is None:
+            return Cell(value, Memory(external=False))
+        origin = cell_of(alias)
+        direct = next(
+            (k for k, v in call.args.items() if isinstance(v, Ref) and cell_of(v).memory is origin.memory), None
+        )
+        if direct is None:
+            return Cell(value, origin.memory)
+        base = cell_of(call.args[direct])
+
+        def derive(contents: Value) -> Value:
+            return self.values.make(call.op, {**args, direct: contents}, meta, item, sizes)
+
+        return Cell(value, origin.memory, base, derive)
+
+    def _reviewed(self, call: Any, args: Any, cell: Cell | None, sizes: Any) -> Cell:
+        """`x.t_()` and the like: the tensor looks at its memory in another way, and nothing is written."""
+        assert cell is not None
+        self._set(cell, self.values.make(call.op, args, call.outputs[0], 0, sizes))
+        cell.base = cell.derive = None
+        return cell
+
+    def _write(self, node: fx.Node, target: Cell, value: Value) -> None:
+        """Give a tensor new contents, and with it all that share its memory."""
+        memory = target.memory
+        self.effects[node].writes.add(memory)
+        self._set(target, value)
+        cell, contents = target, value
+        while cell.base is not None:
+            inverse = self._inverse(cell, contents)
+            contents = inverse if inverse is not None else self.values.leaf(cell.base.value.meta, "written")
+            self._set(cell.base, contents)
+            cell = cell.base
+        root = cell
+        fresh = {root: root.value, target: value}
+        for other in memory.cells:
+            if other in fresh:
+                continue
+            if other.base in fresh and other.derive is not None:
+                fresh[other] = other.derive(fresh[other.base])
+            else:
+                fresh[other] = self.values.leaf(other.value.meta, "written")
+            self._set(other, fresh[other])
+
+    def _set(self, cell: Cell, value: Value) -> None:
+        cell.set(value, self._now)
+        for holder in [n for n, c in self.cells.items() if c is cell]:
+            self._hold(value, holder, cell)
+
+    def _inverse(self, cell: Cell, contents: Value) -> Value | None:
+        """What a view's base holds after the whole view was written."""
+        assert cell.base is not None
+        before, base = cell.history[0][1], cell.base.history[0][1]
+        if before is base:
+            return contents
+        if before.op == "permute" and before["self"] is base:
+            order = tuple(sorted(range(base.ndim), key=lambda d: before["dims"][d]))
+            return self.values.permute(contents, order, _shaped(base.meta))
+        numel = [sympy.prod(list(v.shape)) for v in (before, base)]
+        if before.op in ("reshape", base.op) and numel[0] == numel[1] and _reshape_of(before, base):
+            return self.values.reshape(contents, _shaped(base.meta))
+        return None
+
+    def _opaque(self, node: fx.Node) -> None:
+        """A node that cannot be read: its results are leaves, and unless it is known to be pure it may write."""
+        effects = self.effects[node]
+        example = _example(node)
+        if _may_write(node):
+            effects.opaque = True
+            for cell in list(self._cells_of(node.all_input_nodes)):
+                self._write(node, cell, self.values.leaf(cell.value.meta, "maybe written"))
+        effects.random = True
+
+        def fresh(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return number(x)
+            memory = self._memory(x) if isinstance(x, torch._subclasses.FakeTensor) else Memory(external=False)
+            return Cell(self.values.leaf(meta_of(x), "opaque"), memory)
+
+        self.cells[node] = pytree.tree_map(fresh, example)
+
+    def _higher_order(self, node: fx.Node, bodies: list[fx.GraphModule]) -> None:
+        """A higher-order operation: read its bodies as graphs of their own; it may write what they write."""
+        effects = self.effects[node]
+        effects.opaque = True
+        operands = [self.cells.get(a) for a in node.args if isinstance(a, fx.Node)]
+        operands = [c for c in operands if not isinstance(c, fx.GraphModule)]
+        checkpoint = _name(node) in ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
+        shared = any(
+            child.gm is body for body in bodies for _, child in self.children
+        )  # a body called twice has no single meaning of its inputs
+        for body in bodies:
+            placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
+            known = checkpoint and not shared and len(bodies) == 1 and len(placeholders) == len(operands)
+            outer = [c.value if isinstance(c, Cell) else c for c in operands] if known else None
+            child = Reading(body, values=self.values, programs=self.programs, outer=outer)
+            self.children.append((node, child))
+            wrote = any(m.external for e in child.effects.values() for m in e.writes)
+            if wrote or not checkpoint:
+                for cell in list(self._cells_of(node.all_input_nodes)):
+                    self._write(node, cell, self.values.leaf(cell.value.meta, "maybe written"))
+        example = _example(node)
+
+        def fresh(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return number(x)
+            return Cell(self.values.leaf(meta_of(x), "higher-order"), self._memory(x))
+
+        self.cells[node] = pytree.tree_map(fresh, example)
+
+
+_UNKNOWN = object()
+
+
+def _example(node: fx.Node) -> Any:
+    for key in ("example_value", "val"):
+        if key in node.meta:
+            return node.meta[key]
+    return None
+
+
+def _shaped(meta: Meta) -> Meta:
+    return meta
+
+
+def _reshape_of(before: Value, base: Value) -> bool:
+    source = before["self"] if before.op == "reshape" else before
+    origin = base["self"] if base.op == "reshape" else base
+    return source is origin or source is base
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _identity(node: fx.Node) -> Any:
+    return (node.op, node.target if isinstance(node.target, str) else id(node.target))
+
+
+def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any] | None:
+    if node.op == "call_method":
+        method = str(node.target)
+        return lambda self, *args, **kwargs: getattr(self, method)(*args, **kwargs)
+    if node.op == "call_function":
+        return node.target if callable(node.target) else None
+    return None
+
+
+def _may_write(node: fx.Node) -> bool:
+    """Whether an operation that could not be traced may write to its inputs."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = _name(node)
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    module = getattr(node.target, "__module__", "") or ""
+    known = node.op == "call_method" or module.startswith(("torch.nn.functional", "torch._C", "_operator", "math")) or (
+        getattr(torch, name, None) is node.target
+    )
+    return not known or name.endswith("_") or name.startswith("i") and module == "_operator" or name == "setitem"
+
+
+def _is_random(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _random_call(op: torch._ops.OpOverload, args: dict[str, Any]) -> bool:
+    if torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    return not ("train" in args and (args["train"] is False or args.get("p") == 0))
