@@ -1,0 +1,113 @@
+"""Generated modules on disk: one file a content hash, shared by processes, imported from where it can be read."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import sympy
+import torch
+import torch.utils._sympy.functions as torch_functions
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+from xfcompile.score import Load, Where
+from xfcompile.site import Band, Operand, ScoreSpec
+
+log = logging.getLogger(__name__)
+
+PREFIX = "attention_"
+
+
+def key_of(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()[:32]
+
+
+def directory() -> Path:
+    """Beside Inductor's own generated code, so that one variable (TORCHINDUCTOR_CACHE_DIR) moves both."""
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / "xfcompile"
+
+
+@functools.cache
+def _private_directory() -> Path:
+    """Where generated code goes when the cache directory cannot be written; the process's own, so safe to import."""
+    return Path(tempfile.mkdtemp(prefix="xfcompile-"))
+
+
+def store(source: str) -> Path:
+    """Writes the source where it is not there yet, whole or not at all; returns a file that holds exactly it."""
+    key = key_of(source)
+    path = directory() / f"{PREFIX}{key}.py"
+    try:
+        if _holds(path, source):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, source)
+        if _holds(path, source):
+            return path
+    except OSError as error:
+        log.debug("%s cannot be used (%s): writing to a temporary directory", path, error)
+    path = _private_directory() / path.name
+    _replace(path, source)
+    return path
+
+
+def _holds(path: Path, source: str) -> bool:
+    try:
+        return path.read_bytes() == source.encode()
+    except OSError:
+        return False
+
+
+def _replace(path: Path, source: str) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(source.encode())
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def find(key: str) -> str | None:
+    """The source that has this key, if a process has stored it."""
+    try:
+        source = (directory() / f"{PREFIX}{key}.py").read_text()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return source if key_of(source) == key else None
+
+
+def load(path: Path, name: str) -> ModuleType:
+    """Imports a stored file under a name of its own; `triton.jit` decides here whether it will be interpreted."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(fields: Mapping[str, object]) -> ScoreSpec:
+    """The spec that a generated module carries as `SPEC`."""
+    scope = {**vars(torch_functions), **vars(sympy), "Load": Load, "Where": Where}
+    # Min, Max and Mod are names of torch's functions and of sympy's: sympy's, which mean the same, win.
+
+    def expression(text: object) -> sympy.Basic | None:
+        return None if text is None else eval(str(text), scope)  # the text is sympy.srepr's, of a file with our hash
+
+    return ScoreSpec(
+        score=expression(fields["score"]),
+        keep=expression(fields["keep"]),
+        dead=fields["dead"],  # type: ignore[arg-type]
+        operands=tuple(Operand(getattr(torch, dtype), ndim) for dtype, ndim in fields["operands"]),  # type: ignore
+        scalars=tuple(expression(x) for x in fields["scalars"]),  # type: ignore
+        sink=expression(fields["sink"]),
+        band=Band(expression(fields["lower"]), expression(fields["upper"]), bool(fields["exact"])),
+    )

@@ -1,0 +1,114 @@
+"""From a `ScoreSpec` to the text of a Triton module: a flash attention forward with the site's own score inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import sympy
+
+from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention.printer import NAMES, PRODUCT, Printer, Term, extent, is_plain
+from xfcompile.score import I, J, Load, S, Where
+from xfcompile.site import ScoreSpec
+
+LOG2E = sympy.Float(math.log2(math.e), 17)
+
+
+def canonical(spec: ScoreSpec) -> ScoreSpec:
+    """The same spec with scalars named n0, n1 … (integers) and a0, a1 … (reals): its text is then its identity."""
+    names: dict[sympy.Symbol, sympy.Symbol] = {}
+    for x in spec.scalars:
+        stem = "n" if x.is_integer else "a"
+        number = sum(new.name.startswith(stem) for new in names.values())
+        assumptions = {"integer": True} if x.is_integer else {"real": True}
+        # What is known of signs is kept: it makes divisions and scales cheaper.
+        assumptions |= {fact: True for fact in ("positive", "nonnegative") if getattr(x, f"is_{fact}")}
+        names[x] = sympy.Symbol(f"{stem}{number}", **assumptions)
+
+    def rename(expr: sympy.Basic | None) -> sympy.Basic | None:
+        return None if expr is None else sympy.sympify(expr).xreplace(names)
+
+    band = replace(spec.band, lower=rename(spec.band.lower), upper=rename(spec.band.upper))
+    return replace(
+        spec,
+        score=rename(spec.score),
+        keep=rename(spec.keep),
+        sink=rename(spec.sink),
+        scalars=tuple(names.values()),
+        band=band,
+    )
+
+
+def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
+    """c > 0 where the score is c·s: its product with log2(e) then joins the exponent's multiply-add."""
+    scale = sympy.sympify(score).coeff(S)
+    return scale if score == scale * S and scale.is_number and scale.is_positive else None
+
+
+def in_base_two(score: sympy.Expr) -> sympy.Expr:
+    """The score times log2(e), multiplied into each term so that it merges with the constants there."""
+    return sympy.Add(*(LOG2E * term for term in sympy.Add.make_args(score)))
+
+
+def row_loads(*exprs: sympy.Basic) -> list[Load]:
+    """Loads that do not vary along keys, and are in range wherever they stand: read once, before the loop."""
+    found: dict[Load, None] = {}
+    for expr in exprs:
+        for load, guarded in _loads(expr, False):
+            if not load.free_symbols & {S, J} and (is_plain(load) or not guarded):
+                found[load] = None
+    return list(found)
+
+
+def _loads(expr: sympy.Basic, guarded: bool) -> Iterator[tuple[Load, bool]]:
+    guards = isinstance(expr, (Where, sympy.And, sympy.Or, sympy.Piecewise, sympy.ITE))
+    for arg in expr.args:
+        yield from _loads(arg, guarded or guards)
+    if isinstance(expr, Load):
+        yield expr, guarded
+
+
+def generate(spec: ScoreSpec) -> str:
+    """The module's text. `spec` must be canonical; raises Unsupported for what has no Triton form."""
+    scale = constant_scale(spec.score)
+    loads = row_loads(*([] if scale is not None else [spec.score]), spec.keep)
+    scope = NAMES | {x: x.name for x in spec.scalars}
+    names = template.Names.of(spec, len(loads))
+    helpers: set[str] = set()
+
+    # What a row has for the whole loop is read once, by the kernel itself.
+    prologue = Printer(spec.operands, scope)
+    row_lines = []
+    for n, load in enumerate(loads):
+        term = prologue.print(load)
+        *before, last = prologue.lines
+        row_lines += [*before, f"row{n} = {last.split(' = ', 1)[1]}"]
+        prologue.lines.clear()
+        prologue.hoisted[load] = replace(term, text=f"row{n}")
+    helpers |= prologue.helpers
+    hoisted = prologue.hoisted
+
+    def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[Load, Term]) -> str:
+        printer = Printer(spec.operands, scope, hoisted)
+        term = printer.float(expr) if name in ("score", "sink") else printer.print(expr)
+        helpers.update(printer.helpers)
+        value = term.text
+        if name == "score" and extent(expr) != {I, J}:
+            value = f"tl.full(s.shape, 0.0, tl.float32) + {term.at(PRODUCT)}"
+        body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
+        return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
+
+    position = ["b", "h", "i", "j"]
+    functions = []
+    if scale is None:
+        functions.append(function("score", ["s", *position, *names.inside], in_base_two(spec.score), hoisted))
+    if spec.keep != sympy.true:
+        functions.append(function("keep", [*position, *names.inside], spec.keep, hoisted))
+    for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
+        if bound is not None:
+            functions.append(function(side, ["i", *names.scalars], bound, {}))
+    if spec.sink is not None:
+        functions.append(function("sink", ["b", "h", "i", *names.outside], LOG2E * spec.sink, {}))
+    return template.module(spec, scale, names, row_lines, functions, helpers)

@@ -1,0 +1,85 @@
+"""The op `xfcompile::attention`: any attention that a `ScoreSpec` describes, forward only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xfcompile.kernels.attention import launch, reference
+from xfcompile.kernels.attention.launch import prepare
+from xfcompile.kernels.attention.tiles import interpreting, supports
+
+__all__ = ["attention", "prepare"]
+
+LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
+
+# needs_exact_strides: Inductor must pass q, k and v as they are (transposed, expanded, slices of a packed projection).
+LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel)"
+    " -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], key: str) -> None:
+    """Shapes, dtypes and devices; an error says what was expected and what was found."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"xfcompile::attention: {name} must be [batch, heads, length, dim], not {list(x.shape)}")
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0]:
+        raise ValueError(f"xfcompile::attention: batch, key length or head dim disagree: {shapes}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"xfcompile::attention: query heads must be a multiple of key heads: {shapes}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"xfcompile::attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them")
+    if any(x.device != q.device for x in (k, v, *operands)):
+        raise ValueError("xfcompile::attention: q, k, v and operands must be on one device")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands)):
+        raise NotImplementedError(
+            "xfcompile::attention has no backward yet, and an input requires grad: call it under torch.no_grad(), or "
+            'leave attention to Inductor in training (options={"routes": {"attention": "inductor"}})'
+        )
+    expected = launch.program(key).spec.operands
+    found = [(x.dtype, x.ndim) for x in operands]
+    if found != [(x.dtype, x.ndim) for x in expected]:
+        raise ValueError(f"xfcompile::attention: kernel {key} loads from operands {list(expected)}, not {found}")
+
+
+def _attention_cuda(
+    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], kernel: str
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, operands, kernel)
+    reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
+    if reason is not None:
+        raise NotImplementedError(f"xfcompile::attention: {reason}")
+    return launch.run(q, k, v, operands, ints, floats, kernel)
+
+
+def _attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], kernel: str
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, operands, kernel)
+    if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
+        return launch.run(q, k, v, operands, ints, floats, kernel)
+    spec = launch.program(kernel).spec
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    value, logsumexp = reference.attention(spec, q, k, v, operands, ints, floats, dtype)
+    out, lse = launch.outputs(q, v)
+    return out.copy_(value), lse.copy_(logsumexp)
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], kernel: str
+) -> tuple[Tensor, Tensor]:
+    check(q, k, v, operands, kernel)
+    return launch.outputs(q, v)
+
+
+LIBRARY.impl("attention", _attention_cuda, "CUDA")
+LIBRARY.impl("attention", _attention_cpu, "CPU")
+torch.library.register_fake("xfcompile::attention", _attention_fake, lib=LIBRARY)
+
+attention = torch.ops.xfcompile.attention

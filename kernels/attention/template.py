@@ -1,0 +1,346 @@
+"""The text of the generated module: what is the same for every score, and where the site's own functions go in."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import sympy
+
+from xfcompile.site import Band, ScoreSpec
+
+@dataclass(frozen=True)
+class Names:
+    """The argument lists that generated functions share."""
+
+    pointers: list[str]
+    strides: list[str]
+    scalars: list[str]
+    rows: list[str]
+
+    @staticmethod
+    def of(spec: ScoreSpec, rows: int) -> Names:
+        return Names(
+            pointers=[f"t{n}_ptr" for n in range(len(spec.operands))],
+            strides=[f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)],
+            scalars=[x.name for x in spec.scalars],
+            rows=[f"row{n}" for n in range(rows)],
+        )
+
+    @property
+    def outside(self) -> list[str]:
+        return self.pointers + self.strides + self.scalars
+
+    @property
+    def inside(self) -> list[str]:
+        return self.outside + self.rows
+
+
+WIDTH = 116
+
+HELPERS = {
+    "tanh": '''\
+@triton.jit
+def tanh(x):
+    # 1 - 2 / (1 + exp(2x)) loses all digits near 0, where the odd polynomial is exact to 2 ulp.
+    x2 = x * x
+    p = -0.006094488908823051 * x2 + 0.02098278814222448
+    p = p * x2 - 0.05384295941056172
+    p = p * x2 + 0.13332642858993402
+    p = p * x2 - 0.33333324155150773
+    near = p * x2 * x + x
+    far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, far)
+''',
+    "floor_div": '''\
+@triton.jit
+def floor_div(a, b):
+    quotient = a // b  # rounds to zero
+    return tl.where((quotient * b != a) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+''',
+    "remainder": '''\
+@triton.jit
+def remainder(a, b):
+    rest = a % b  # has the sign of a
+    return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
+''',
+}
+
+PREAMBLE = '''\
+import triton
+import triton.language as tl
+
+# What this kernel was made from: `xfcompile.kernels.attention.cache` reads it back.
+SPEC = {spec}
+
+
+@triton.jit
+def load_rows(ptr, start, end, stride_n, stride_d, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+              EDGE: tl.constexpr):
+    """Rows start, start + 1 ... of a matrix with D columns; at an edge, zeros from row `end` on."""
+    offs_n = start + tl.arange(0, ROWS)[:, None]
+    offs_d = tl.arange(0, COLS)[None, :]
+    # The start is added as a scalar, so that the rest does not change from one tile to the next.
+    tile = tl.arange(0, ROWS)[:, None].to(tl.int64) * stride_n + offs_d.to(tl.int64) * stride_d
+    ptrs = ptr + tl.cast(start, tl.int64) * stride_n + tile
+    if EDGE:
+        x = tl.load(ptrs, mask=(offs_n < end) & (offs_d < D), other=0.0)
+    elif D < COLS:
+        x = tl.load(ptrs, mask=offs_d < D, other=0.0)
+    else:
+        x = tl.load(ptrs)
+    return x  # [ROWS, COLS]
+
+
+@triton.jit
+def clamp(bound, end):
+    """A bound on keys, within 0 ... end."""
+    return tl.cast(tl.minimum(tl.maximum(tl.cast(bound, tl.int64), 0), end), tl.int32)
+'''
+
+TILE = '''\
+@triton.jit
+{signature}
+    """One step of the online softmax over keys start ... start + BLOCK_N - 1.
+
+    acc [M, DV] weighted sum of values, m [M] maximum of scores in base 2, l [M] sum of weights.
+    """
+    k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)
+    if UPCAST:
+        k = k.to(tl.float32)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+{body}
+    v = load_rows(v_ptr, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, EDGE)
+    if UPCAST:
+        v = v.to(tl.float32)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+'''
+
+KERNEL = '''\
+@triton.jit{jit_options}
+{signature}
+    """One program: BLOCK_M query rows of one head."""
+    blocks = (lq + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+{block}
+    b = pid // blocks // heads
+    h = pid // blocks % heads
+    first = block * BLOCK_M
+    offs_m = first + tl.arange(0, BLOCK_M)
+    row = tl.minimum(offs_m, lq - 1)  # rows past the end repeat the last one, and are not stored
+    i = row[:, None]
+
+    offs_dq = tl.arange(0, BLOCK_DQ)[None, :]
+    q_ptr += tl.cast(b, tl.int64) * stride_qb + tl.cast(h, tl.int64) * stride_qh
+    k_ptr += tl.cast(b, tl.int64) * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
+    v_ptr += tl.cast(b, tl.int64) * stride_vb + tl.cast(h // group, tl.int64) * stride_vh
+    q = tl.load(q_ptr + i.to(tl.int64) * stride_qm + offs_dq.to(tl.int64) * stride_qd, mask=offs_dq < DQ, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+{rows}
+{state}
+    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
+
+{loops}
+
+    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h  # [M, 1]
+    lse = (m + tl.log2(l)) * {ln2}
+    tl.store(lse_ptr + (tl.cast(b, tl.int64) * heads + h) * lq + offs_m, lse, mask=offs_m < lq)
+{dead}
+    out = acc / l[:, None]
+    mask = (offs_m[:, None] < lq) & (offs_dv < DV)
+    tl.store(out_ptr + out_row * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=mask)
+'''
+
+DEAD = {
+    "nan": "",  # 0 / 0
+    "zero": "l = tl.where(l == 0.0, 1.0, l)",
+    "mean": """\
+# A row that may see no key has equal weights for all keys, also those in tiles that were skipped.
+none = l == 0.0
+if tl.reduce(none.to(tl.int32), 0, tl.standard._elementwise_max) > 0:
+    total = tl.full([BLOCK_DV], 0.0, tl.float32)
+    for start in tl.range(0, lk, BLOCK_N):
+        v = load_rows(v_ptr, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, True)
+        total += tl.reduce(v.to(tl.float32), 0, tl.standard._sum_combine)
+    acc = tl.where(none[:, None], total[None, :], acc)
+    l = tl.where(none, tl.cast(lk, tl.float32), l)""",
+}
+
+
+def module(
+    spec: ScoreSpec,
+    scale: sympy.Expr | None,
+    names: Names,
+    row_lines: Sequence[str],
+    functions: Sequence[str],
+    helpers: Iterable[str],
+) -> str:
+    """The whole text. scale: of a score that is scale·s; row_lines: what is read once a row; functions: the site's."""
+    parts = [
+        _docstring(spec) + PREAMBLE.format(spec=_literal(spec)),
+        *(HELPERS[name] for name in sorted(helpers)),
+        *functions,
+        _tile(spec, scale, names),
+        _kernel(spec, names, row_lines),
+    ]
+    return "\n\n".join(parts)
+
+
+def _docstring(spec: ScoreSpec) -> str:
+    lines = [f"score  {spec.score}", f"keep   {spec.keep}", f"dead   {spec.dead}"]
+    if spec.sink is not None:
+        lines.append(f"sink   {spec.sink}")
+    if spec.band != Band():
+        lines.append(f"band   {spec.band.lower} <= j < {spec.band.upper}{', exact' if spec.band.exact else ''}")
+    for n, operand in enumerate(spec.operands):
+        lines.append(f"t{n}     {str(operand.dtype).removeprefix('torch.')}, {operand.ndim} dimensions")
+    return '"""Attention forward, generated by xfcompile.\n\n' + "\n".join(lines) + '\n"""\n\n'
+
+
+def _literal(spec: ScoreSpec) -> str:
+    """The spec as a dict of strings, which `cache.parse` turns back."""
+
+    def text(expr: sympy.Basic | None) -> str | None:
+        return None if expr is None else sympy.srepr(expr)
+
+    fields = {
+        "score": text(spec.score),
+        "keep": text(spec.keep),
+        "dead": spec.dead,
+        "operands": [(str(x.dtype).removeprefix("torch."), x.ndim) for x in spec.operands],
+        "scalars": [text(x) for x in spec.scalars],
+        "sink": text(spec.sink),
+        "lower": text(spec.band.lower),
+        "upper": text(spec.band.upper),
+        "exact": spec.band.exact,
+    }
+    return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in fields.items()) + "}"
+
+
+def wrapped(prefix: str, items: Iterable[str], suffix: str = "") -> str:
+    """`prefix(a, b, c)suffix`, on as many lines as it takes."""
+    # Lines break between items only: spaces inside them are hidden meanwhile.
+    text = ", ".join(item.replace(" ", "\0") for item in items) + ")" + suffix
+    return "\n".join(_fill(text, f"{prefix}(", " " * (len(prefix) + 1))).replace("\0", " ")
+
+
+def returned(text: str) -> list[str]:
+    """`return text`, in parentheses where it takes several lines."""
+    return [f"return {text}"] if len(text) < WIDTH - 12 else ["return (", *_fill(text, "    ", "    "), ")"]
+
+
+def _fill(text: str, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _indented(text: str, depth: int = 1) -> str:
+    return textwrap.indent(text.rstrip("\n"), "    " * depth)
+
+
+COMMON = ["b", "h", "i", "lk", "k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
+CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_N", "PRECISION", "UPCAST"]
+
+
+def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
+    site = ", ".join(["b", "h", "i", "j", *names.inside])
+    lines = ["offs_n = start + tl.arange(0, BLOCK_N)[None, :]", "j = offs_n", "if EDGE:", "    j = tl.minimum(j, lk - 1)"]
+    if scale is None:
+        lines.append(f"s = score(s, {site})")
+    if spec.keep != sympy.true:
+        lines += ["if MASKED:", f'    s = tl.where(keep({site}), s, float("-inf"))']
+    lines += ["if EDGE:", '    s = tl.where(offs_n < lk, s, float("-inf"))']
+    times = "" if scale is None else f" * {float(scale) * math.log2(math.e)!r}"
+    lines += [
+        f"m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max){times})",
+        "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
+        'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
+        f"p = tl.exp2(s{times} - m_safe[:, None])  # [M, N]",
+        "alpha = tl.exp2(m - m_safe)",
+        "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
+    ]
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *_constexprs([*CONSTANTS, "MASKED", "EDGE"])]
+    return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)))
+
+
+def _constexprs(names: Iterable[str]) -> list[str]:
+    return [f"{name}: tl.constexpr" for name in names]
+
+
+def _loop(names: Names, start: str, end: str, masked: bool, edge: bool) -> str:
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *CONSTANTS, str(masked), str(edge)]
+    return f"for start in tl.range({start}, {end}, BLOCK_N):\n{wrapped('    acc, m, l = tile', arguments)}"
+
+
+def _loops(spec: ScoreSpec, names: Names) -> str:
+    """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
+    if spec.keep == sympy.true:
+        return "\n".join(
+            [
+                "full = lk // BLOCK_N * BLOCK_N",
+                _loop(names, "0", "full", masked=False, edge=False),
+                _loop(names, "full", "lk", masked=False, edge=True),
+            ]
+        )
+
+    def bound(side: str, row: str) -> str:
+        if getattr(spec.band, side) is None:
+            return "0" if side == "lower" else "lk"
+        return f"clamp({side}({', '.join([row, *names.scalars])}), lk)"
+
+    tiles = " // BLOCK_N * BLOCK_N" if spec.band.lower is not None else ""
+    last = ["last = tl.minimum(first + BLOCK_M, lq) - 1"] if spec.band != Band() else []
+    lines = [*last, f"lo = {bound('lower', 'first')}{tiles}", f"hi = {bound('upper', 'last')}"]
+    if not spec.band.exact:
+        return "\n".join(
+            [
+                *lines,
+                "full = tl.minimum(lk // BLOCK_N * BLOCK_N, hi)",
+                _loop(names, "lo", "full", masked=True, edge=False),
+                _loop(names, "tl.maximum(lo, full)", "hi", masked=True, edge=True),
+            ]
+        )
+    lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1) // BLOCK_N * BLOCK_N, hi)"
+    lines += [
+        "# Every row of the block sees every key from lo_full to hi_full.",
+        f"lo_full = {lo_full if spec.band.lower is not None else 'lo'}",
+        f"hi_full = tl.maximum({bound('upper', 'first')} // BLOCK_N * BLOCK_N, lo_full)",
+    ]
+    if spec.band.lower is not None:
+        lines.append(_loop(names, "lo", "lo_full", masked=True, edge=True))
+    lines.append(_loop(names, "lo_full", "hi_full", masked=False, edge=False))
+    lines.append(_loop(names, "hi_full", "hi", masked=True, edge=True))
+    return "\n".join(lines)
+
+
+def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
+    qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
+    pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
+    state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
+    if spec.sink is not None:
+        state = [
+            "# The sink is there before any key: it has weight but no value.",
+            f"m = sink({', '.join(['b', 'h', 'row', *names.outside])}) + tl.full([BLOCK_M], 0.0, tl.float32)",
+            'l = tl.where(m == float("-inf"), 0.0, 1.0)',
+        ]
+    arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars]
+    heavy_last = spec.keep != sympy.true and spec.band.upper is not None
+    block = "block = pid % blocks"
+    if heavy_last:
+        block = "block = blocks - 1 - pid % blocks  # the last rows see most keys: start with them"
+    return KERNEL.format(
+        jit_options=f"(do_not_specialize={names.scalars!r})" if names.scalars else "",
+        signature=wrapped("def attention_forward", [*arguments, *_constexprs([*CONSTANTS, "BLOCK_M"])], ":"),
+        block=_indented(block),
+        rows=_indented("\n".join(row_lines)),
+        state=_indented("\n".join(state)),
+        loops=_indented(_loops(spec, names)),
+        dead=_indented(DEAD[spec.dead]),
+        ln2=math.log(2),
+    )

@@ -1,0 +1,117 @@
+"""Which devices run the kernel, and with what tile sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils._triton import has_triton_package
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One program's share: block_m query rows against block_n keys a step."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By (generation, bits of an element, head dim padded to a power of two). Starting points are the defaults that torch's
+# FlexAttention settled on for the same loop (torch/_inductor/template_heuristics); entries of ours say what chose them.
+HOPPER, AMPERE, AMD = "hopper", "ampere", "amd"
+TABLE: dict[tuple[str, int, int], Tiles] = {
+    (HOPPER, 16, 64): Tiles(128, 128, 4, 3),
+    (HOPPER, 16, 128): Tiles(128, 64, 8, 3),
+    (HOPPER, 16, 256): Tiles(64, 32, 4, 3),
+    (HOPPER, 32, 64): Tiles(128, 32, 4, 3),
+    (HOPPER, 32, 128): Tiles(32, 64, 4, 3),
+    (HOPPER, 32, 256): Tiles(32, 32, 4, 3),
+    (AMPERE, 16, 64): Tiles(128, 64, 4, 3),
+    (AMPERE, 16, 128): Tiles(128, 64, 8, 3),
+    (AMPERE, 16, 256): Tiles(32, 64, 4, 3),
+    (AMPERE, 32, 64): Tiles(128, 32, 4, 3),
+    (AMPERE, 32, 128): Tiles(64, 32, 4, 2),
+    (AMPERE, 32, 256): Tiles(32, 16, 4, 2),
+    # AMD's compiler counts the loop itself as a stage, and its registers hold less of a tile.
+    (AMD, 16, 64): Tiles(128, 64, 4, 1),
+    (AMD, 16, 128): Tiles(128, 64, 8, 1),
+    (AMD, 16, 256): Tiles(64, 32, 4, 1),
+    (AMD, 32, 64): Tiles(64, 32, 4, 1),
+    (AMD, 32, 128): Tiles(64, 32, 4, 1),
+    (AMD, 32, 256): Tiles(32, 16, 4, 1),
+}
+
+# The interpreter's time is a matter of how many programs there are, not of what is in them; small enough that tests of
+# small sizes still take several steps.
+INTERPRETED = Tiles(32, 32, 4, 1)
+
+
+def padded(dim: int) -> int:
+    """A tile's columns: a power of two, and no less than `tl.dot` takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def generation(major: int, hip: bool) -> str:
+    if hip:
+        return AMD
+    return HOPPER if major in (9, 10) else AMPERE
+
+
+def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
+    """The first tiles to try."""
+    bits = 8 * dtype.itemsize
+    tiles = TABLE[kind, bits, max(64, padded(max(dq, dv)))]
+    # Rows that do not exist are computed all the same: short queries get short tiles.
+    rows = min(tiles.block_m, padded(lq))
+    return replace(tiles, block_m=rows, num_warps=4 if rows < 128 else tiles.num_warps)
+
+
+def smaller(tiles: Tiles) -> Iterator[Tiles]:
+    """What to try, in order, where the device has too little shared memory: fewer stages, then smaller tiles."""
+    while tiles.num_stages > 1:
+        tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+        yield tiles
+    while tiles.block_n > 16 or tiles.block_m > 16:
+        wide = tiles.block_n >= tiles.block_m
+        tiles = replace(tiles, **({"block_n": tiles.block_n // 2} if wide else {"block_m": tiles.block_m // 2}))
+        yield tiles
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def device_generation(device: torch.device) -> str:
+    return generation(_capability(device.index)[0], torch.version.hip is not None)
+
+
+def supports(device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> str | None:
+    """Why the kernel cannot run such inputs there; None if it can."""
+    if not has_triton_package():
+        return "triton is not installed"
+    if dtype not in DTYPES:
+        return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
+    if not (1 <= dq <= MAX_HEAD_DIM and 1 <= dv <= MAX_HEAD_DIM):
+        return f"head dims are 1 to {MAX_HEAD_DIM}, not {dq} and {dv}"
+    if device.type == "cpu":
+        return None if interpreting() else "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
+    if torch.version.hip is None and _capability(device.index) < (8, 0):
+        return "the kernel needs compute capability 8.0 or higher"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton's own variable asks for its interpreter, now: it may change between calls."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
