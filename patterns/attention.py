@@ -10,7 +10,7 @@ import torch
 
 from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
 from xfcompile.elementwise import Elements, Index, as_boolean, as_number, broadcast, literal
-from xfcompile.indexing import integer
+from xfcompile.indexing import integer, linear
 from xfcompile.masking import separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
@@ -36,7 +36,7 @@ def match(anchor: Value, users: dict[Value, list[Value]]) -> list[AttentionSite]
     products = list(_products(anchor, users))
     if not products:
         raise Miss("the softmax is not multiplied with values", anchor)
-    return [_softmax(anchor, product, path) for product, path in products]
+    return [_at_product(anchor, product) for product in products]
 
 
 # -- the softmax ----------------------------------------------------------------------------------------------
@@ -72,15 +72,15 @@ def _softmax_of(anchor: Value) -> tuple[Value, int]:
 _CARRIES = frozenset({"to", "dropout", "reshape", "permute", "expand", "slice", "detach"})
 
 
-def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[tuple[Contraction, list[Value]]]:
-    """The products that the softmax's weights go into, through casts, dropout and views, with the values on the way."""
-    todo: list[tuple[Value, list[Value]]] = [(anchor, [anchor])]
+def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[Contraction]:
+    """The products that the softmax's weights go into, through casts, dropout and views."""
+    todo = [anchor]
     seen: set[tuple[Value, Value]] = set()
     while todo:
-        value, path = todo.pop()
+        value = todo.pop()
         for user in users.get(value, ()):
             if user.op in _CARRIES and user["self"] is value:
-                todo.append((user, [*path, user]))
+                todo.append(user)
             if user.op not in CONTRACTIONS or (value, user) in seen:
                 continue
             seen.add((value, user))
@@ -88,15 +88,36 @@ def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[tuple[
             if found is None:
                 continue
             if found.lhs is value and found.rhs is not value:
-                yield found, path
+                yield found
             elif found.rhs is value and found.lhs is not value:
-                yield found.swapped(), path
+                yield found.swapped()
 
 
 # -- one attention --------------------------------------------------------------------------------------------
 
 
-def _softmax(anchor: Value, product: Contraction, path: list[Value]) -> AttentionSite:
+def _at_product(anchor: Value, product: Contraction) -> AttentionSite:
+    """The attention with the batch axes that the program itself sees: [b*h, i, j] weights may be a view of [b, h, i, j]."""
+    reasons: list[Miss] = []
+    for split in (*_splits(anchor, product), None):
+        try:
+            return _softmax(anchor, product, split)
+        except Miss as miss:
+            reasons.append(miss)
+    raise reasons[-1]
+
+
+def _splits(anchor: Value, product: Contraction) -> Iterator[tuple[Any, Any]]:
+    """Ways to see one flattened batch axis of the product as (b, h)."""
+    if product.value.ndim != 3 or len(product.out_labels) != 3:
+        return
+    sources = [_softmax_of(anchor)[0], product.rhs["self"] if product.rhs.op == "reshape" else product.rhs]
+    for source in sources:
+        if source.ndim == 4 and integer(source.shape[0]) * integer(source.shape[1]) == integer(product.value.shape[0]):
+            yield source.shape[0], source.shape[1]
+
+
+def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None) -> AttentionSite:
     weights, values = product.lhs, product.rhs
     summed = product.summed
     if len(summed) != 1:
@@ -111,9 +132,19 @@ def _softmax(anchor: Value, product: Contraction, path: list[Value]) -> Attentio
     query_label = own[-1]
     lead_labels = [c for c in product.out_labels if c not in (query_label, features[0])]
     size = _label_sizes(product)
-    lead, substitution = _lead_axes([size[c] for c in lead_labels])
-    axis = dict(zip(lead_labels, lead, strict=True)) | {query_label: I, key_label: J, features[0]: D}
-    sizes = {axis[c]: integer(n) for c, n in size.items() if c in axis}
+    if split is not None:
+        if len(lead_labels) != 1:
+            raise Miss("no flattened batch axis to split", product.value)
+        lead, substitution = (B, H), {}
+        runs = {lead_labels[0]: (B, H)}
+        sizes = {B: integer(split[0]), H: integer(split[1])}
+    else:
+        lead, substitution = _lead_axes([size[c] for c in lead_labels])
+        runs = {c: (a,) for c, a in zip(lead_labels, lead, strict=True)}
+        sizes = {a: integer(size[c]) for c, a in zip(lead_labels, lead, strict=True)}
+    runs |= {query_label: (I,), key_label: (J,), features[0]: (D,)}
+    sizes |= {I: integer(size[query_label]), J: integer(size[key_label]), D: integer(size[features[0]])}
+    axis = {c: linear(run, tuple(sizes[a] for a in run)) for c, run in runs.items()}
     ranges = {symbol: n for symbol, n in sizes.items() if symbol != D}
 
     # From the weights back to the softmax: casts and views only, so that the index alone changes.
@@ -138,8 +169,7 @@ def _softmax(anchor: Value, product: Contraction, path: list[Value]) -> Attentio
 
     q, k = _query_and_key(dot, elements, walk, lead)
     v_index = tuple(
-        sympy.S.Zero if values.shape[n] == 1 and sizes[axis[c]] != 1 else axis[c]
-        for n, c in enumerate(product.rhs_labels)
+        sympy.S.Zero if values.shape[n] == 1 and size[c] != 1 else axis[c] for n, c in enumerate(product.rhs_labels)
     )
     v = place(values, v_index, J, lead, walk, scale=False)
     score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
@@ -153,7 +183,7 @@ def _softmax(anchor: Value, product: Contraction, path: list[Value]) -> Attentio
         sink=sink,
         loads=tuple(elements.loads),
         dropout=dropout,
-        layout=tuple(axis[c] for c in product.out_labels),
+        layout=tuple(runs[c] for c in product.out_labels),
         dtype=dot.value.dtype,
         interior=tuple(_interior(product.value, dot.value)),
         ranges=_flat_ranges(lead, sizes),
@@ -215,7 +245,7 @@ def _sdpa(call: Value) -> AttentionSite:
         sink=None,
         loads=tuple(elements.loads),
         dropout=float(call["dropout_p"]),
-        layout=(*lead, I, D),
+        layout=tuple((a,) for a in (*lead, I, D)),
         dtype=call.dtype,
         interior=(call,),
         ranges=_flat_ranges(lead, sizes),
@@ -237,7 +267,7 @@ def _site(
     sink: sympy.Expr | None,
     loads: tuple[Value, ...],
     dropout: float,
-    layout: tuple[sympy.Symbol, ...],
+    layout: tuple[tuple[sympy.Symbol, ...], ...],
     dtype: torch.dtype,
     interior: tuple[Value, ...],
     ranges: dict[sympy.Symbol, sympy.Expr],

@@ -19,6 +19,10 @@ Index = tuple[sympy.Expr, ...]
 ROW = sympy.Symbol("row", real=True)
 """A number that is the same for a whole row of scores; softmax does not see it."""
 
+LONGEST_TERM = 24
+LONGEST_MASK = 64
+"""Operations in a formula past which loading the tensor is taken to be cheaper than evaluating it again."""
+
 _COMPARISONS: dict[str, Callable[..., Any]] = {
     "le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "eq": sympy.Eq, "ne": sympy.Ne,
 }  # fmt: skip
@@ -114,21 +118,18 @@ class Elements:
 
     def _gained(self, value: Value, index: Index, result: Any) -> bool:
         """Whether a formula is better than loading the value: no loads at all, or smaller ones, or a mask found."""
-        if value.op in _VIEWS or value.op in _MOVES:
-            return True
         loads = result.atoms(Load)
-        if not loads or value.dtype == torch.bool:
+        if result.count_ops(visual=False) > (LONGEST_MASK if value.dtype == torch.bool else LONGEST_TERM):
+            return False
+        if not loads or value.dtype == torch.bool or is_mask(result):
             return True
-        dense = _dense(index)
-        if not value.dtype.is_floating_point:
-            return not dense or not any(_dense(load.indices) for load in loads)
-        if is_mask(result):
+        if value.op in _VIEWS | _MOVES and not value.dtype.is_floating_point:
             return True
         if value.op in ("add", "sub") and any(is_mask(term) for term in sympy.Add.make_args(result)):
             return True
-        if not dense:
-            return False
-        return not any(_dense(load.indices) for load in loads) and len(loads) <= 4
+        # Fewer bytes: every load spans fewer of the axes than the value itself does.
+        symbols = set().union(*(x.free_symbols for x in index)) if index else set()
+        return all(load.free_symbols < symbols for load in loads) and len(loads) <= 4
 
     def arg(self, x: Any, index: Index, shape: tuple[Any, ...]) -> Any:
         """The element of an operand of a broadcasting operation; numbers are themselves."""
@@ -142,11 +143,6 @@ class Elements:
 
 def _mentions(expr: Any, mark: int) -> bool:
     return isinstance(expr, sympy.Basic) and any(load.operand >= mark for load in expr.atoms(Load))
-
-
-def _dense(index: Any) -> bool:
-    symbols = set().union(*(x.free_symbols for x in index)) if index else set()
-    return I in symbols and J in symbols
 
 
 def is_mask(expr: Any) -> bool:

@@ -159,8 +159,12 @@ class Emitter:
         elif n > 2:
             out = self.call("unflatten", out, 0, tuple(self.size(s) for s in site.sizes[:-1]))
         axes = (*site.lead, I, D)
-        if site.layout != axes:
-            out = self.call("permute", out, *(axes.index(a) for a in site.layout))
+        wanted = [a for run in site.layout for a in run]
+        if wanted != list(axes):
+            out = self.call("permute", out, *(axes.index(a) for a in wanted))
+        for d, run in enumerate(site.layout):
+            if len(run) > 1:
+                out = self.call("flatten", out, d, d + len(run) - 1)
         if dtype != site.root.dtype:
             out = self.call("to", out, site.root.dtype)
         return out

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xfcompile.trace import Constant, Meta, Program, Ref, meta_of, number, signature, trace
-from xfcompile.values import Value, Values
+from xfcompile.values import Value, Values, computes
 
 
 class Memory:
@@ -307,6 +307,10 @@ class Reading:
         outputs: list[list[Cell | None]] = []
         made: list[Value] = []
 
+        def note(op: torch._ops.OpOverload, value: Value) -> None:
+            if value not in self.steps or computes(op):  # a view that gives back a known value does not compute it
+                made.append(value)
+
         def cell_of(ref: Ref) -> Cell | None:
             return inputs[ref.index] if ref.item is None else outputs[ref.index][ref.item]
 
@@ -336,7 +340,7 @@ class Reading:
                 assert target is not None
                 if len(written) == 1 and call.outputs[0] is not None:
                     value = self.values.make(call.op, args, _shaped(target.value.meta), 0, sizes)
-                    made.append(value)
+                    note(call.op, value)
                 else:
                     value = self.values.leaf(target.value.meta, "written")
                 for _, other in written[1:]:
@@ -351,7 +355,7 @@ class Reading:
                         results.append(None)
                         continue
                     value = self.values.make(call.op, args, meta, item, sizes)
-                    made.append(value)
+                    note(call.op, value)
                     results.append(self._result(call, args, value, item, meta, sizes, cell_of))
             outputs.append(results)
         self.program[node] = program

@@ -93,17 +93,28 @@ def _rewrite(reading: Reading, options: Options, report: Report) -> None:
 
 
 def _candidates(reading: Reading) -> tuple[list[Candidate], list[tuple[Value, Miss]]]:
+    """Every site at every node that computes it, and every anchor around which there is none."""
+    sites, misses = _sites(reading)
+    found: list[Candidate] = []
+    for site in sites:
+        try:
+            found += _at_nodes(reading, site)
+        except Miss as miss:
+            misses.append((site.interior[0], miss))
+    return found, misses
+
+
+def _sites(reading: Reading) -> tuple[list[AttentionSite], list[tuple[Value, Miss]]]:
     values = list(reading.steps)
     users: dict[Value, list[Value]] = {}
     for value in values:
         for source in dict.fromkeys(value.inputs()):
             users.setdefault(source, []).append(value)
-    found: list[Candidate] = []
+    found: list[AttentionSite] = []
     misses: list[tuple[Value, Miss]] = []
     for anchor in attention.anchors(values):
         try:
-            for site in attention.match(anchor, users):
-                found += _at_nodes(reading, site)
+            found += attention.match(anchor, users)
         except Miss as miss:
             log.debug("no attention at %s: %s", anchor, miss.reason)
             misses.append((anchor, miss))
@@ -237,9 +248,10 @@ def _unfold(reading: Reading) -> bool:
     unfolded = False
     for _, child in reading.children:
         unfolded |= _unfold(child)
-    candidates, _ = _candidates(reading)
     live = live_nodes(reading)
-    nodes = {c.node for c in candidates if c.node in live and reading.value(c.node) is not c.site.root}
+    sites, _ = _sites(reading)
+    makers = {node for site in sites for node in reading.makers.get(site.root, ()) if node in live}
+    nodes = [n for n in reading.time if n in makers and not any(reading.value(n) is s.root for s in sites)]
     for node in nodes:
         unfolded |= _unfold_node(reading, node)
     if nodes:

@@ -90,7 +90,7 @@ class AttentionSite:
     root: the value that is replaced. lead: the batch axes (symbols) and their sizes, in the order of `root`.
     q, k, v: the same operand read ever less deeply, the deepest (fewest copies) first.
     score, keep, dead, sink, band: as in `ScoreSpec`, over `loads`, the values that `Load(n, ...)` speaks of.
-    queries, keys, head_dim, value_dim: sizes. layout: for each dimension of `root`, its axis.
+    queries, keys, head_dim, value_dim: sizes. layout: for each dimension of `root`, the axes that it holds.
     interior: the values between the products, which the replaced call never makes.
     """
 
@@ -114,7 +114,7 @@ class AttentionSite:
     band: Band
     loads: tuple[Value, ...]
     dropout: float
-    layout: tuple[sympy.Symbol, ...]
+    layout: tuple[tuple[sympy.Symbol, ...], ...]
     product_dtype: torch.dtype
     interior: tuple[Value, ...]
     mask: str

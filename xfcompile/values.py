@@ -65,6 +65,15 @@ _PERMUTES = frozenset("transpose permute t mT numpy_T matrix_H adjoint movedim s
 _EXPANDS = frozenset("expand expand_as broadcast_to".split())
 _SAME = frozenset("contiguous clone alias lift_fresh lift_fresh_copy positive".split())
 _CASTS = frozenset("to type_as _to_copy float double half bfloat16 type".split())
+_PARTS = frozenset("slice select narrow unbind chunk split split_with_sizes tensor_split detach dropout".split())
+
+
+def computes(op: torch._ops.OpOverload) -> bool:
+    """Whether an ATen call computes new numbers, rather than looking at old ones in another way."""
+    base = op._schema.name.split("::")[1].rstrip("_")
+    return base not in _RESHAPES | _PERMUTES | _EXPANDS | _SAME | _CASTS | _PARTS
+
+
 _FILLS = {
     "zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1, "zero": 0,
 }  # fmt: skip
