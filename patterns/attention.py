@@ -318,6 +318,7 @@ def _site(
         product_dtype=dtype,
         interior=interior,
         mask=had,
+        leaks=not alive and any(added and fill.is_finite for fill, added in masked.fills),
         call=call,
     )
 

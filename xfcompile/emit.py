@@ -75,12 +75,16 @@ class Emitter:
         known = self.reading.number_node(expr)
         if known is not None:
             return known
-        coefficient, rest = expr.as_coeff_Mul()
-        inverse = self.reading.number_node(1 / rest)
-        if coefficient != 1 and self.reading.number_node(rest) is not None:
-            return self.call(operator.mul, self.reading.number_node(rest), float(coefficient))
-        if inverse is not None:
-            return self.call(operator.truediv, float(coefficient), inverse)
+        if isinstance(expr, sympy.Mul):
+            return self._chain(operator.mul, [self.number(a) for a in expr.args])
+        if isinstance(expr, sympy.Add):
+            return self._chain(operator.add, [self.number(a) for a in expr.args])
+        if isinstance(expr, sympy.Pow) and expr.exp == -1:
+            return self.call(operator.truediv, 1.0, self.number(expr.base))
+        if expr.is_integer:
+            return self.size(expr)
+        if isinstance(expr, sympy.Pow):
+            return self.call(operator.pow, self.number(expr.base), self.number(expr.exp))
         raise Miss(f"no node holds the number {expr}")
 
     # -- operands -------------------------------------------------------------------------------------------
@@ -143,8 +147,12 @@ class Emitter:
             x = self.call("expand", x, *sizes, -1, -1, -1)
         return self.call("flatten", x, 0, n - 2)
 
-    def whole_batch(self, x: fx.Node, site: AttentionSite, *, heads: bool) -> fx.Node:
-        """Expand dimensions of size 1 to the batch (and the heads)."""
+    def whole_batch(self, x: fx.Node, site: AttentionSite, placed: Placed, *, heads: bool) -> fx.Node:
+        """Expand a batch of 1 (and, with `heads`, one head) to all."""
+        held = {a for axes in placed.dims for a in axes}
+        needed = site.lead if heads else site.lead[:-1] if len(site.lead) >= 2 else site.lead
+        if all(a in held for a in needed):
+            return x
         batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else 1
         head = site.sizes[-1] if len(site.lead) >= 2 else 1
         return self.call("expand", x, self.size(batch), self.size(head) if heads else -1, -1, -1)
@@ -216,7 +224,7 @@ class Emitter:
             op = operator.floordiv if isinstance(expr, FloorDiv) else operator.mod
             return self.call(op, sub(expr.args[0]), sub(expr.args[1]))
         if isinstance(expr, sympy.Abs):
-            return self.call(operator.abs, sub(expr.args[0])) if False else self.call(torch.abs, sub(expr.args[0]))
+            return self.call(torch.abs, sub(expr.args[0]))
         if isinstance(expr, (sympy.Min, sympy.Max)):
             extreme = torch.minimum if isinstance(expr, sympy.Min) else torch.maximum
             return self._chain(extreme, self._tensors(expr.args, site))

@@ -69,6 +69,8 @@ def choose(
     sayable = words if isinstance(words, Told) else None
     kernel = _why_no_kernel(site, training)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
+    if training and site.leaks and site.call is None:
+        sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"
     if wanted == "inductor":
         return Route("inductor", "asked for"), None
     if wanted == "sdpa":

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from xfcompile.trace import Constant, Meta, Program, Ref, meta_of, number, signature, trace
+from xfcompile.trace import Constant, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
 
 
@@ -108,6 +108,8 @@ class Reading:
         self._inputs = list(example_inputs)
         self._outer = list(outer) if outer is not None else None
         self._memories: dict[Any, Memory] = {}
+        examples = [x for n in gm.graph.nodes for x in pytree.tree_leaves(_example(n))]
+        self.mode = next((x.fake_mode for x in examples if isinstance(x, torch._subclasses.FakeTensor)), None)
         self._now = 0
         self._scope = Scope()
         for self._now, node in enumerate(gm.graph.nodes):
@@ -282,10 +284,10 @@ class Reading:
 
     def _trace(self, fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> Program | None:
         if not self._scope.autocast:
-            return trace(fn, flat, spec)
+            return trace(fn, flat, spec, self.mode)
         device, dtype, enabled, cache = (*self._scope.autocast[-1], None, None, None)[:4]
         with torch.autocast(device, dtype=dtype, enabled=enabled is not False, cache_enabled=False):
-            return trace(fn, flat, spec)
+            return trace(fn, flat, spec, self.mode)
 
     def _fake(self, node: fx.Node, cell: Cell) -> Any:
         """A fake tensor like the one that a cell stands for."""
@@ -295,9 +297,7 @@ class Reading:
             return example
         if not all(isinstance(n, int) for n in (*m.shape, *m.stride)) or len(m.stride) != len(m.shape):
             return _UNKNOWN
-        from xfcompile.trace import _static_mode
-
-        with _static_mode():
+        with static_mode():
             return torch.empty_strided(m.shape, m.stride, dtype=m.dtype, device=m.device)
 
     def _run(self, node: fx.Node, program: Program) -> None:

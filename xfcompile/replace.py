@@ -12,15 +12,11 @@ from torch import fx
 
 from xfcompile.emit import Emitter
 from xfcompile.plan import Told, operand_dtype
-from xfcompile.score import H, I, J, Load, S
+from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
 
 if TYPE_CHECKING:
     from xfcompile.rewrite import Candidate
-
-ABSORBED = {torch.float16: -65504.0}
-"""The finite fill of a mask given to SDPA: far below any score, and scaled by log2(e) still finite."""
-
 
 def replace_attention(emitter: Emitter, candidate: Candidate) -> fx.Node:
     """Emit the call that the candidate's route asks for; the node that stands for its root."""
@@ -61,10 +57,11 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     # Kernels that read grouped heads themselves take no mask tensor; with one, k and v are expanded.
     grouped = words.plain and group_k == group_v and group_k != 1
     q, k, v = _operands(emitter, candidate, dtype, grouped)
-    q = emitter.whole_batch(q, site, heads=True)
-    k, v = (emitter.whole_batch(x, site, heads=not grouped) for x in (k, v))
+    q = emitter.whole_batch(q, site, candidate.q, heads=True)
+    k = emitter.whole_batch(k, site, candidate.k, heads=not grouped)
+    v = emitter.whole_batch(v, site, candidate.v, heads=not grouped)
     scale: Any = words.coefficient
-    if scale.is_number or (scale.is_Symbol and not scale.is_integer):
+    if not scale.has(Load, *POSITION):
         scale = emitter.number(scale)
     else:
         q = emitter.call("to", emitter.call(operator.mul, q, emitter.tensor(scale, site)), dtype)
@@ -78,61 +75,60 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
         kwargs["is_causal"] = True
     if grouped:
         kwargs["enable_gqa"] = True
-    mask = _mask(emitter, site, words, dtype)
+    dead = _dead(emitter, site, words)
+    mask = _mask(emitter, site, words, dtype, dead)
     if mask is not None:
         kwargs["attn_mask"] = mask
     out = emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs)
-    return _dead_rows(emitter, site, words, out)
+    return out if dead is None else _dead_rows(emitter, site, dead, v, out)
 
 
-def _mask(emitter: Emitter, site: AttentionSite, words: Told, dtype: torch.dtype) -> fx.Node | None:
+def _mask(emitter: Emitter, site: AttentionSite, words: Told, dtype: torch.dtype, dead: fx.Node | None) -> fx.Node | None:
     """The mask tensor for SDPA, boolean where that says it all, else additive in the operands' dtype."""
     if words.plain:
         return None
-    keep = words.keep
-    if words.causal and words.rest != 0:
-        raise Miss("SDPA takes a bias or is_causal, not both")
-    if words.rest == 0 and (site.alive or site.dead != "mean"):
-        mask = emitter.tensor(keep, site)
+    keep: Any = True
+    if words.keep != sympy.true:
+        keep = emitter.tensor(words.keep, site)
+        if dead is not None:
+            keep = emitter.call(torch.logical_or, keep, dead)
+    if words.rest == 0:
+        mask = keep
     else:
-        rest = emitter.tensor(words.rest, site)
-        if keep != sympy.true:
-            fill = -float("inf") if site.dead != "mean" else ABSORBED.get(dtype, -1e30)
-            rest = rest if isinstance(rest, fx.Node) else emitter.call(torch.scalar_tensor, float(rest), device=emitter._device(site), dtype=dtype)
-            mask = emitter.call(torch.where, emitter.tensor(keep, site), rest, fill)
-        else:
-            mask = rest
+        mask = emitter.tensor(words.rest, site)
+        if keep is not True:
+            mask = emitter.call(torch.where, keep, mask, -float("inf"))
         mask = emitter.call("to", mask, dtype)
-    dims = len(_axes(words))
-    for _ in range(4 - dims):
+    for _ in range(4 - len(_axes(words))):
         mask = emitter.call("unsqueeze", mask, 0)
     return mask
 
 
 def _axes(words: Told) -> tuple[sympy.Symbol, ...]:
     """The axes of the tensor that `Emitter.tensor` makes of the mask: from its first to the keys."""
-    from xfcompile.score import POSITION
-
     symbols = words.rest.free_symbols | words.keep.free_symbols
     first = min((POSITION.index(a) for a in symbols if a in POSITION), default=3)
     return POSITION[first:]
 
 
-def _dead_rows(emitter: Emitter, site: AttentionSite, words: Told, out: fx.Node) -> fx.Node:
-    """Rows without keys: what the author's softmax gives there, where SDPA gives 0."""
+def _dead(emitter: Emitter, site: AttentionSite, words: Told) -> fx.Node | None:
+    """Which rows see no key, as a boolean node; None where there is no such row, or SDPA's 0 is what they get."""
     if site.alive or site.dead == "zero" or words.keep == sympy.true:
-        return out
-    if site.dead == "mean" and not (words.rest == 0 and False) and _dtype_absorbs(site):
-        return out
-    alive = emitter.call("any", emitter.tensor(words.keep, site), -1, True)
-    dead = emitter.call(torch.logical_not, alive)
+        return None
+    key = ("dead", words.keep, site.loads, site.queries, site.keys, site.sizes, emitter.scope)
+    if key not in emitter.shared:
+        alive = emitter.call("any", emitter.tensor(words.keep, site), -1, True)
+        emitter.shared[key] = emitter.call(torch.logical_not, alive)
+    return emitter.shared[key]
+
+
+def _dead_rows(emitter: Emitter, site: AttentionSite, dead: fx.Node, v: fx.Node, out: fx.Node) -> fx.Node:
+    """Rows without keys get what the author's softmax gives there. SDPA ran them unmasked (`_mask`), so that no
+    backend meets a row of -inf and gradients stay finite."""
     if site.dead == "nan":
         return emitter.call("masked_fill", out, dead, float("nan"))
-    raise Miss("rows without keys get the mean of all values, which SDPA in fp16 does not give", site.root)
-
-
-def _dtype_absorbs(site: AttentionSite) -> bool:
-    return site.q[-1].value.dtype != torch.float16 and site.product_dtype != torch.float16
+    mean = emitter.call("mean", v, -2, True)
+    return emitter.call(torch.where, dead, mean, out)
 
 
 def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.Node:
@@ -142,12 +138,11 @@ def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.No
     q, k, v = _operands(emitter, candidate, dtype, grouped=True)
     group_k, group_v = _heads(candidate)
     if group_k != group_v:
-        k, v = (emitter.whole_batch(x, site, heads=True) if g != 1 else x for x, g in ((k, group_k), (v, group_v)))
-        raise_if = [g for g in (group_k, group_v) if g not in (1, site.sizes[-1])]
-        if raise_if:
+        if any(g not in (1, site.sizes[-1]) for g in (group_k, group_v)):
             raise Miss("keys and values have different numbers of heads", site.root)
-    q = emitter.whole_batch(q, site, heads=True)
-    k, v = (emitter.whole_batch(x, site, heads=False) for x in (k, v))
+    q = emitter.whole_batch(q, site, candidate.q, heads=True)
+    k = emitter.whole_batch(k, site, candidate.k, heads=group_k != group_v)
+    v = emitter.whole_batch(v, site, candidate.v, heads=group_k != group_v)
     spec, operands, ints, floats = score_spec(emitter, candidate)
     key = prepare(spec)
     made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, floats, key)
@@ -167,13 +162,9 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
             return None
         return f.replace(lambda x: isinstance(x, Load), lambda x: Load(renumbered[x.operand], *x.indices))
 
-    operands = []
-    for n in used:
-        node = emitter.holder(site.loads[n])
-        if node is None:
-            raise Miss("a term of the score is changed before the product with values", site.loads[n])
-        operands.append(node)
-    position = {S, *_positions()}
+    loads = [load for f in formulas for load in f.atoms(Load)]
+    operands = [_coalesced(emitter, site, n, [x for x in loads if x.operand == n]) for n in used]
+    position = {S, *POSITION}
     scalars = sorted({s for f in formulas for s in f.free_symbols} - position, key=str)
     ints = [emitter.size(s) for s in scalars if s.is_integer]
     floats = [emitter.number(s) for s in scalars if not s.is_integer]
@@ -189,10 +180,20 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
     return spec, operands, ints, floats
 
 
-def _positions() -> tuple[sympy.Symbol, ...]:
-    from xfcompile.score import POSITION
-
-    return POSITION
+def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load]) -> fx.Node:
+    """The operand, with neighbouring keys next to each other in memory: a view of a table [i, j, h] is copied once."""
+    value = site.loads[n]
+    node = emitter.holder(value)
+    if node is None:
+        raise Miss("a term of the score is changed before the product with values", value)
+    dense = any({I, J} <= load.free_symbols for load in loads)
+    stride = value.meta.stride
+    if not dense or not stride or stride[-1] == 1 or any(load.indices[-1] != J for load in loads):
+        return node
+    key = ("coalesced", value)
+    if key not in emitter.shared:
+        emitter.shared[key] = emitter.call("contiguous", node)
+    return emitter.shared[key]
 
 
 # -- memory layout ------------------------------------------------------------------------------------------------

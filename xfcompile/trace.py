@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,12 +84,16 @@ def meta_of(t: torch.Tensor) -> Meta:
 
 
 @functools.cache
-def _static_mode() -> FakeTensorMode:
+def static_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def trace(fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> Program | None:
+def trace(
+    fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, symbolic: FakeTensorMode | None = None
+) -> Program | None:
     """Trace `fn(*args, **kwargs)`, flattened as `flat` and `spec`, into a `Program`; None if that fails.
+
+    symbolic: the mode of the graph's own fake tensors, in which symbolic sizes have their meaning.
 
     Tensors in `flat` are fake; they are replaced by fresh ones of the same kind, because tracing in-place operations
     on the graph's own would change what is known of them.
@@ -96,8 +101,7 @@ def trace(fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> Pro
     static = all(not isinstance(x, (torch.SymInt, torch.SymFloat)) for x in flat) and all(
         isinstance(n, int) for x in flat if isinstance(x, torch.Tensor) for n in (*x.shape, *x.stride())
     )
-    modes = [x.fake_mode for x in flat if isinstance(x, torch._subclasses.FakeTensor)]
-    mode = modes[0] if modes and not static else _static_mode()
+    mode = static_mode() if static or symbolic is None else symbolic
     positions = [
         k for k, x in enumerate(flat) if isinstance(x, (torch.Tensor, torch.SymInt, torch.SymFloat))
     ]
@@ -117,13 +121,24 @@ def trace(fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> Pro
 
     try:
         # Autocast is read from dtypes (see contraction.py); here it would only add clones of weights.
-        with torch.no_grad(), _quiet():
+        # Under the mode, factories of symbolic size make fake tensors too.
+        with torch.no_grad(), _quiet(), _symbolic(mode, static):
             inputs = [fresh(flat[k]) for k in positions]
             gm = make_fx(call, pre_dispatch=True, tracing_mode="real")(*inputs)
     except Exception as error:  # noqa: BLE001 (whatever tracing cannot do makes the node opaque, never wrong)
         log.debug("cannot read %s: %s", fn, error)
         return None
     return _parse(gm, [flat[k] for k in positions])
+
+
+@contextlib.contextmanager
+def _symbolic(mode: FakeTensorMode, static: bool) -> Iterator[None]:
+    """The graph's own fake mode, without new guards: reading must not narrow what the user's program accepts."""
+    if static or mode.shape_env is None:
+        yield
+        return
+    with mode, mode.shape_env.suppress_guards():
+        yield
 
 
 class _quiet:
