@@ -49,7 +49,13 @@ def check(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], key: str)
 
 
 def _attention_cuda(
-    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel)
     reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
@@ -59,7 +65,13 @@ def _attention_cuda(
 
 
 def _attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
@@ -72,7 +84,13 @@ def _attention_cpu(
 
 
 def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel)
     return launch.outputs(q, v)

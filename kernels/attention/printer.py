@@ -308,22 +308,13 @@ class Printer:
         a, b = sympy.fraction(sympy.together(expr.args[0]))
         if self._alike((a, b))[1] == "int":
             return self._floor_div(sympy.Basic(a, b))
-        return Term(f"tl.floor({self.float(expr.args[0]).text})", "float")
+        return Term(f"tl.cast(tl.floor({self.float(expr.args[0]).text}), tl.int32)", "int")
 
     def _ceiling(self, expr: sympy.Basic) -> Term:
-        term = self._floor(sympy.Basic(-expr.args[0]))
-        return Term(f"-{term.at(UNARY)}", term.kind, UNARY)
+        return Term(f"-{self._floor(sympy.Basic(-expr.args[0])).at(UNARY)}", "int", UNARY)
 
-    def _to_integer(self, expr: sympy.Basic) -> Term:
+    def _truncate(self, expr: sympy.Basic) -> Term:
         term = self.print(expr.args[0])
-        return term if term.kind == "int" else Term(f"tl.cast({term.text}, tl.int32)", "int")
-
-    def _floor_to_integer(self, expr: sympy.Basic) -> Term:
-        term = self._floor(expr)
-        return term if term.kind == "int" else Term(f"tl.cast({term.text}, tl.int32)", "int")
-
-    def _ceil_to_integer(self, expr: sympy.Basic) -> Term:
-        term = self._ceiling(expr)
         return term if term.kind == "int" else Term(f"tl.cast({term.text}, tl.int32)", "int")
 
     def _true_div(self, expr: sympy.Basic) -> Term:
@@ -471,9 +462,9 @@ BY_NAME: dict[str, Callable[[Printer, sympy.Basic], Term]] = {
     "Mod": Printer._remainder,
     "PythonMod": Printer._remainder,
     "ModularIndexing": Printer._modular_indexing,
-    "FloorToInt": Printer._floor_to_integer,
-    "CeilToInt": Printer._ceil_to_integer,
-    "TruncToInt": Printer._to_integer,
+    "FloorToInt": Printer._floor,
+    "CeilToInt": Printer._ceiling,
+    "TruncToInt": Printer._truncate,
     "IntTrueDiv": Printer._true_div,
     "FloatTrueDiv": Printer._true_div,
     "PowByNatural": Printer._pow,

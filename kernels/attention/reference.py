@@ -113,7 +113,7 @@ class Evaluator:
 
     def _real(self, value: Value) -> Tensor:
         """As a tensor of `dtype`: a Python float beside an integer tensor would compute in fp32."""
-        return torch.as_tensor(value, device=self.device).to(self.dtype)
+        return torch.as_tensor(value, dtype=self.dtype, device=self.device)
 
     def _floor(self, expr: sympy.Expr) -> Value:
         a, b = (self(x) for x in sympy.fraction(sympy.together(expr)))
@@ -162,7 +162,7 @@ def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]
 
 
 # Functions of real numbers: whatever they are given is a real number first.
-REAL = frozenset("tanh exp log erf sin cos ToFloat IntTrueDiv FloatTrueDiv FloatPow".split())
+REAL = frozenset(["tanh", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"])
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Add": _fold(operator.add),

@@ -11,6 +11,7 @@ import sympy
 
 from xfcompile.site import Band, ScoreSpec
 
+
 @dataclass(frozen=True)
 class Names:
     """The argument lists that generated functions share."""
@@ -41,7 +42,7 @@ class Names:
 WIDTH = 116
 
 HELPERS = {
-    "tanh": '''\
+    "tanh": """\
 @triton.jit
 def tanh(x):
     # 1 - 2 / (1 + exp(2x)) loses all digits near 0, where the odd polynomial is exact to 2 ulp.
@@ -53,19 +54,19 @@ def tanh(x):
     near = p * x2 * x + x
     far = 1.0 - 2.0 / (tl.exp2(x * 2.8853900817779268) + 1.0)
     return tl.where(tl.abs(x) < 0.625, near, far)
-''',
-    "floor_div": '''\
+""",
+    "floor_div": """\
 @triton.jit
 def floor_div(a, b):
     quotient = a // b  # rounds to zero
     return tl.where((quotient * b != a) & ((a < 0) != (b < 0)), quotient - 1, quotient)
-''',
-    "remainder": '''\
+""",
+    "remainder": """\
 @triton.jit
 def remainder(a, b):
     rest = a % b  # has the sign of a
     return tl.where((rest != 0) & ((rest < 0) != (b < 0)), rest + b, rest)
-''',
+""",
 }
 
 PREAMBLE = '''\
@@ -250,7 +251,12 @@ CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_N", "PRECISION", "UPCAST
 
 def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
     site = ", ".join(["b", "h", "i", "j", *names.inside])
-    lines = ["offs_n = start + tl.arange(0, BLOCK_N)[None, :]", "j = offs_n", "if EDGE:", "    j = tl.minimum(j, lk - 1)"]
+    lines = [
+        "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
+        "j = offs_n",
+        "if EDGE:",
+        "    j = tl.minimum(j, lk - 1)",
+    ]
     if scale is None:
         lines.append(f"s = score(s, {site})")
     if spec.keep != sympy.true:
