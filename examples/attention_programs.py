@@ -1,0 +1,265 @@
+"""Twelve attention programs: as one writes them in PyTorch, as FlexAttention wants them, and as the kernel's spec."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch import Tensor
+
+from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.site import Band, Operand, ScoreSpec
+
+WINDOW = 256
+CAP = 50.0
+CAUSAL_BAND = Band(None, I + 1, True)
+
+Score = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int
+    heads: int
+    length: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """One attention: plain(q, k, v, *tensors) is what the author wrote; flex gives (score_mod, mask_mod)."""
+
+    name: str
+    plain: Callable[..., Tensor]
+    spec: Callable[[Sizes], ScoreSpec]
+    tensors: Callable[[Sizes, torch.device, torch.dtype], list[Tensor]] = lambda sizes, device, dtype: []
+    flex: Callable[..., tuple[Score | None, Score | None]] = lambda *tensors: (None, None)
+    # SDPA's own words for it, where it has any: `is_causal`, or an additive mask made from the tensors.
+    sdpa: Callable[..., dict[str, object]] | None = None
+    operands: Callable[..., list[Tensor]] = field(default=lambda *tensors: list(tensors))
+
+
+def scale(sizes: Sizes) -> sympy.Expr:
+    return S / sympy.sqrt(sizes.dim)
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+
+
+def positions(q: Tensor) -> tuple[Tensor, Tensor]:
+    n = torch.arange(q.shape[-2], device=q.device)
+    return n[:, None], n[None, :]
+
+
+def none(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1) @ v
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).triu(1)
+    return scores(q, k).masked_fill(mask, float("-inf")).softmax(-1) @ v
+
+
+def causal_buffer(q: Tensor, k: Tensor, v: Tensor, buffer: Tensor) -> Tensor:
+    n = q.shape[-2]
+    return scores(q, k).masked_fill(buffer[:, :, :n, :n] == 0, float("-inf")).softmax(-1) @ v
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+    i, j = positions(q)
+    return (scores(q, k) + slopes[:, None, None] * (j - i)).to(q.dtype).softmax(-1) @ v
+
+
+def soft_cap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (CAP * torch.tanh(scores(q, k) / CAP)).softmax(-1) @ v
+
+
+def soft_cap_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = positions(q)
+    capped = (CAP * torch.tanh(scores(q, k) / CAP)).masked_fill(j > i, float("-inf"))
+    return capped.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def sliding_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = positions(q)
+    keep = (j <= i) & (j > i - WINDOW)
+    return scores(q, k).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def prefix_lm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    i, j = positions(q)
+    return scores(q, k).masked_fill(~((j <= i) | (j < WINDOW)), float("-inf")).softmax(-1) @ v
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+    i, j = positions(q)
+    keep = (document[:, None, :, None] == document[:, None, None, :]) & (j <= i)
+    return scores(q, k).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def key_padding(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (scores(q, k) + bias).softmax(-1) @ v
+
+
+def t5_bias(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i, j = positions(q)
+    bias = table[_t5_bucket(j - i)].permute(2, 0, 1)
+    return (q @ k.transpose(-1, -2) + bias).float().softmax(-1).to(q.dtype) @ v
+
+
+def dense_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (scores(q, k) + bias).softmax(-1) @ v
+
+
+def _t5_bucket(position: Tensor) -> Tensor:
+    n = position.abs()
+    large = 8 + (torch.log(n.clamp(min=1).float() / 8) / math.log(16) * 8).to(torch.int64)
+    return torch.where(position > 0, 16, 0) + torch.where(n < 8, n, large.clamp(max=15))
+
+
+def _t5_index() -> sympy.Expr:
+    n = sympy.Abs(J - I)
+    large = 8 + sympy.floor(sympy.log(sympy.Max(n, 1) / sympy.Integer(8)) * (8 / math.log(16)))
+    return Where(J > I, sympy.Integer(16), sympy.Integer(0)) + Where(n < 8, n, sympy.Min(large, 15))
+
+
+def _slopes(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [2 ** (-8 * torch.arange(1, sizes.heads + 1, device=device) / sizes.heads)]
+
+
+def _buffer(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.ones(1, 1, sizes.length, sizes.length, device=device).tril()]
+
+
+def _document(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Eight documents of unequal length in each sequence."""
+    borders = torch.tensor([0.05, 0.2, 0.3, 0.45, 0.5, 0.7, 0.9], device=device) * sizes.length
+    document = (torch.arange(sizes.length, device=device)[:, None] >= borders).sum(1)
+    return [document.expand(sizes.batch, -1).contiguous()]
+
+
+def _padding(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The last eighth of the keys is padding in every second sequence."""
+    bias = torch.zeros(sizes.batch, 1, 1, sizes.length, device=device, dtype=dtype)
+    bias[1::2, ..., sizes.length - sizes.length // 8 :] = float("-inf")
+    return [bias]
+
+
+def _table(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(32, sizes.heads, device=device, dtype=dtype)]
+
+
+def _dense(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    return [torch.randn(1, sizes.heads, sizes.length, sizes.length, device=device, dtype=dtype)]
+
+
+def _flex_t5(table: Tensor) -> tuple[Score, None]:
+    def bucket(position: Tensor) -> Tensor:
+        n = position.abs()
+        large = 8 + (torch.log(torch.clamp(n, min=1).float() / 8) / math.log(16) * 8).to(torch.int64)
+        return torch.where(position > 0, 16, 0) + torch.where(n < 8, n, torch.clamp(large, max=15))
+
+    return lambda s, b, h, i, j: s + table[bucket(j - i), h], None
+
+
+def _capped(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return CAP * torch.tanh(s / CAP)
+
+
+def _below(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    return j <= i
+
+
+def _operand(ndim: int) -> Callable[[torch.dtype], tuple[Operand, ...]]:
+    return lambda dtype: (Operand(dtype, ndim),)
+
+
+def programs(dtype: torch.dtype) -> list[Program]:
+    """The twelve, for q, k and v of this dtype (biases have it too)."""
+
+    def spec(score: sympy.Expr, keep: sympy.Basic = sympy.true, *operands: Operand, band: Band = Band()) -> ScoreSpec:
+        return ScoreSpec(score, keep, "nan", operands, band=band)
+
+    def cap(z: Sizes) -> sympy.Expr:
+        return CAP * sympy.tanh(scale(z) / CAP)
+
+    fp32 = torch.float32
+    causal_spec = lambda z: spec(scale(z), J <= I, band=CAUSAL_BAND)  # noqa: E731
+    is_causal = lambda *tensors: {"is_causal": True}  # noqa: E731
+    mask = lambda bias: {"attn_mask": bias}  # noqa: E731
+    return [
+        Program("no mask", none, lambda z: spec(scale(z)), sdpa=lambda: {}),
+        Program("causal", causal, causal_spec, flex=lambda: (None, _below), sdpa=is_causal),
+        Program(
+            "causal from a buffer", causal_buffer, causal_spec, _buffer, lambda buffer: (None, _below), is_causal, lambda x: []
+        ),
+        Program(
+            "ALiBi",
+            alibi,
+            lambda z: spec(scale(z) + Load(0, H) * (J - I), sympy.true, Operand(fp32, 1)),
+            _slopes,
+            lambda slopes: (lambda s, b, h, i, j: s + slopes[h] * (j - i), None),
+        ),
+        Program("soft-cap", soft_cap, lambda z: spec(cap(z)), flex=lambda: (_capped, None)),
+        Program(
+            "soft-cap, causal",
+            soft_cap_causal,
+            lambda z: spec(cap(z), J <= I, band=CAUSAL_BAND),
+            flex=lambda: (_capped, _below),
+        ),
+        Program(
+            "sliding window",
+            sliding_window,
+            lambda z: spec(
+                scale(z), sympy.And(J <= I, J > I - WINDOW), band=Band(I - WINDOW + 1, I + 1, True)
+            ),
+            flex=lambda: (None, lambda b, h, i, j: (j <= i) & (j > i - WINDOW)),
+        ),
+        Program(
+            "prefix LM",
+            prefix_lm,
+            lambda z: spec(
+                scale(z), sympy.Or(J <= I, J < WINDOW), band=Band(None, sympy.Max(I + 1, WINDOW), True)
+            ),
+            flex=lambda: (None, lambda b, h, i, j: (j <= i) | (j < WINDOW)),
+        ),
+        Program(
+            "documents",
+            documents,
+            lambda z: spec(
+                scale(z),
+                sympy.And(sympy.Eq(Load(0, B, I), Load(0, B, J)), J <= I),
+                Operand(torch.int64, 2),
+                band=Band(None, I + 1, False),
+            ),
+            _document,
+            lambda document: (None, lambda b, h, i, j: (document[b, i] == document[b, j]) & (j <= i)),
+        ),
+        Program(
+            "key padding",
+            key_padding,
+            lambda z: spec(scale(z) + Load(0, B, 0, 0, J), sympy.true, Operand(dtype, 4)),
+            _padding,
+            lambda bias: (lambda s, b, h, i, j: s + bias[b, 0, 0, j], None),
+            mask,
+        ),
+        Program(
+            "T5 bias",
+            t5_bias,
+            lambda z: spec(S + Load(0, _t5_index(), H), sympy.true, Operand(dtype, 2)),
+            _table,
+            _flex_t5,
+        ),
+        Program(
+            "dense bias",
+            dense_bias,
+            lambda z: spec(scale(z) + Load(0, 0, H, I, J), sympy.true, Operand(dtype, 4)),
+            _dense,
+            lambda bias: (lambda s, b, h, i, j: s + bias[0, h, i, j], None),
+            mask,
+        ),
+    ]
