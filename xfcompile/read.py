@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -141,7 +141,7 @@ class Reading:
 
     def tensor_arguments(self, node: fx.Node) -> list[tuple[fx.Node | None, Cell]]:
         """The tensors that a node is given, in the order of its program's inputs, each with the node that holds it."""
-        flat, _ = pytree.tree_flatten((node.args, node.kwargs))
+        flat, _ = pytree.tree_flatten(_opened((node.args, node.kwargs)))
         found: list[tuple[fx.Node | None, Cell]] = []
         for x in flat:
             if isinstance(x, fx.Node):
@@ -245,7 +245,7 @@ class Reading:
 
     def _arguments(self, node: fx.Node) -> tuple[list[Any], pytree.TreeSpec]:
         """Flattened arguments, nodes replaced by cells and numbers."""
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        flat, spec = pytree.tree_flatten(_opened((node.args, node.kwargs)))
         return [self.cells.get(x) if isinstance(x, fx.Node) else x for x in flat], spec
 
     def _program(self, node: fx.Node) -> Program | None:
@@ -254,7 +254,7 @@ class Reading:
         fn = _callable(node, self.gm)
         if fn is None:
             return None
-        flat, spec = pytree.tree_flatten((node.args, node.kwargs))
+        flat, spec = pytree.tree_flatten(_opened((node.args, node.kwargs)))
         fakes = []
         for x in flat:
             if not isinstance(x, fx.Node):
@@ -493,6 +493,30 @@ class Reading:
 _UNKNOWN = object()
 
 
+class _Slice(NamedTuple):
+    """A slice as a container, so that the nodes in it are seen."""
+
+    start: Any
+    stop: Any
+    step: Any
+
+
+def _opened(x: Any) -> Any:
+    if isinstance(x, slice):
+        return _Slice(_opened(x.start), _opened(x.stop), _opened(x.step))
+    if isinstance(x, (list, tuple)) and not isinstance(x, _Slice):
+        return tuple(_opened(y) for y in x) if isinstance(x, tuple) else [_opened(y) for y in x]
+    return {k: _opened(y) for k, y in x.items()} if isinstance(x, dict) else x
+
+
+def _closed(x: Any) -> Any:
+    if isinstance(x, _Slice):
+        return slice(*x)
+    if isinstance(x, (list, tuple)):
+        return type(x)(_closed(y) for y in x)
+    return {k: _closed(y) for k, y in x.items()} if isinstance(x, dict) else x
+
+
 def _example(node: fx.Node) -> Any:
     for key in ("example_value", "val"):
         if key in node.meta:
@@ -520,12 +544,16 @@ def _identity(node: fx.Node) -> Any:
 
 
 def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any] | None:
+    """What a node calls, as a function of arguments with opened slices."""
     if node.op == "call_method":
         method = str(node.target)
-        return lambda self, *args, **kwargs: getattr(self, method)(*args, **kwargs)
-    if node.op == "call_function":
-        return node.target if callable(node.target) else None
-    return None
+        return lambda self, *args, **kwargs: getattr(self, method)(*_closed(args), **_closed(kwargs))
+    target = node.target
+    if node.op == "call_module":
+        target = gm.get_submodule(str(node.target))
+    elif node.op != "call_function" or not callable(target):
+        return None
+    return lambda *args, **kwargs: target(*_closed(args), **_closed(kwargs))
 
 
 def _may_write(node: fx.Node) -> bool:
