@@ -1,0 +1,181 @@
+"""Compiles a program with the rewrite and without Inductor, and compares it with eager by their errors against fp64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from xfcompile.options import Options
+from xfcompile.report import Report, SiteReport
+from xfcompile.rewrite import rewrite_graph
+
+REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class Outcome:
+    """What came of a program: its sites, the rewritten graphs, and the ATen graphs that then ran."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    graphs: list[fx.GraphModule] = field(default_factory=list)
+    programs: list[fx.GraphModule] = field(default_factory=list)
+
+    @property
+    def matched(self) -> list[SiteReport]:
+        return [s for s in self.sites if s.matched]
+
+    @property
+    def reasons(self) -> str:
+        return "; ".join(str(s.reason) for s in self.sites if not s.matched)
+
+    def squares(self, rows: int, columns: int) -> list[str]:
+        """The nodes of the program that ran whose result is a [.., rows, columns] tensor: masks and scores in memory."""
+        found = []
+        for gm in self.programs:
+            for node in gm.graph.nodes:
+                value = node.meta.get("val")
+                if node.op == "call_function" and isinstance(value, torch.Tensor):
+                    if tuple(value.shape[-2:]) == (rows, columns):
+                        found.append(f"{node.target}: {value.dtype} {tuple(value.shape)}")
+        return found
+
+
+def rewriting(outcome: Outcome, routes: dict[str, str] | None = None) -> Callable[..., Any]:
+    """A backend for `torch.compile`: the rewrite, then AOTAutograd, then eager ATen."""
+
+    def keep(gm: fx.GraphModule, _: Any) -> Any:
+        outcome.programs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        report = Report()
+        rewrite_graph(gm, example_inputs, Options(strict=True, routes=routes or {}), report)
+        outcome.sites += report.sites
+        outcome.graphs.append(copy.deepcopy(gm))
+        run = aot_autograd(
+            fw_compiler=keep,
+            bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+            partition_fn=min_cut_rematerialization_partition,
+            keep_inference_input_mutations=True,
+        )
+        return run(gm, example_inputs)
+
+    return backend
+
+
+class Double(TorchDispatchMode):
+    """Every real tensor is fp64, whatever dtype the program names."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widen(x: Any) -> Any:
+            return torch.float64 if isinstance(x, torch.dtype) and x in REAL else x
+
+        args, kwargs = pytree.tree_map(widen, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Double():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run(
+    fn: Callable[..., Any], inputs: Sequence[Any], *, grad: bool, double: bool, called: Callable[..., Any] | None = None
+) -> list[torch.Tensor]:
+    """Everything that running a program shows: outputs, inputs as it left them, and gradients."""
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor):
+            return x
+        # Strides are kept: a program may view its inputs, and layouts are part of what is compared.
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        y.copy_(x.detach())
+        y = y.double() if double and x.dtype in REAL else y
+        return y.requires_grad_(grad and x.dtype in REAL and x.requires_grad)
+
+    mine = [own(x) for x in inputs]
+    leaves = [x for x in mine if isinstance(x, torch.Tensor) and x.requires_grad]
+    module = fn if isinstance(fn, torch.nn.Module) else None
+    if module is not None and double:
+        fn = module = copy.deepcopy(module).double()
+    if module is not None and grad:
+        leaves += list(module.parameters())
+        module.zero_grad()
+    torch.manual_seed(0)
+    with in_double() if double else contextlib.nullcontext():
+        out = (called or fn)(*mine)
+        shown = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        real = [x for x in shown if x.requires_grad]
+        if grad and real:
+            weights = [torch.linspace(0.5, 1.5, x.numel()).reshape(x.shape).to(x.dtype) for x in real]
+            torch.autograd.backward(real, weights)
+    shown = [x.detach() for x in shown]
+    shown += [x.detach() for x in mine if isinstance(x, torch.Tensor)]
+    for x in leaves:
+        shown.append(torch.zeros_like(x) if x.grad is None else x.grad)
+    return shown
+
+
+def assert_equivalent(compiled: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """NaN and infinity where eager has them, and elsewhere no more error than eager: twice its own plus 4 ulp of the
+    result's scale, which is what two correct orders of summation may differ by."""
+    assert len(compiled) == len(eager) == len(exact)
+    for n, (ours, theirs, truth) in enumerate(zip(compiled, eager, exact, strict=True)):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, (n, ours.shape, theirs.shape, ours.dtype)
+        if theirs.dtype not in REAL:
+            assert torch.equal(ours, theirs), f"result {n} differs"
+            continue
+        assert torch.equal(ours.isnan(), theirs.isnan()), f"result {n}: NaN in other places than eager"
+        infinite = theirs.isinf()
+        assert torch.equal(ours[infinite], theirs[infinite]), f"result {n}: infinities differ"
+        assert not ours[~infinite].isinf().any(), f"result {n}: infinite where eager is not"
+        finite = theirs.isfinite() & truth.isfinite()
+        if not finite.any():
+            continue
+        a, b, c = ours[finite].double(), theirs[finite].double(), truth[finite].double()
+        mine, eagers = (a - c).abs().max().item(), (b - c).abs().max().item()
+        floor = 4 * torch.finfo(theirs.dtype).eps * c.abs().max().item()
+        assert mine <= 2 * eagers + floor, f"result {n}: error {mine:.3g}, eager's own {eagers:.3g}, floor {floor:.3g}"
+
+
+def check(
+    fn: Callable[..., Any],
+    *inputs: Any,
+    grad: bool = False,
+    dynamic: bool | None = False,
+    routes: dict[str, str] | None = None,
+) -> Outcome:
+    """Compile, run, compare with eager, and say what was matched. `grad`: compare gradients too."""
+    torch._dynamo.reset()
+    outcome = Outcome()
+    compiled = torch.compile(fn, backend=rewriting(outcome, routes), dynamic=dynamic, fullgraph=False)
+    ours = run(fn, inputs, grad=grad, double=False, called=compiled)
+    eager = run(fn, inputs, grad=grad, double=False)
+    exact = run(fn, inputs, grad=grad, double=True)
+    assert_equivalent(ours, eager, exact)
+    return outcome
+
+
+def tensors(
+    *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = False, seed: int = 0
+) -> list[torch.Tensor]:
+    """Normal tensors of the given shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    return [x.requires_grad_(grad) for x in made]
