@@ -1,0 +1,88 @@
+"""The backend: rewrites the graph that Dynamo traced, then hands it to Inductor."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from xfcompile.options import Options
+from xfcompile.report import Report, publish
+from xfcompile.rewrite import rewrite_graph
+
+log = logging.getLogger(__name__)
+
+
+def xformers(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph with its attention replaced; `torch.compile(model, backend="xformers")` calls this.
+
+    mode, options: as for Inductor, and ours (`xfcompile.Options`). Takes the graph over, as Inductor does.
+    """
+    # Inductor takes seconds to import; it is here already when torch.compile calls.
+    from torch._inductor.compile_fx import compile_fx
+
+    from xfcompile.identity import identified
+
+    ours, patches = Options.parse(mode, options)
+    publish(rewrite(gm, example_inputs, ours))
+    # Callable for any graph module; its other results are those of ahead-of-time compilation.
+    return compile_fx(gm, example_inputs, config_patches=identified(patches, ours.fingerprint()))  # type: ignore[return-value]
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options | Mapping[str, Any] | None = None
+) -> Report:
+    """Replace what is recognised in `gm`, in place, and say what was found: the bare pass, for any FX graph.
+
+    example_inputs: the graph's inputs, fake or real; their values are not read. An error of ours leaves `gm` as it was
+    and is in `Report.failures`, unless `options` says `strict`.
+    """
+    options = Options.of(options)
+    report = Report(graphs=1)
+    before = _snapshot(gm)
+    try:
+        rewrite_graph(gm, example_inputs, options, report)
+    except Exception as error:
+        if options.strict:
+            raise
+        log.debug("rewriting failed", exc_info=True)
+        _restore(before)
+        # Nothing that was reported of this graph holds any more.
+        report = Report(graphs=1)
+        report.fail("rewriting a graph", error)
+    if report.failures:
+        _warn(report.failures)
+    log.info("%s", report.summary())
+    return report
+
+
+def _snapshot(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Graph]]:
+    """Copies of the graph and of those inside it. Working on the graph itself, and keeping the copy for the case of an
+    error, leaves the usual case with the very nodes that Dynamo made."""
+    return [(m, copy.deepcopy(m.graph)) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+
+
+def _restore(before: list[tuple[fx.GraphModule, fx.Graph]]) -> None:
+    for module, graph in before:
+        module.graph = graph
+
+
+def _warn(failures: Sequence[str]) -> None:
+    """Python shows a warning with the same text once."""
+    more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+    warnings.warn(
+        f"xfcompile failed at {failures[0]}{more}. The program is compiled without it. "
+        "options={'strict': True} raises the error instead; please report it.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

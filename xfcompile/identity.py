@@ -1,0 +1,59 @@
+"""Makes this package's version part of the keys under which Inductor and AOTAutograd cache compiled graphs.
+
+A graph in which our ops stand compiles to code that holds what those ops did when it was compiled: their backward,
+their fake, their strides. After any of these changed, an entry made before must not be found again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+FIELD = "joint_custom_pre_pass"
+"""Both caches ask the pass in this field for its `uuid()`: the documented way to add to their keys."""
+
+
+@functools.cache
+def package_hash() -> str:
+    """A hash of the package's sources, kernels and patterns included."""
+    digest = hashlib.sha256()
+    root = os.path.dirname(os.path.abspath(__file__))
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
+        for name in sorted(f for f in files if f.endswith(".py")):
+            path = os.path.join(folder, name)
+            digest.update(os.path.relpath(path, root).encode())
+            with open(path, "rb") as file:
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+class Identified(CustomGraphPass):
+    """The user's own passes, if there are any, under a name that says which xfcompile made the graph."""
+
+    def __init__(self, identity: str, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+        self.identity = identity
+        self.passes = tuple(passes)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for apply in self.passes:
+            apply(graph)
+
+    def uuid(self) -> Any | None:
+        """None, which is no caching at all, if one of the user's passes cannot be identified."""
+        theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
+        return None if None in theirs else ("xfcompile", self.identity, *theirs)
+
+
+def identified(patches: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """Inductor's patches, with our identity in them: the package's hash and the options it ran with."""
+    present = patches.get(FIELD, getattr(config, FIELD))
+    passes = present if isinstance(present, (list, tuple)) else () if present is None else (present,)
+    return {**patches, FIELD: Identified(f"{package_hash()} {fingerprint}", passes)}
