@@ -19,6 +19,7 @@ class Load(sympy.Function):
     """`Load(n, *indices)`: one element of operand `n`; a real number, whatever the operand's dtype (bool is 0 or 1)."""
 
     is_real = True
+    is_number = False  # an element of a 0-d tensor has no free symbols, and is no constant all the same
 
     @property
     def operand(self) -> int:
