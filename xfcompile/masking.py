@@ -28,10 +28,10 @@ class Masked:
         """What softmax makes of a row without keys: "nan", "mean" (all weights equal), or "unknown"."""
         if all(fill == -sympy.oo for fill, _ in self.fills):
             return "nan"
-        if len(self.fills) == 1:
-            fill, added = self.fills[0]
-            if not added or fill <= ABSORBING:
-                return "mean"
+        # All weights are equal if every key ends with the same number: replaced by it, or absorbed by it once.
+        added = [fill for fill, how in self.fills if how]
+        if len({fill for fill, _ in self.fills}) == 1 and len(added) <= 1 and all(f <= ABSORBING for f in added):
+            return "mean"
         return "unknown"
 
 
