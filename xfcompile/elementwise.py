@@ -387,6 +387,14 @@ def _arange(e: Elements, v: Value, index: Index) -> Any:
     return start + step * index[0]
 
 
+def _detach(e: Elements, v: Value, index: Index) -> Any:
+    """Of what depends on the scores, only a shift of the row may be detached: softmax gives it no gradient anyway."""
+    if not e.depends_on_dot(v):
+        return None
+    x = e.at(v["self"], index)
+    return x if x.free_symbols == {ROW} else None
+
+
 def _full(e: Elements, v: Value, index: Index) -> Any:
     x = literal(v["fill"])
     return as_boolean(x) if v.dtype == torch.bool else as_number(x)
@@ -616,6 +624,6 @@ _RULES: dict[str, Callable[[Elements, Value, Index], Any]] = {
     "tanh": _smooth(sympy.tanh), "exp": _smooth(sympy.exp), "sigmoid": _smooth(lambda x: 1 / (1 + sympy.exp(-x))),
     "reshape": _reshape, "permute": _permute, "expand": _expand, "slice": _slice, "select": _select,
     "repeat_interleave": _repeat_interleave, "repeat": _repeat, "flip": _flip,
-    "arange": _arange, "full": _full, "cat": _cat, "stack": _stack, "tril": _triangle, "triu": _triangle,
+    "detach": _detach, "arange": _arange, "full": _full, "cat": _cat, "stack": _stack, "tril": _triangle, "triu": _triangle,
     "constant_pad_nd": _pad, "pad": _pad, "diff": _diff, "cumsum": _cumsum, "index": _index, "index_select": _index_select,
 }  # fmt: skip
