@@ -219,7 +219,7 @@ def _sdpa(call: Value) -> AttentionSite:
     elements = Elements(ranges)
     scale = call["scale"]
     factor = literal(scale) if scale is not None else 1 / sympy.sqrt(integer(q.shape[-1]))
-    score: sympy.Expr = S * (sympy.Float(factor, 17) if factor.is_number else factor)
+    score: sympy.Expr = S * (sympy.Float(float(factor), 17) if factor.is_number else factor)
     keep: Any = sympy.true
     if call["is_causal"]:
         keep = sympy.Le(J, I)
