@@ -127,6 +127,8 @@ class Elements:
             return True
         if value.op in ("add", "sub") and any(is_mask(term) for term in sympy.Add.make_args(result)):
             return True
+        if value.op in ("mul", "div") and isinstance(result.as_coeff_Mul()[1], Load):
+            return True  # costs nothing, and baddbmm's beta leaves no tensor to load
         # Fewer bytes: every load spans fewer of the axes than the value itself does.
         symbols = set().union(*(x.free_symbols for x in index)) if index else set()
         return all(load.free_symbols < symbols for load in loads) and len(loads) <= 4
