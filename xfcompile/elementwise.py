@@ -264,6 +264,9 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
         raise Miss("scores are compared", v)
     if not (_exact(a) and _exact(b)):
         return None
+    loads = a.atoms(Load) | b.atoms(Load)
+    if v.op not in ("eq", "ne") and any(e.loads[load.operand].dtype.is_floating_point for load in loads):
+        return None  # NaN is neither above nor below: `not (x < y)` is not `x >= y`, as sympy would have it
     return fold(_COMPARISONS[v.op], a, b)
 
 
