@@ -68,7 +68,11 @@ def rewriting(outcome: Outcome, routes: dict[str, str] | None = None) -> Callabl
             partition_fn=min_cut_rematerialization_partition,
             keep_inference_input_mutations=True,
         )
-        return run(gm, example_inputs)
+        try:
+            return run(gm, example_inputs)
+        except Exception:  # Dynamo traces anew, with numbers in place of symbols
+            del outcome.sites[len(outcome.sites) - len(report.sites) :], outcome.graphs[-1]
+            raise
 
     return backend
 
@@ -119,7 +123,7 @@ def run(
         module.zero_grad()
     torch.manual_seed(0)
     with in_double() if double else contextlib.nullcontext():
-        out = (called or fn)(*mine)
+        out = (fn if called is None else called)(*mine)
         shown = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
         real = [x for x in shown if x.requires_grad]
         if grad and real:

@@ -71,7 +71,6 @@ PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "einsum of capitals and their small letters": lambda q, k: torch.einsum("bBdD,bBiD->bBdi", q, k),
     "einsum with ellipsis": lambda q, k: torch.einsum("...id,...jd->...ij", q, k),
     "einsum with ellipsis on one axis": lambda q, k: torch.einsum("b...qd,b...kd->b...qk", q, k),
-    "einsum with implicit output": lambda q, k: torch.einsum("abcz,abdz", q, k),
     "einsum with implicit ellipsis output": lambda q, k: torch.einsum("...iz,...jz", q, k),
     "einsum of keys first": lambda q, k: torch.einsum("bhjd,bhid->bhij", k, q),
     "einsum to transposed scores": lambda q, k: torch.einsum("bhid,bhjd->bhji", q, k).transpose(2, 3),
@@ -109,6 +108,7 @@ for _name, _product in PRODUCTS.items():
 
 spell("rank 2", lambda q, k, v: (q @ k.T * HALF).softmax(-1) @ v, (5, 8), (7, 8), (7, 8))
 spell("rank 2, mm", lambda q, k, v: torch.mm((torch.mm(q, k.t()) * HALF).softmax(1), v), (5, 8), (7, 8), (7, 8))
+spell("rank 2, einsum with implicit output", lambda q, k, v: torch.einsum("iz,jz", q, k).softmax(-1) @ v, (5, 8), (7, 8), (7, 8))
 spell("rank 2, addmm", lambda q, k, v: torch.mm(torch.addmm(torch.zeros(7), q, k.t(), alpha=HALF).softmax(1), v), (5, 8), (7, 8), (7, 8))
 spell("rank 3", lambda q, k, v: (q @ k.mT * HALF).softmax(-1) @ v, (4, 5, 8), (4, 7, 8), (4, 7, 8))
 spell("rank 3, bmm", lambda q, k, v: torch.bmm(F.softmax(torch.bmm(q, k.mT), dim=2), v), (4, 5, 8), (4, 7, 8), (4, 7, 8))
