@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import operator
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,9 @@ from xfcompile.trace import Constant, Ref
 from xfcompile.values import Value
 
 log = logging.getLogger(__name__)
+
+_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+"""Where no line is the user's: `explain` calls what it explains from here."""
 
 _TRANSPARENT = frozenset(
     "tag_activation_checkpoint wrap_activation_checkpoint wrap invoke_subgraph cond wrap_with_set_grad_enabled "
@@ -326,8 +331,7 @@ def _missed(reading: Reading, anchor: Value, reason: str) -> SiteReport:
         route=None,
         reason=reason,
         source=_source(reading.steps[anchor]),
-        expression=None,
-        mask=None,
+        module=_module(reading.steps[anchor]),
     )
 
 
@@ -341,6 +345,7 @@ def _matched(candidate: Candidate) -> SiteReport:
         source=_source(candidate.node),
         expression=expression(site, candidate.score),
         mask=site.mask,
+        module=_module(candidate.node),
     )
 
 
@@ -359,8 +364,16 @@ def _source(node: fx.Node) -> str | None:
     """The user's line: the innermost frame of the node's stack."""
     trace = node.meta.get("stack_trace") or ""
     frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    frames = [frame for frame in frames if not frame.startswith(f'File "{_OWN}')]
     if not frames:
         return None
     path, _, rest = frames[-1].removeprefix('File "').partition('"')
     line = rest.split("line ")[-1].split(",")[0]
     return f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+def _module(node: fx.Node) -> str | None:
+    """The innermost module that the node stands in, by its path in the one that was compiled."""
+    stack = node.meta.get("nn_module_stack") or {}
+    names = [entry[0] for entry in stack.values()]
+    return re.sub(r"^L\[[^\]]*\](\[\d+\])*\.?", "", names[-1]) or None if names else None
