@@ -16,6 +16,7 @@ from xfcompile.site import Band, Operand, ScoreSpec
 WINDOW = 256
 CAP = 50.0
 CAUSAL_BAND = Band(None, I + 1, True)
+NO_BAND = Band()
 
 Score = Callable[..., Tensor]
 
@@ -181,7 +182,7 @@ def _operand(ndim: int) -> Callable[[torch.dtype], tuple[Operand, ...]]:
 def programs(dtype: torch.dtype) -> list[Program]:
     """The twelve, for q, k and v of this dtype (biases have it too)."""
 
-    def spec(score: sympy.Expr, keep: sympy.Basic = sympy.true, *operands: Operand, band: Band = Band()) -> ScoreSpec:
+    def spec(score: sympy.Expr, keep: sympy.Basic = sympy.true, *operands: Operand, band: Band = NO_BAND) -> ScoreSpec:
         return ScoreSpec(score, keep, "nan", operands, band=band)
 
     def cap(z: Sizes) -> sympy.Expr:
@@ -192,10 +193,16 @@ def programs(dtype: torch.dtype) -> list[Program]:
     is_causal = lambda *tensors: {"is_causal": True}  # noqa: E731
     mask = lambda bias: {"attn_mask": bias}  # noqa: E731
     return [
-        Program("no mask", none, lambda z: spec(scale(z)), sdpa=lambda: {}),
+        Program("no mask", none, lambda z: spec(scale(z)), sdpa=dict),
         Program("causal", causal, causal_spec, flex=lambda: (None, _below), sdpa=is_causal),
         Program(
-            "causal from a buffer", causal_buffer, causal_spec, _buffer, lambda buffer: (None, _below), is_causal, lambda x: []
+            "causal from a buffer",
+            causal_buffer,
+            causal_spec,
+            _buffer,
+            lambda buffer: (None, _below),
+            is_causal,
+            lambda x: [],
         ),
         Program(
             "ALiBi",
@@ -214,17 +221,13 @@ def programs(dtype: torch.dtype) -> list[Program]:
         Program(
             "sliding window",
             sliding_window,
-            lambda z: spec(
-                scale(z), sympy.And(J <= I, J > I - WINDOW), band=Band(I - WINDOW + 1, I + 1, True)
-            ),
+            lambda z: spec(scale(z), sympy.And(J <= I, J > I - WINDOW), band=Band(I - WINDOW + 1, I + 1, True)),
             flex=lambda: (None, lambda b, h, i, j: (j <= i) & (j > i - WINDOW)),
         ),
         Program(
             "prefix LM",
             prefix_lm,
-            lambda z: spec(
-                scale(z), sympy.Or(J <= I, J < WINDOW), band=Band(None, sympy.Max(I + 1, WINDOW), True)
-            ),
+            lambda z: spec(scale(z), sympy.Or(J <= I, J < WINDOW), band=Band(None, sympy.Max(I + 1, WINDOW), True)),
             flex=lambda: (None, lambda b, h, i, j: (j <= i) | (j < WINDOW)),
         ),
         Program(

@@ -88,7 +88,8 @@ def find(key: str) -> str | None:
 def load(path: Path, name: str) -> ModuleType:
     """Imports a stored file under a name of its own; `triton.jit` decides here whether it will be interpreted."""
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import cache, codegen, reference
-from xfcompile.kernels.attention.tiles import INTERPRETED, Tiles, choose, device_generation, padded, smaller
+from xfcompile.kernels.attention.tiles import (
+    FEW_SPILLS,
+    INTERPRETED,
+    Tiles,
+    alternatives,
+    choose,
+    device_generation,
+    padded,
+    smaller,
+)
 from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
@@ -108,8 +117,8 @@ def run(
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }
 
-    def launch(tiles: Tiles) -> None:
-        kernel[(batch * heads * -(-lq // tiles.block_m),)](
+    def launch(tiles: Tiles) -> Any:
+        return kernel[(batch * heads * -(-lq // tiles.block_m),)](
             *arguments,
             **constants,
             BLOCK_M=tiles.block_m,
@@ -126,27 +135,42 @@ def run(
     return out, lse
 
 
-def _launch_fitting(prepared: Program, q: Tensor, dv: int, launch: Any) -> None:
-    """Launches with the table's tiles, or with the largest after them that the device has room for."""
+def _launch_fitting(prepared: Program, q: Tensor, dv: int, launch: Callable[[Tiles], Any]) -> None:
+    """Launches with the tiles that this kernel was found to fit in; at first, finds them by launching."""
+    kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)))
+    if kind in prepared.fitting:
+        launch(prepared.fitting[kind])
+        return
+    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
+    spills: dict[Tiles, int] = {}
+    for tiles in alternatives(first):
+        spilled = _try(launch, tiles)
+        if spilled is not None:
+            spills[tiles] = spilled
+            if spilled <= FEW_SPILLS:
+                break
+    if not spills:
+        found = next(((tiles, n) for tiles in smaller(first) if (n := _try(launch, tiles)) is not None), None)
+        spills = dict([found] if found else [])
+    if not spills:
+        raise RuntimeError(
+            f"xfcompile::attention: no tile size of kernel {prepared.key} fits {torch.cuda.get_device_name(q.device)} "
+            f"with head dims {q.shape[3]} and {dv} in {q.dtype}"
+        )
+    best = min(spills, key=lambda tiles: spills[tiles])
+    log.debug("kernel %s: %s, spilled registers %s", prepared.key, best, spills[best])
+    prepared.fitting[kind] = best
+
+
+def _try(launch: Callable[[Tiles], Any], tiles: Tiles) -> int | None:
+    """Registers spilled with these tiles; None if they need more shared memory than there is."""
     from triton.runtime.errors import OutOfResources
 
-    kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)))
-    tiles = prepared.fitting.get(kind)
-    if tiles is not None:
-        return launch(tiles)
-    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
-    for tiles in (first, *smaller(first)):
-        try:
-            launch(tiles)
-        except OutOfResources as error:
-            log.debug("%s does not fit: %s", tiles, error)
-            continue
-        prepared.fitting[kind] = tiles
+    try:
+        return int(launch(tiles).n_spills)
+    except OutOfResources as error:
+        log.debug("%s does not fit: %s", tiles, error)
         return None
-    raise RuntimeError(
-        f"xfcompile::attention: no tile size of kernel {prepared.key} fits {torch.cuda.get_device_name(q.device)} "
-        f"with head dims {q.shape[3]} and {dv} in {q.dtype}"
-    )
 
 
 def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

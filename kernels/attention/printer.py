@@ -162,7 +162,7 @@ class Printer:
     # Arithmetic
 
     def float(self, expr: sympy.Basic) -> Term:
-        """As a real number. Converting is slow: a sum over both axes is converted where it is still a row and a column."""
+        """As a real number. Converting is slow: a sum over both axes is converted while it is a row and a column."""
         spread = len(extent(expr)) == 2 and bool(expr.is_integer) and not expr.has(Load)
         if spread and isinstance(expr, sympy.Add):
             return self._add(expr, real=True)

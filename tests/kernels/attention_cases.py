@@ -278,7 +278,7 @@ def eager(spec: ScoreSpec, x: Inputs) -> Tensor:
 
 
 def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
-    """The kernel against fp64: its error is at most eager's, or a rounding of the result where eager happens to do better.
+    """The kernel against fp64: its error is at most eager's and a rounding of the result.
 
     slack: roundings of the result that are allowed; the interpreter truncates to bf16, which is two halves.
     """

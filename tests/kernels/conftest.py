@@ -1,4 +1,4 @@
-"""Kernel tests run in Triton's interpreter, whatever the rest of the suite does: kernels look at the variable per call."""
+"""Kernel tests run in Triton's interpreter, whatever other tests do: kernels look at the variable per call."""
 
 from __future__ import annotations
 

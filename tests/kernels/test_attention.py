@@ -96,22 +96,26 @@ def test_writes_all_of_the_output_and_nothing_else(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(launch, "outputs", outputs)
     out, lse = call(named("causal").spec, inputs(named("causal"), torch.float32, "poisoned"))
-    assert not out.isnan().any() and not lse.isnan().any()
+    assert not out.isnan().any()
+    assert not lse.isnan().any()
     for memory in made:
-        assert memory[:1000].isnan().all() and memory[-1000:].isnan().all()
+        assert memory[:1000].isnan().all()
+        assert memory[-1000:].isnan().all()
 
 
 @pytest.mark.parametrize("dead", ["nan", "mean", "zero"])
 def test_no_keys_sum_to_zero(dead: str) -> None:
     spec = ScoreSpec(S, keep=J <= I, dead=dead)  # type: ignore[arg-type]
     out, lse = call(spec, inputs(named("plain"), torch.float32, sizes=Sizes(lk=0)))
-    assert (out == 0).all() and (lse == -math.inf).all()
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
 
 
 @pytest.mark.parametrize("sizes", [Sizes(batch=0), Sizes(lq=0)])
 def test_empty_outputs(sizes: Sizes) -> None:
     out, lse = call(ScoreSpec(S), inputs(named("plain"), torch.float32, sizes=sizes))
-    assert out.shape == (sizes.batch, sizes.heads, sizes.lq, sizes.dv) and lse.numel() == 0
+    assert out.shape == (sizes.batch, sizes.heads, sizes.lq, sizes.dv)
+    assert lse.numel() == 0
 
 
 def test_no_keys_but_a_sink() -> None:
@@ -127,7 +131,8 @@ def test_nan_of_an_input_reaches_its_rows_only() -> None:
     x.q[0, 1, 7, 3] = math.nan
     out, _ = call(named("soft_cap").spec, x)
     rows = out.isnan().any(-1)
-    assert rows[0, 1, 7] and rows.sum() == 1
+    assert rows[0, 1, 7]
+    assert rows.sum() == 1
 
 
 def test_soft_cap_near_zero_is_as_exact_as_tanh() -> None:
@@ -139,7 +144,9 @@ def test_soft_cap_near_zero_is_as_exact_as_tanh() -> None:
 def test_output_is_laid_out_for_the_next_projection() -> None:
     x = inputs(named("plain"), torch.float32)
     out, lse = call(ScoreSpec(S), x)
-    assert out.transpose(1, 2).is_contiguous() and lse.is_contiguous() and lse.dtype == torch.float32
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.is_contiguous()
+    assert lse.dtype == torch.float32
 
 
 def test_reference_runs_on_a_cpu_without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +207,8 @@ def test_symbolic_sizes_in_the_fake() -> None:
     with FakeTensorMode(shape_env=ShapeEnv()) as mode, torch.no_grad():
         q, k, v = (mode.from_tensor(t, static_shapes=False) for t in (x.q, x.k, x.v))
         out, lse = attention(q, k, v, [], [], [], key)
-    assert tuple(out.shape) == x.q.shape and tuple(lse.shape) == x.q.shape[:3]
+    assert tuple(out.shape) == x.q.shape
+    assert tuple(lse.shape) == x.q.shape[:3]
     assert tuple(out.stride()) == call(named("plain").spec, x)[0].stride()
 
 
@@ -259,7 +267,7 @@ def test_a_function_without_triton_form() -> None:
 def test_names_of_scalars_do_not_matter() -> None:
     def spec(name: str) -> ScoreSpec:
         n = sympy.Symbol(name, integer=True, positive=True)
-        return ScoreSpec(S / 8, keep=J < n, scalars=(n,), band=Band(None, n, True))
+        return ScoreSpec(S / 8, keep=n > J, scalars=(n,), band=Band(None, n, True))
 
     assert prepare(spec("s77")) == prepare(spec("u0"))
 
@@ -267,14 +275,16 @@ def test_names_of_scalars_do_not_matter() -> None:
 def test_causal_has_no_mask_in_the_middle() -> None:
     source = codegen.generate(codegen.canonical(named("causal").spec))
     kernel = source[source.index("def attention_forward") :]
-    assert kernel.count("UPCAST, False, False)") == 1 and kernel.count("UPCAST, True, True)") == 1
+    assert kernel.count("UPCAST, False, False)") == 1
+    assert kernel.count("UPCAST, True, True)") == 1
 
 
 def test_loads_are_as_small_as_their_indices() -> None:
     spec = ScoreSpec(S + Load(0, H) + Load(1, B, J), operands=(Operand(torch.float32, 1), Operand(torch.float32, 2)))
     source = codegen.generate(codegen.canonical(spec))
     score = source[source.index("def score") : source.index("def tile")]
-    assert score.count("tl.load") == 1 and "tl.cast(i" not in score
+    assert score.count("tl.load") == 1
+    assert "tl.cast(i" not in score
     assert "row0 = tl.load(t0_ptr" in source
 
 
@@ -313,7 +323,8 @@ def test_a_damaged_cache_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = cache.store("# text\n")
     path.write_text("# tex")
     assert cache.find(cache.key_of("# text\n")) is None
-    assert cache.store("# text\n") == path and path.read_text() == "# text\n"
+    assert cache.store("# text\n") == path
+    assert path.read_text() == "# text\n"
 
 
 def test_reference_is_torch_attention() -> None:
