@@ -171,7 +171,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     v_index = tuple(
         sympy.S.Zero if values.shape[n] == 1 and size[c] != 1 else axis[c] for n, c in enumerate(product.rhs_labels)
     )
-    v = place(values, v_index, J, lead, walk, scale=False)
+    v = place(values, v_index, J, lead, walk)
     score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
     return _site(
         root=product.value,
@@ -236,9 +236,9 @@ def _sdpa(call: Value) -> AttentionSite:
         lead=lead,
         sizes=sizes,
         operands=(
-            place(q, at(q, I), I, lead, walk, scale=False),
-            place(k, at(k, J), J, lead, walk, scale=False),
-            place(v, at(v, J), J, lead, walk, scale=False),
+            place(q, at(q, I), I, lead, walk),
+            place(k, at(k, J), J, lead, walk),
+            place(v, at(v, J), J, lead, walk),
         ),
         head_dim=integer(q.shape[-1]),
         score=score.xreplace(substitution),
@@ -457,7 +457,7 @@ def _query_and_key(
         rows = [set().union(*(x.free_symbols for x in at_x)) for at_x in (at_a, at_b)]
         if J in rows[0] or I in rows[1]:
             continue
-        return place(a, at_a, I, lead, walk, scale=True), place(b, at_b, J, lead, walk, scale=True)
+        return place(a, at_a, I, lead, walk, scale=True, widened=True), place(b, at_b, J, lead, walk, scale=True, widened=True)
     raise Miss("the product below the softmax is not one of queries with keys", dot.value)
 
 

@@ -69,7 +69,16 @@ def rewrite(
 def _snapshot(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Graph]]:
     """Copies of the graph and of those inside it. Working on the graph itself, and keeping the copy for the case of an
     error, leaves the usual case with the very nodes that Dynamo made."""
-    return [(m, copy.deepcopy(m.graph)) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    return [(m, _copied(m.graph)) for m in gm.modules() if isinstance(m, fx.GraphModule)]
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    made = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, made.nodes, strict=True):
+        # Dynamo tells AOTAutograd of its inputs in attributes that FX does not copy.
+        for name in vars(old).keys() - vars(new).keys():
+            setattr(new, name, getattr(old, name))
+    return made
 
 
 def _restore(before: list[tuple[fx.GraphModule, fx.Graph]]) -> None:

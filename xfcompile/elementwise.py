@@ -176,6 +176,13 @@ def as_number(x: Any) -> sympy.Expr:
     return x
 
 
+def rounded(x: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    """A number as a tensor of that dtype holds it: finfo(float32).min in bf16 is -inf."""
+    if not x.is_number or not dtype.is_floating_point or x in (sympy.oo, -sympy.oo):
+        return x
+    return literal(torch.tensor(float(x), dtype=torch.float64).to(dtype).item())
+
+
 def as_boolean(x: Any) -> Any:
     """A number as "is not zero"."""
     if isinstance(x, sympy.logic.boolalg.Boolean) and not isinstance(x, sympy.Symbol):
@@ -205,6 +212,8 @@ def fold(f: Callable[..., Any], *args: Any) -> Any:
             if yes == no:
                 return yes
             return condition if yes == sympy.true else sympy.Not(condition)
+        if sympy.nan in (yes, no):
+            raise Miss("a mask is made by arithmetic that gives NaN")
         return where(condition, yes, no)
     return f(*args)
 
@@ -307,8 +316,7 @@ def _cast(e: Elements, v: Value, index: Index) -> Any:
         return as_boolean(x)
     x = as_number(x)
     if v.dtype.is_floating_point:
-        limit = torch.finfo(v.dtype).max
-        return fold(lambda y: -sympy.oo if y.is_number and y < -limit else y, x) if is_mask(x) or x.is_number else x
+        return fold(lambda y: rounded(y, v.dtype), x) if is_mask(x) or x.is_number else x
     return x if x.is_integer or not v["self"].dtype.is_floating_point else None
 
 
@@ -402,7 +410,9 @@ def _detach(e: Elements, v: Value, index: Index) -> Any:
 
 def _full(e: Elements, v: Value, index: Index) -> Any:
     x = literal(v["fill"])
-    return as_boolean(x) if v.dtype == torch.bool else as_number(x)
+    if v.dtype == torch.bool:
+        return as_boolean(x)
+    return rounded(as_number(x), v.dtype)
 
 
 def _choose(v: Value, condition: Any, a: Callable[[], Any], b: Callable[[], Any]) -> Any:

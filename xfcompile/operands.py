@@ -50,11 +50,20 @@ class Walk:
 
 
 def place(
-    value: Value, index: Index, row: sympy.Symbol, lead: tuple[sympy.Symbol, ...], walk: Walk, *, scale: bool
+    value: Value,
+    index: Index,
+    row: sympy.Symbol,
+    lead: tuple[sympy.Symbol, ...],
+    walk: Walk,
+    *,
+    scale: bool = False,
+    widened: bool = False,
 ) -> tuple[Placed, ...]:
     """All readings of an operand whose dimensions are axes of the attention, the deepest first.
 
-    `scale`: whether multiplications by numbers are looked through (they then are `Placed.factor`).
+    scale: whether multiplications by numbers are looked through (they then are `Placed.factor`).
+    widened: whether casts from half precision are looked through: right for queries and keys, whose products a kernel
+        sums in fp32 anyway; wrong for values, whose dtype says how exact the weights must be.
     Raises `Miss` if not even the operand itself is one.
     """
     ranges = {**walk.ranges}
@@ -72,7 +81,7 @@ def place(
         step = walk.back(current, index)
         if step is not None:
             current, index = step
-        elif current.op == "to" and _widens(current):
+        elif widened and current.op == "to" and _widens(current):
             current = current["self"]
         elif scale and current.op in ("mul", "div") and _number(current) is not None:
             n = _number(current)

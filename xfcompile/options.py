@@ -72,7 +72,7 @@ def _families(patterns: object) -> frozenset[str]:
         raise ValueError(f"option 'patterns' must be a list of families such as ['attention'], not {patterns!r}")
     names = list(patterns)
     for name in names:
-        if name not in ROUTES:
+        if not isinstance(name, str) or name not in ROUTES:
             raise ValueError(_no_family("patterns", name))
     return frozenset(names)
 

@@ -16,6 +16,10 @@ from xfcompile.site import AttentionSite
 HALF = (torch.float16, torch.bfloat16)
 
 
+FEW_QUERIES = 32
+"""Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys."""
+
+
 @dataclass(frozen=True)
 class Route:
     """What runs a site, and why it was chosen (None: it is the usual choice)."""
@@ -123,6 +127,9 @@ def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
     if site.dead == "unknown" and not site.alive:
         return "a row may see no key, and what it gets has no simple rule"
     device = site.root.meta.device
+    queries, keys = sympy.sympify(site.queries), sympy.sympify(site.keys)
+    if queries.is_Integer and queries < FEW_QUERIES and not (keys.is_Integer and keys < FEW_QUERIES):
+        return "our kernel for a few queries against many keys is not there yet"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"
     try:

@@ -186,6 +186,8 @@ def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load])
     node = emitter.holder(value)
     if node is None:
         raise Miss("a term of the score is changed before the product with values", value)
+    if value.meta.device != site.root.meta.device:
+        return emitter.call("to", node, site.root.meta.device)
     dense = any({I, J} <= load.free_symbols for load in loads)
     stride = value.meta.stride
     if not dense or not stride or stride[-1] == 1 or any(load.indices[-1] != J for load in loads):
