@@ -149,7 +149,7 @@ def _mentions(expr: Any, mark: int) -> bool:
 
 def is_mask(expr: Any) -> bool:
     """A choice between constants."""
-    return isinstance(expr, Where) and not expr.args[1].free_symbols and not expr.args[2].free_symbols
+    return isinstance(expr, Where) and all(x.is_number for x in expr.args[1:])
 
 
 def literal(x: Any) -> Any:
@@ -204,7 +204,7 @@ def where(condition: Any, a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
 def fold(f: Callable[..., Any], *args: Any) -> Any:
     """f(*args), taken into a choice between constants: f(where(c, 1, 0)) is where(c, f(1), f(0))."""
     choices = [x for x in args if isinstance(x, Where)]
-    if choices and all(is_mask(x) or not x.free_symbols for x in args) and len({x.args[0] for x in choices}) == 1:
+    if choices and all(is_mask(x) or x.is_number for x in args) and len({x.args[0] for x in choices}) == 1:
         condition = choices[0].args[0]
         yes = f(*(x.args[1] if isinstance(x, Where) else x for x in args))
         no = f(*(x.args[2] if isinstance(x, Where) else x for x in args))
@@ -503,6 +503,8 @@ def _diff(e: Elements, v: Value, index: Index) -> Any:
 
 
 def _cumsum(e: Elements, v: Value, index: Index) -> Any:
+    if e.depends_on_dot(v):
+        return None
     x, d = v["self"], v["dim"] % v.ndim
     walk = sympy.Symbol(f"c{len(e.ranges)}", integer=True, nonnegative=True)
     e.ranges[walk] = integer(x.shape[d])
