@@ -66,12 +66,17 @@ def separate(expr: sympy.Expr, dtype: torch.dtype) -> Masked:
         coefficient, rest = x.as_coeff_Mul()
         if coefficient != 1 and coefficient.is_positive and rest != x:
             inner = split(rest, added)
-            fills = tuple((fill * coefficient, how) for fill, how in inner.fills)
+            fills = tuple((_held(fill * coefficient, dtype), how) for fill, how in inner.fills)
             if all(is_fill(fill) for fill, _ in fills):
                 return Masked(coefficient * inner.score, inner.keep, fills)
         return Masked(x, sympy.true)
 
     return split(sympy.sympify(expr), False)
+
+
+def _held(fill: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    """A fill as its dtype holds it: finfo.min * 2 is -inf."""
+    return -sympy.oo if fill < -torch.finfo(dtype).max else fill
 
 
 def without_row_shift(expr: sympy.Expr) -> sympy.Expr:
