@@ -326,9 +326,11 @@ class Reading:
             args = {k: operand(v) for k, v in call.args.items()}
             sizes = [m.shape if m is not None else () for m in call.outputs]
             written = [
-                (p.name, call.args[p.name])
+                (p.name, ref)
                 for p in call.op._schema.arguments
-                if p.alias_info is not None and p.alias_info.is_write and isinstance(call.args[p.name], Ref)
+                if p.alias_info is not None and p.alias_info.is_write
+                for ref in pytree.tree_leaves(call.args[p.name])
+                if isinstance(ref, Ref)
             ]
             results: list[Cell | None] = []
             self.effects[node].random |= _random_call(call.op, args)
