@@ -129,7 +129,10 @@ def _sites(reading: Reading) -> tuple[list[AttentionSite], list[tuple[Value, Mis
 def _at_nodes(reading: Reading, site: AttentionSite) -> list[Candidate]:
     """The site at each node that computes its root."""
     found = []
-    for node in reading.makers.get(site.root, ()):
+    makers = [n for n in reading.makers.get(site.root, ()) if not reading.effects[n].writes & reading.effects[n].reads]
+    if not makers:
+        raise Miss("the product is written into a tensor that is there already", site.root)
+    for node in makers:
         scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
         if scopes - {reading.scope[node]}:
             raise Miss("the attention crosses the border of an autocast or no_grad region", site.root)
