@@ -147,13 +147,13 @@ def _kernel_dtype(site: AttentionSite) -> torch.dtype:
 
 
 def operand_dtype(site: AttentionSite, q: torch.dtype, k: torch.dtype, v: torch.dtype) -> torch.dtype:
-    """The dtype in which a fused call takes q, k and v: the widest of theirs, unless the product itself is narrower
-    (under autocast)."""
+    """The dtype in which a fused call takes q, k and v: the widest of theirs and of the result's, unless both products
+    are narrower (under autocast)."""
     wide = torch.promote_types(torch.promote_types(q, k), v)
-    product = site.product_dtype
-    if product in HALF and wide in (torch.float32, torch.float64):
+    product, result = site.product_dtype, site.root.dtype
+    if product in HALF and result in HALF and wide in (torch.float32, torch.float64):
         return product
-    return wide
+    return torch.promote_types(wide, result)
 
 
 __all__ = ["H", "Route", "Told", "choose", "operand_dtype", "told"]
