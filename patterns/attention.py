@@ -427,7 +427,7 @@ def _dots(scores: Value) -> Iterator[Contraction]:
 
     def weight(c: Contraction) -> tuple[int, int]:
         size = _label_sizes(c)
-        features = sympy.prod([integer(size[x]) for x in c.summed])
+        features = integer(sympy.prod([integer(size[x]) for x in c.summed]))
         return (-int(features) if features.is_Integer else 0, c.value.order)
 
     yield from sorted(found, key=weight)
