@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from xfcompile.emit import Emitter
+from xfcompile.masking import ABSORBING
 from xfcompile.plan import Told, operand_dtype
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
@@ -98,10 +99,37 @@ def _mask(emitter: Emitter, site: AttentionSite, words: Told, dtype: torch.dtype
         mask = emitter.tensor(words.rest, site)
         if keep is not True:
             mask = emitter.call(torch.where, keep, mask, -float("inf"))
+        if site.call is None and _far(words.rest, site):
+            mask = _near(emitter, mask)
         mask = emitter.call("to", mask, dtype)
     for _ in range(4 - len(_axes(words))):
         mask = emitter.call("unsqueeze", mask, 0)
     return mask
+
+
+FAR = 64.0
+"""A bias of a whole row beyond which log-sum-exp loses digits that eager, which stores weights, keeps."""
+
+
+def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
+    """Whether a whole row may be biased by a number of great size, or by -inf."""
+    loads = any(site.loads[load.operand].dtype.is_floating_point for load in rest.atoms(Load))
+    return loads or any(x <= -FAR for x in rest.atoms(sympy.Number))
+
+
+def _near(emitter: Emitter, mask: fx.Node) -> fx.Node:
+    """The mask, each far row of it moved up to 0, which softmax does not see; NaN where it is -inf for a whole row, for
+    there softmax gives NaN and SDPA 0. A row that absorbs its scores stays where it is."""
+    key = ("near", mask)
+    if key not in emitter.shared:
+        top = emitter.call("amax", emitter.call("detach", mask), -1, True)
+        moves = emitter.call(operator.gt, emitter.call(torch.abs, top), FAR)
+        absorbs = emitter.call(operator.le, top, ABSORBING)
+        empty = emitter.call(operator.eq, top, -float("inf"))
+        stays = emitter.call(torch.logical_and, absorbs, emitter.call(torch.logical_not, empty))
+        moves = emitter.call(torch.logical_and, moves, emitter.call(torch.logical_not, stays))
+        emitter.shared[key] = emitter.call(operator.sub, mask, emitter.call(torch.where, moves, top, 0.0))
+    return emitter.shared[key]
 
 
 def _axes(words: Told) -> tuple[sympy.Symbol, ...]:
