@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
 WINDOW = 256
@@ -40,7 +40,8 @@ class Program:
     flex: Callable[..., tuple[Score | None, Score | None]] = lambda *tensors: (None, None)
     # SDPA's own words for it, where it has any: `is_causal`, or an additive mask made from the tensors.
     sdpa: Callable[..., dict[str, object]] | None = None
-    operands: Callable[..., list[Tensor]] = field(default=lambda *tensors: list(tensors))
+    # What the spec loads from, of the sizes and the tensors.
+    operands: Callable[..., list[Tensor]] = lambda sizes, *tensors: list(tensors)
 
 
 def scale(sizes: Sizes) -> sympy.Expr:
@@ -122,10 +123,10 @@ def _t5_bucket(position: Tensor) -> Tensor:
     return torch.where(position > 0, 16, 0) + torch.where(n < 8, n, large.clamp(max=15))
 
 
-def _t5_index() -> sympy.Expr:
-    n = sympy.Abs(J - I)
-    large = 8 + sympy.floor(sympy.log(sympy.Max(n, 1) / sympy.Integer(8)) * (8 / math.log(16)))
-    return Where(J > I, sympy.Integer(16), sympy.Integer(0)) + Where(n < 8, n, sympy.Min(large, 15))
+def _t5_positions(table: Tensor, length: int) -> list[Tensor]:
+    """The bias of each relative position, [heads, 2·length - 1]: as small as the program's meaning, and exact."""
+    position = torch.arange(1 - length, length, device=table.device)
+    return [table[_t5_bucket(position)].T.contiguous()]
 
 
 def _slopes(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -202,7 +203,7 @@ def programs(dtype: torch.dtype) -> list[Program]:
             _buffer,
             lambda buffer: (None, _below),
             is_causal,
-            lambda x: [],
+            lambda z, buffer: [],
         ),
         Program(
             "ALiBi",
@@ -253,9 +254,10 @@ def programs(dtype: torch.dtype) -> list[Program]:
         Program(
             "T5 bias",
             t5_bias,
-            lambda z: spec(S + Load(0, _t5_index(), H), sympy.true, Operand(dtype, 2)),
+            lambda z: spec(S + Load(0, H, J - I + (z.length - 1)), sympy.true, Operand(dtype, 2)),
             _table,
             _flex_t5,
+            operands=lambda z, table: _t5_positions(table, z.length),
         ),
         Program(
             "dense bias",

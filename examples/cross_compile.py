@@ -111,6 +111,8 @@ def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTar
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
     }
+    if "FAST" in kernel.arg_names:
+        constants["FAST"] = dtype.itemsize == 2
     for name in kernel.arg_names:  # last dimensions are contiguous: Triton makes a stride of 1 a constant
         if name in ("stride_qd", "stride_kd", "stride_vd"):
             constants[name] = 1
@@ -158,18 +160,10 @@ def _number(pattern: str, text: str) -> int:
 
 def show(results: list[Compiled]) -> Table:
     table = Table(title=f"attention forward, triton {triton.__version__}")
-    for column in (
-        "program",
-        "dtype",
-        "D",
-        "target",
-        "tiles, warps, stages",
-        "registers",
-        "spills",
-        "shared KiB",
-        "wgmma",
-    ):
-        table.add_column(column, justify="left" if column in ("program", "dtype", "target") else "right")
+    for column in ("program", "dtype", "target"):
+        table.add_column(column)
+    for column in ("D", "tiles, warps, stages", "registers", "spills", "shared KiB", "wgmma"):
+        table.add_column(column, justify="right")
     for r in results:
         tiles = f"{r.tiles.block_m}x{r.tiles.block_n}, {r.tiles.num_warps}, {r.tiles.num_stages}"
         spills = f"[red]{r.spills}[/]" if r.spills else "0"

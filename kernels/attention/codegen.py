@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import sympy
 
 from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.printer import NAMES, PRODUCT, Printer, Term, extent, is_plain
+from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, is_plain
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
-
-LOG2E = sympy.Float(math.log2(math.e), 17)
 
 
 def canonical(spec: ScoreSpec) -> ScoreSpec:
@@ -103,12 +100,16 @@ def generate(spec: ScoreSpec) -> str:
     position = ["b", "h", "i", "j"]
     functions = []
     if scale is None:
-        functions.append(function("score", ["s", *position, *names.inside], in_base_two(spec.score), hoisted))
+        functions.append(
+            function("score", ["s", *position, *names.inside, *names.flag_parameters], in_base_two(spec.score), hoisted)
+        )
     if spec.keep != sympy.true:
-        functions.append(function("keep", [*position, *names.inside], spec.keep, hoisted))
+        functions.append(function("keep", [*position, *names.inside, *names.flag_parameters], spec.keep, hoisted))
     for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
         if bound is not None:
             functions.append(function(side, ["i", *names.scalars], bound, {}))
     if spec.sink is not None:
-        functions.append(function("sink", ["b", "h", "i", *names.outside], LOG2E * spec.sink, {}))
+        functions.append(
+            function("sink", ["b", "h", "i", *names.outside, *names.flag_parameters], LOG2E * spec.sink, {})
+        )
     return template.module(spec, scale, names, row_lines, functions, helpers)

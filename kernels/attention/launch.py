@@ -117,6 +117,9 @@ def run(
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }
 
+    if "FAST" in kernel.arg_names:
+        constants["FAST"] = q.dtype.itemsize == 2
+
     def launch(tiles: Tiles) -> Any:
         return kernel[(batch * heads * -(-lq // tiles.block_m),)](
             *arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +30,9 @@ RELATIONS = {
 
 # A product of an index with a larger number may not fit in 32 bits: indices are below 2**31 / 256 in any real tensor.
 WIDE = 256
+
+
+LOG2E = sympy.Float(math.log2(math.e), 17)
 
 
 class Unsupported(Exception):
@@ -265,9 +269,12 @@ class Printer:
         return Term(f"tl.abs({term.text})", term.kind)
 
     def _call(self, function: str, expr: sympy.Basic) -> Term:
-        if not function.startswith("tl."):
-            self.helpers.add(function)
         return Term(f"{function}({self.float(expr.args[0]).text})", "float")
+
+    def _tanh(self, expr: sympy.Basic) -> Term:
+        self.helpers.add("tanh")
+        x = expr.args[0]
+        return Term(f"tanh({self.float(x).text}, {self.float(2 * LOG2E * x).text}, FAST)", "float")
 
     def _sign(self, expr: sympy.Basic) -> Term:
         x = expr.args[0]
@@ -448,7 +455,7 @@ BY_NAME: dict[str, Callable[[Printer, sympy.Basic], Term]] = {
     "Min": Printer._min,
     "Max": Printer._max,
     "Abs": Printer._abs,
-    "tanh": _function("tanh"),
+    "tanh": Printer._tanh,
     "exp": _function("tl.exp"),
     "log": _function("tl.log"),
     "erf": _function("tl.erf"),

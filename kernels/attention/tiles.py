@@ -23,14 +23,15 @@ class Tiles:
     num_stages: int
 
 
-# By (generation, bits of an element, head dim padded to a power of two). Starting points are the defaults that torch's
-# FlexAttention settled on for the same loop (torch/_inductor/template_heuristics), changed where they spill registers
-# (examples/cross_compile.py): 16-bit D64 and D256, and all of fp32. At D64 the smaller steps leave room for two
-# programs on a multiprocessor, one of which multiplies while the other exponentiates.
+# By (generation, bits of an element, head dim padded to a power of two). Hopper's 16-bit D64 and D128 are the best over
+# seven programs on an H200 (examples/bench_routes.py, examples/results/routes-h200.json): small tiles leave room for
+# several programs on a multiprocessor, one of which multiplies while another exponentiates. The others start from the
+# defaults that torch's FlexAttention settled on for this loop (torch/_inductor/template_heuristics), changed where they
+# spill registers (examples/cross_compile.py), and are not measured.
 HOPPER, AMPERE, AMD = "hopper", "ampere", "amd"
 TABLE: dict[tuple[str, int, int], Tiles] = {
-    (HOPPER, 16, 64): Tiles(128, 64, 4, 3),
-    (HOPPER, 16, 128): Tiles(128, 64, 8, 3),
+    (HOPPER, 16, 64): Tiles(64, 64, 4, 3),
+    (HOPPER, 16, 128): Tiles(64, 64, 4, 3),
     (HOPPER, 16, 256): Tiles(128, 64, 8, 2),
     (HOPPER, 32, 64): Tiles(64, 32, 8, 2),
     (HOPPER, 32, 128): Tiles(32, 32, 8, 2),
@@ -81,10 +82,11 @@ def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
 def alternatives(tiles: Tiles) -> Iterator[Tiles]:
     """What to try, in order, for a score that spills registers: more threads to hold it, then a shorter step."""
     yield tiles
-    if tiles.num_warps < 8 and tiles.block_m * tiles.block_n >= 64 * 64:
-        yield replace(tiles, num_warps=8)
+    if tiles.num_warps == 4 and tiles.block_m >= 64:
+        tiles = replace(tiles, block_m=128, num_warps=8)
+        yield tiles
     if tiles.block_n > 16:
-        yield replace(tiles, num_warps=8 if tiles.block_m >= 64 else tiles.num_warps, block_n=tiles.block_n // 2)
+        yield replace(tiles, block_n=tiles.block_n // 2)
 
 
 def smaller(tiles: Tiles) -> Iterator[Tiles]:

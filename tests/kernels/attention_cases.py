@@ -297,7 +297,11 @@ def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
     assert error(out, exact) <= allowed, f"{case.name}: {error(out, exact):.3g} > {allowed:.3g}"
     dead = ~exact_lse.isfinite()
     lse_magnitude = exact_lse[~dead].abs().max().item() if not dead.all() else 0.0
-    allowed_lse = 2 * error(single_lse, exact_lse) + 2 * torch.finfo(torch.float32).eps * max(lse_magnitude, 1.0)
+    # 16-bit weights are rounded by eps: a 64th of that may be spent on scores (a faster tanh).
+    spent = torch.finfo(x.q.dtype).eps / 64 if x.q.dtype.itemsize == 2 else 0.0
+    allowed_lse = (
+        spent + 2 * error(single_lse, exact_lse) + 2 * torch.finfo(torch.float32).eps * max(lse_magnitude, 1.0)
+    )
     assert error(lse, exact_lse) <= allowed_lse, f"{case.name}: lse {error(lse, exact_lse):.3g} > {allowed_lse:.3g}"
 
 
