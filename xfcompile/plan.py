@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from xfcompile.masking import ABSORBING
 from xfcompile.masks import is_causal
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import AttentionSite
@@ -73,7 +74,7 @@ def choose(
     sayable = words if isinstance(words, Told) else None
     kernel = _why_no_kernel(site, training)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
-    if training and site.leaks and site.call is None:
+    if training and site.call is None and (site.leaks or (sayable is not None and _absorbs(sayable))):
         sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"
     if wanted == "inductor":
         return Route("inductor", "asked for"), None
@@ -108,6 +109,11 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
     if device == "cpu" and _materialised(site, words) > 4:
         return "SDPA would need a bias of the size of all scores"
     return None
+
+
+def _absorbs(words: Told) -> bool:
+    """Whether a bias may swallow all scores of a row."""
+    return any(x <= ABSORBING for x in words.rest.atoms(sympy.Number))
 
 
 def _materialised(site: AttentionSite, words: Told) -> int:
