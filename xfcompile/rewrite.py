@@ -38,6 +38,8 @@ _TRANSPARENT = frozenset(
 )
 """Higher-order operations whose bodies run as if they stood in the graph."""
 
+_CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoint"})
+
 
 @dataclass
 class Candidate:
@@ -66,11 +68,11 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     _rewrite(reading, options, report)
 
 
-def _rewrite(reading: Reading, options: Options, report: Report) -> None:
+def _rewrite(reading: Reading, options: Options, report: Report, *, recomputed: bool = False) -> None:
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
         if name in _TRANSPARENT:
-            _rewrite(child, options, report)
+            _rewrite(child, options, report, recomputed=recomputed or name in _CHECKPOINTS)
         else:
             _decline_all(child, report, f"inside of {name}, whose body is not ours to change")
     candidates, misses = _candidates(reading)
@@ -81,6 +83,9 @@ def _rewrite(reading: Reading, options: Options, report: Report) -> None:
     candidates = [c for c in candidates if c.node in live]
     for candidate in candidates:
         _plan(reading, candidate, options)
+        if recomputed and candidate.route.name == "sdpa" and candidate.words and not _needs_grad(candidate.node, reading):
+            # torch refuses to compile it: SDPA counts as random, which no forward without a backward may recompute.
+            candidate.route = Route("inductor", "SDPA can't be checkpointed where nothing needs a gradient")
     _keep_shared(reading, candidates)
     shared: dict[Any, fx.Node] = {}
     inserted: list[fx.Node] = []
