@@ -56,7 +56,7 @@ miss("softmax over queries", "axis", lambda q, k, v: scores(q, k).softmax(-2) @ 
 miss("softmax over heads", "axis", lambda q, k, v: scores(q, k).softmax(1) @ v)
 miss("softmax over the batch", "axis", lambda q, k, v: scores(q, k).softmax(0) @ v)
 miss("softmax over queries, by einsum", "axis", lambda q, k, v: torch.einsum("bhij,bhid->bhjd", scores(q, k).softmax(3), v))
-miss("softmax over keys of transposed scores", "axis", lambda q, k, v: scores(q, k).mT.softmax(-1) @ v)
+right("softmax of transposed scores: keys ask queries", lambda q, k, v: scores(q, k).mT.softmax(-1) @ v)
 miss("softmax with no dim", "axis", lambda q, k, v: F.softmax(q @ k.mT, _stacklevel=0) @ v, (4, 4, 4), (4, 4, 4), (4, 4, 4))
 miss("weights transposed", "axis", lambda q, k, v: scores(q, k).softmax(-1).mT @ v)
 miss("heads and keys swapped", "axis", lambda q, k, v: scores(q, k).softmax(-1).transpose(1, 3) @ v)
@@ -111,7 +111,7 @@ miss("scores normalised", "between", lambda q, k, v: F.normalize(scores(q, k), d
 miss("scores layer-normalised", "between", lambda q, k, v: F.layer_norm(scores(q, k), (4,)).softmax(-1) @ v)
 miss("scores sorted", "between", lambda q, k, v: scores(q, k).sort(-1).values.softmax(-1) @ v)
 miss("scores rolled", "between", lambda q, k, v: scores(q, k).roll(1, -1).softmax(-1) @ v)
-miss("scores summed", "between", lambda q, k, v: scores(q, k).cumsum(-1).softmax(-1) @ v)
+miss("scores summed", "cumsum", lambda q, k, v: scores(q, k).cumsum(-1).softmax(-1) @ v)
 miss("scores compared", "compared", lambda q, k, v: (lambda s: s.masked_fill(s < 0.3, -INF).softmax(-1) @ v)(scores(q, k)))
 miss("scores of top-k", None, lambda q, k, v: (lambda s: s.masked_fill(s < s.topk(2).values[..., -1:], -INF).softmax(-1) @ v)(scores(q, k)), fused=False)
 miss("scores read at two positions", None, lambda q, k, v: (scores(q, k) + scores(q, k).mT).softmax(-1) @ v, fused=False)
@@ -124,7 +124,7 @@ miss("nan_to_num of the scores", None, lambda q, k, v: scores(q, k).nan_to_num()
 miss("a mixing of heads before", None, lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w).softmax(-1) @ v, SQUARE, SQUARE, SQUARE, (4, 4), fused=False)
 miss("a mixing of heads after", None, lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k).softmax(-1), w) @ v, SQUARE, SQUARE, SQUARE, (4, 4), fused=False)
 miss("a convolution over heads", None, lambda q, k, v, w: F.conv2d(scores(q, k), w[..., None, None]).softmax(-1) @ v, SQUARE, SQUARE, SQUARE, (4, 4), fused=False)
-miss("rows tied", "more than one axis", lambda q, k, v: torch.einsum("hnij,rjnhd->rinhd", torch.einsum("rinhd,rjnhd->hnij", q, k).softmax(-1), v), (3, 4, 2, 4, 5), (3, 4, 2, 4, 5), (3, 4, 2, 4, 5))
+miss("rows tied", "product", lambda q, k, v: torch.einsum("hnij,rjnhd->rinhd", torch.einsum("rinhd,rjnhd->hnij", q, k).softmax(-1), v), (3, 4, 2, 4, 5), (3, 4, 2, 4, 5), (3, 4, 2, 4, 5))
 miss("heads contracted with the values", None, lambda q, k, v: torch.einsum("bhij,bhjd->bid", scores(q, k).softmax(-1), v), fused=False)
 miss("a diagonal of the keys", None, lambda q, k, v: torch.einsum("bhid,bhdd->bhid", q, k).softmax(-1) @ v, fused=False)
 miss("an outer product", None, lambda q, k, v: torch.einsum("bhi,bhj->bhij", q[..., 0], k[..., 0]).softmax(-1) @ v, fused=False)
@@ -463,7 +463,7 @@ def autocast_values(q: Any, k: Any, v: Any) -> Any:
 def autocast_scores(q: Any, k: Any, v: Any) -> Any:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         s = scores(q, k)
-    return s.softmax(-1) @ v
+    return s.float().softmax(-1) @ v
 
 
 def autocast_all(q: Any, k: Any, v: Any) -> Any:
@@ -503,9 +503,13 @@ right("a bias of queries, in training", lambda q, k, v, m: (scores(q, k) + m).so
 right("a causal mask, in training", lambda q, k, v: scores(q, k).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -INF).softmax(-1) @ v, grad=True)
 
 
+def attend(q: Any, k: Any, v: Any) -> Any:
+    return torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v)
+
+
 def cond_body(q: Any, k: Any, v: Any) -> Any:
     return torch.cond(
-        q.sum() > 0, lambda a, b, c: scores(a, b).softmax(-1) @ c, lambda a, b, c: scores(b, a).softmax(-1) @ c, (q, k, v)
+        q.sum() > 0, lambda a, b, c: attend(a, b, c), lambda a, b, c: attend(b, a, c), (q, k, v)
     )
 
 
@@ -548,7 +552,7 @@ def custom_writes(q: Any, k: Any, v: Any) -> Any:
 
 
 right("inside of cond", cond_body, fused=None)
-right("checkpointed", checkpointed)
+miss("checkpointed, without gradients", "checkpointed", checkpointed)
 right("checkpointed, in training", checkpointed, grad=True)
 right("checkpointed weights, in training", checkpointed_half, grad=True, fused=None)
 miss("a custom op between", "twice", custom_on_scores)
@@ -580,9 +584,9 @@ def data(m: torch.Tensor) -> torch.Tensor:
 DEAD: dict[str, Callable[..., torch.Tensor]] = {
     "-inf": lambda s, m: s.masked_fill(~data(m), -INF),
     "-inf, where": lambda s, m: torch.where(data(m), s, -INF),
-    "-inf, added": lambda s, m: s + torch.zeros(m.shape).masked_fill(~data(m), -INF),
-    "finfo.min": lambda s, m: s.masked_fill(~data(m), MIN),
-    "finfo.min, added": lambda s, m: s + torch.zeros(m.shape).masked_fill(~data(m), MIN),
+    "-inf, added": lambda s, m: s + torch.zeros_like(m).masked_fill(~data(m), -INF),
+    "finfo.min": lambda s, m: s.masked_fill(~data(m), torch.finfo(s.dtype).min),
+    "finfo.min, added": lambda s, m: s + torch.zeros_like(m).masked_fill(~data(m), torch.finfo(s.dtype).min),
     "finfo.min, added by product": lambda s, m: s + (1.0 - data(m).float()) * MIN,
     "finfo.min, added before the scale": lambda s, m: (s + torch.where(data(m), 0.0, MIN)) * 0.5,
     "-1e9": lambda s, m: s.masked_fill(~data(m), -1e9),
@@ -600,7 +604,7 @@ DEAD: dict[str, Callable[..., torch.Tensor]] = {
     "finfo.min and -inf": lambda s, m: s.masked_fill(m <= 0, -INF).masked_fill(~dead_row(), MIN),
     "the same fill twice": lambda s, m: s.masked_fill(m <= 0, -1e9).masked_fill(~dead_row(), -1e9),
     "-inf less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), -INF)),
-    "finfo.min less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), MIN)),
+    "finfo.min less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), torch.finfo(s.dtype).min)),
     "-1e9 less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), -1e9)),
     "zero fill": lambda s, m: s.masked_fill(~data(m), 0.0),
     "positive fill": lambda s, m: s.masked_fill(data(m), 1e9),
@@ -615,7 +619,7 @@ DEAD: dict[str, Callable[..., torch.Tensor]] = {
     "NaN in the mask, inverted": lambda s, m: s.masked_fill(~(torch.where(m > 1, torch.nan, m) < 0.5), -1e9),
     "NaN in the bias": lambda s, m: s + torch.where(m > 1.5, torch.nan, m),
     "-inf in the bias": lambda s, m: s + torch.where(m > 0, -INF, m),
-    "a scaled mask of finfo.min": lambda s, m: s.masked_fill(~data(m), MIN) * 2,
+    "a scaled mask of finfo.min": lambda s, m: s.masked_fill(~data(m), torch.finfo(s.dtype).min) * 2,
     "a soft-capped mask": lambda s, m: s.masked_fill(~data(m), -1e9).div(5).tanh() * 5,
     "a clamped mask": lambda s, m: s.masked_fill(~data(m), -1e9).clamp(min=-50),
 }
@@ -634,7 +638,7 @@ for _name in ("finfo.min", "-1e9", "-inf", "-inf, added", "finfo.min, added", "-
 SDPA = F.scaled_dot_product_attention
 right("dead rows: SDPA, bool", lambda q, k, v, m: SDPA(q, k, v, attn_mask=data(m)), *[SQUARE] * 4)
 right("dead rows: SDPA, static bool", lambda q, k, v: SDPA(q, k, v, attn_mask=torch.ones(4, 4, dtype=torch.bool).tril(-1)))
-right("dead rows: SDPA, -inf", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.zeros(m.shape).masked_fill(~data(m), -INF)), *[SQUARE] * 4)
+right("dead rows: SDPA, -inf", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.zeros_like(m).masked_fill(~data(m), -INF)), *[SQUARE] * 4)
 right("dead rows: SDPA, finfo.min", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.where(data(m), 0.0, MIN)), *[SQUARE] * 4)
 right("dead rows: SDPA, -1e9", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.where(data(m), 0.0, -1e9)), *[SQUARE] * 4)
 right("dead rows: SDPA, causal with fewer keys", lambda q, k, v: SDPA(q, k, v, is_causal=True), (2, 3, 7, 8), (2, 3, 5, 8), (2, 3, 5, 8))
