@@ -35,10 +35,24 @@ class Emitter:
                 node = self.graph.call_method(fn, args, kwargs)
             else:
                 node = self.graph.call_function(fn, args, kwargs)
-        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-            if key in self.anchor.meta and key != "source_fn_stack":
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self.anchor.meta:
                 node.meta[key] = self.anchor.meta[key]
+        self._tell_example(node, fn)
         return node
+
+    def _tell_example(self, node: fx.Node, fn: Callable[..., Any] | str) -> None:
+        """Give the node the fake value that Dynamo's nodes have: AOTAutograd caches no graph in which a method is called
+        on something that has none."""
+        mode = self.reading.mode
+        inputs = node.all_input_nodes
+        if mode is None or any("example_value" not in n.meta for n in inputs):
+            return
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+        if isinstance(fn, str):
+            fn, args = getattr(args[0], fn), args[1:]
+        with mode:
+            node.meta["example_value"] = fn(*args, **kwargs)
 
     def size(self, expr: Any) -> Any:
         """A size as an int, or the node that holds it."""
