@@ -110,7 +110,7 @@ def run(
         if not isinstance(x, torch.Tensor):
             return x
         # Strides are kept: a program may view its inputs, and layouts are part of what is compared.
-        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if 0 not in x.stride() else x.detach().clone()
         y.copy_(x.detach())
         y = y.double() if double and x.dtype in REAL else y
         return y.requires_grad_(grad and x.dtype in REAL and x.requires_grad)
