@@ -237,6 +237,7 @@ def _replace(
     try:
         new = replace_attention(Emitter(reading, node, shared), candidate)
         node.replace_all_uses_with(new)
+        shared["instead of", node] = new
     except Exception as error:
         for made in reversed([n for n in graph.nodes if n not in before]):
             graph.erase_node(made)
