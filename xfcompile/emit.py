@@ -79,7 +79,7 @@ class Emitter:
             if isinstance(value, Value) and self.reading.time[node] < self.reading.time[self.anchor]:
                 for k, n in enumerate(value.shape):
                     if n == expr:
-                        return self.call("size", node, k)
+                        return self.call("size", self.shared.get(("instead of", node), node), k)
         raise Miss(f"no node holds the size {expr}")
 
     def number(self, expr: sympy.Expr) -> Any:
@@ -104,7 +104,8 @@ class Emitter:
     # -- operands -------------------------------------------------------------------------------------------
 
     def holder(self, value: Value) -> fx.Node | None:
-        return self.reading.holder(value, self.reading.time[self.anchor])
+        node = self.reading.holder(value, self.reading.time[self.anchor])
+        return self.shared.get(("instead of", node), node)
 
     def choose(self, readings: tuple[Placed, ...]) -> Placed:
         """The deepest reading of an operand that a node still holds here."""
