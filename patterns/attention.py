@@ -293,7 +293,8 @@ def _site(
         masked, predicate, dead, alive = separate_nothing(score), keep, dead_bool, keep == sympy.true
     bounds = band(predicate) if predicate != sympy.true else Band()
     had = describe(predicate, ranges)
-    if had == "none" and (masked.fills or (call is not None and call["attn_mask"] is not None)):
+    told = masked.fills or any(v.op == "where" or (v.op == "add" and not _number(v["other"])) for v in interior)
+    if had == "none" and (told or (call is not None and call["attn_mask"] is not None)):
         had = "all true (dropped)" if not _has_bias(masked.score) else "none"
     return AttentionSite(
         root=root,
@@ -328,6 +329,10 @@ def separate_nothing(score: sympy.Expr) -> Any:
     from xfcompile.masking import Masked
 
     return Masked(without_row_shift(score), sympy.true)
+
+
+def _number(x: Any) -> bool:
+    return not isinstance(x, Value) or x.ndim == 0
 
 
 def _has_bias(score: sympy.Expr) -> bool:
