@@ -215,6 +215,15 @@ class Values:
 
     _make_empty_like = _make_new_empty = _make_empty_strided = _make_new_empty_strided = _make_empty
 
+    def _make_hstack(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
+        dim = 0 if meta.shape and len(meta.shape) == 1 else 1
+        return self.intern("cat", {"tensors": args["tensors"], "dim": dim}, meta)
+
+    def _make_vstack(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
+        if any(t.ndim < 2 for t in args["tensors"]):
+            return self.intern("vstack", args, meta)
+        return self.intern("cat", {"tensors": args["tensors"], "dim": 0}, meta)
+
     def _make_copy(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
         source = args["src"]
         source = self.cast(source, Meta(source.shape, (), meta.dtype, meta.device))
