@@ -437,8 +437,10 @@ def _below(e: Elements, x: sympy.Expr, n: sympy.Expr) -> Any:
 
 
 def _cat(e: Elements, v: Value, index: Index) -> Any:
-    tensors = [t for t in v["tensors"] if not (t.ndim == 1 and t.shape[0] == 0)]
     d = v["dim"] % v.ndim
+    tensors = [t for t in v["tensors"] if t.shape != (0,) and t.shape[d] != 0]
+    if not tensors:
+        return None
     start: sympy.Expr = sympy.S.Zero
 
     def piece(k: int, start: sympy.Expr) -> Any:
