@@ -85,7 +85,7 @@ def test_inductor_gets_the_mode_and_the_options(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_option_reaches_the_user() -> None:
-    with pytest.raises(BackendCompilerFailed, match="unknown option 'route' .did you mean 'routes'"):
+    with pytest.raises(BackendCompilerFailed, match=r"unknown option 'route' \(did you mean 'routes'"):
         torch.compile(attention, backend=xformers, options={"route": {}})(*qkv())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def test_no_name_of_ours_hides_one_of_inductors() -> None:
     ],
 )
 def test_what_is_not_known_is_an_error_that_helps(mode: str | None, options: Any, words: list[str]) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
         Options.parse(mode, options)
     for word in words:
         assert word in str(error.value)

@@ -47,7 +47,7 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """All candidates of the graphs that were read; `failures` are errors of our own, each of which left a site as it was."""
+    """All candidates of the graphs that were read. `failures`: errors of our own; each left a site as it was."""
 
     sites: list[SiteReport] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
