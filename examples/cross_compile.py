@@ -82,7 +82,8 @@ def compile_job(job: Job) -> Compiled:
     for tiles in alternatives(choose(kind, job.dtype, job.dim, job.dim, sizes.length)):  # as a launch does
         compiled = compile_kernel(spec, job.dtype, job.dim, target, tiles)
         registers, spills = resources(compiled)
-        if spills <= 4 * FEW_SPILLS:
+        crowded = tiles.num_warps == 4 and target.arch in (90, 100) and compiled.metadata.shared > 113 * 1024
+        if spills <= 4 * FEW_SPILLS and not crowded:
             break
     return Compiled(
         job.program,

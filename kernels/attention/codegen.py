@@ -9,6 +9,7 @@ import sympy
 
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, is_plain
+from xfcompile.kernels.attention.reach import bounds, reach
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
 
@@ -87,7 +88,7 @@ def generate(spec: ScoreSpec) -> str:
     helpers |= prologue.helpers
     hoisted = prologue.hoisted
 
-    def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[Load, Term]) -> str:
+    def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
         printer = Printer(spec.operands, scope, hoisted)
         term = printer.float(expr) if name in ("score", "sink") else printer.print(expr)
         helpers.update(printer.helpers)
@@ -112,4 +113,18 @@ def generate(spec: ScoreSpec) -> str:
         functions.append(
             function("sink", ["b", "h", "i", *names.outside, *names.flag_parameters], LOG2E * spec.sink, {})
         )
-    return template.module(spec, scale, names, row_lines, functions, helpers)
+    scan_lines: list[str] = []
+    found = reach(spec)
+    if found is not None:
+        rows = Printer(spec.operands, {**scope, I: "row"})
+        ends: dict[sympy.Basic, Term] = {}
+        for n, side in enumerate(found.sides):
+            term = rows.number(side)
+            scan_lines += [*rows.lines, *template.extremes(bounds(n), term.text)]
+            rows.lines.clear()
+            ends |= {symbol: Term(symbol.name, term.kind) for symbol in bounds(n)}
+        helpers |= rows.helpers
+        arguments = ["b", "h", "j", *names.outside, *(symbol.name for symbol in ends)]
+        functions.append(function("reachable", [*arguments, *names.flag_parameters], found.keys, ends))
+        scan_lines += template.scan([*arguments, *names.flags])
+    return template.module(spec, scale, names, row_lines, scan_lines, functions, helpers)

@@ -20,6 +20,7 @@ from xfcompile.kernels.attention.tiles import (
     alternatives,
     choose,
     device_generation,
+    fits_twice,
     padded,
     smaller,
 )
@@ -145,35 +146,46 @@ def _launch_fitting(prepared: Program, q: Tensor, dv: int, launch: Callable[[Til
         launch(prepared.fitting[kind])
         return
     first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
-    spills: dict[Tiles, int] = {}
+    faults: dict[Tiles, tuple[int, bool]] = {}
     for tiles in alternatives(first):
-        spilled = _try(launch, tiles)
-        if spilled is not None:
-            spills[tiles] = spilled
-            if spilled <= FEW_SPILLS:
+        found = _try(launch, tiles, q.device)
+        if found is not None:
+            faults[tiles] = found
+            if found == FAULTLESS:
                 break
-    if not spills:
-        found = next(((tiles, n) for tiles in smaller(first) if (n := _try(launch, tiles)) is not None), None)
-        spills = dict([found] if found else [])
-    if not spills:
+    for tiles in () if faults else smaller(first):
+        found = _try(launch, tiles, q.device)
+        if found is not None:
+            faults[tiles] = found
+            break
+    if not faults:
         raise RuntimeError(
             f"xfcompile::attention: no tile size of kernel {prepared.key} fits {torch.cuda.get_device_name(q.device)} "
             f"with head dims {q.shape[3]} and {dv} in {q.dtype}"
         )
-    best = min(spills, key=lambda tiles: spills[tiles])
-    log.debug("kernel %s: %s, spilled registers %s", prepared.key, best, spills[best])
+    best = min(faults, key=lambda tiles: faults[tiles])
+    log.debug("kernel %s: %s, spilled registers and crowding: %s", prepared.key, best, faults[best])
     prepared.fitting[kind] = best
 
 
-def _try(launch: Callable[[Tiles], Any], tiles: Tiles) -> int | None:
-    """Registers spilled with these tiles; None if they need more shared memory than there is."""
+FAULTLESS = (0, False)
+
+
+def _try(launch: Callable[[Tiles], Any], tiles: Tiles, device: torch.device) -> tuple[int, bool] | None:
+    """Registers spilled, where they are more than a few, and whether four warps have a multiprocessor to themselves.
+
+    None if the tiles need more shared memory than there is.
+    """
     from triton.runtime.errors import OutOfResources
 
     try:
-        return int(launch(tiles).n_spills)
+        compiled = launch(tiles)
     except OutOfResources as error:
         log.debug("%s does not fit: %s", tiles, error)
         return None
+    spills = int(compiled.n_spills)
+    crowded = tiles.num_warps == 4 and not fits_twice(compiled.metadata.shared, device)
+    return (spills if spills > FEW_SPILLS else 0), crowded
 
 
 def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

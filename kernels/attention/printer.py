@@ -66,7 +66,7 @@ def is_plain(load: Load) -> bool:
 class Printer:
     """Prints expressions over one scope of names; loads become statements, gathered in `lines`.
 
-    names: the text of each symbol in scope. hoisted: loads that have a name already.
+    names: the text of each symbol in scope. hoisted: what has a name already.
     helpers: gathers the names of the functions that the text calls (see `codegen.HELPERS`).
     """
 
@@ -74,7 +74,7 @@ class Printer:
         self,
         operands: Sequence[Operand],
         names: Mapping[sympy.Symbol, str],
-        hoisted: Mapping[Load, Term] | None = None,
+        hoisted: Mapping[sympy.Basic, Term] | None = None,
     ) -> None:
         self.operands = operands
         self.names = names
@@ -85,6 +85,8 @@ class Printer:
         self._guards: tuple[sympy.Basic, ...] = ()
 
     def print(self, expr: sympy.Basic) -> Term:
+        if expr in self.hoisted:
+            return self.hoisted[expr]
         for base, method in DISPATCH:
             if isinstance(expr, base):
                 return method(self, expr)
@@ -117,8 +119,6 @@ class Printer:
     # Loads
 
     def _load(self, expr: Load) -> Term:
-        if expr in self.hoisted:
-            return self.hoisted[expr]
         n, operand = expr.operand, self.operands[expr.operand]
         if len(expr.indices) != operand.ndim:
             raise Unsupported(f"operand {n} has {operand.ndim} dimensions and is loaded at {len(expr.indices)} indices")
@@ -132,6 +132,8 @@ class Printer:
             kind = kind_of(operand.dtype)
             if kind == "float" and operand.dtype != torch.float32:
                 value += ".to(tl.float32)"
+            if kind == "int" and operand.dtype.itemsize < 4:
+                value += ".to(tl.int32)"  # sums and negatives of small or unsigned integers would wrap around
             self.lines.append(f"{name} = {value}")
             self._loaded[expr, mask] = Term(name, kind)
         return self._loaded[expr, mask]
@@ -152,9 +154,10 @@ class Printer:
         """A load under a condition is masked by it where it may be out of range otherwise, or where that is free."""
         outer, self._guards = self._guards, ()
         guards = [g for g in outer if not is_plain(load) or extent(g) <= extent(load)]
-        texts = [self.print(g).at(AND) for g in guards]
+        terms = [self.print(g) for g in guards]
         self._guards = outer
-        return f", mask={' & '.join(texts)}, other=0" if texts else ""
+        mask = terms[0].text if len(terms) == 1 else " & ".join(t.at(AND) for t in terms)
+        return f", mask={mask}, other=0" if terms else ""
 
     @contextmanager
     def _under(self, *conditions: sympy.Basic) -> Iterator[None]:
@@ -164,6 +167,9 @@ class Printer:
         self._guards = outer
 
     # Arithmetic
+
+    def number(self, expr: sympy.Basic) -> Term:
+        return self._to_int(self.print(expr))
 
     def float(self, expr: sympy.Basic) -> Term:
         """As a real number. Converting is slow: a sum over both axes is converted while it is a row and a column."""

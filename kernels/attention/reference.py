@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import sympy
 import torch
@@ -77,7 +77,7 @@ class Evaluator:
 
     def __init__(
         self,
-        scope: dict[sympy.Symbol, Value],
+        scope: Mapping[sympy.Symbol, Value],
         operands: Sequence[Tensor],
         dtype: torch.dtype,
         device: torch.device,

@@ -169,6 +169,18 @@ KERNEL = '''\
     tl.store(out_ptr + out_row * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=mask)
 '''
 
+SCAN = """\
+# Tiles before the first and after the last key that some row of the block may see are skipped.
+first_key = tl.cast(lk, tl.int32)
+end_key = tl.cast(0, tl.int32)
+for start in tl.range(lo, hi, 512):
+    j = tl.minimum(start + tl.arange(0, 512), lk - 1)
+{call}
+    first_key = tl.minimum(first_key, tl.reduce(tl.where(seen, j, lk), 0, tl.standard._elementwise_min))
+    end_key = tl.maximum(end_key, tl.reduce(tl.where(seen, j + 1, 0), 0, tl.standard._elementwise_max))
+lo = tl.maximum(lo, first_key) // BLOCK_N * BLOCK_N
+hi = tl.minimum(hi, end_key)"""
+
 DEAD = {
     "nan": "",  # 0 / 0
     "zero": "l = tl.where(l == 0.0, 1.0, l)",
@@ -190,16 +202,21 @@ def module(
     scale: sympy.Expr | None,
     names: Names,
     row_lines: Sequence[str],
+    scan_lines: Sequence[str],
     functions: Sequence[str],
     helpers: Iterable[str],
 ) -> str:
-    """The whole text. scale: of a score that is scale·s; row_lines: what is read once a row; functions: the site's."""
+    """The whole text.
+
+    scale: of a score that is scale·s. row_lines: read what a row has for the whole loop. scan_lines: narrow the loop to
+    keys within reach. functions, helpers: the site's own functions, and the names of those in HELPERS that they call.
+    """
     parts = [
         _docstring(spec) + PREAMBLE.format(spec=_literal(spec)),
         *(HELPERS[name] for name in sorted(helpers)),
         *functions,
         _tile(spec, scale, names),
-        _kernel(spec, names, row_lines),
+        _kernel(spec, names, row_lines, scan_lines),
     ]
     return "\n\n".join(parts)
 
@@ -317,7 +334,21 @@ def _loop(names: Names, start: str, end: str, masked: bool, edge: bool) -> str:
     return f"for start in tl.range({start}, {end}, BLOCK_N):\n{wrapped('    acc, m, l = tile', arguments)}"
 
 
-def _loops(spec: ScoreSpec, names: Names) -> str:
+def extremes(ends: tuple[sympy.Symbol, sympy.Symbol], value: str) -> list[str]:
+    """The least and the greatest value over the block's rows."""
+    return [
+        f"side = {value}",
+        f"{ends[0]} = tl.reduce(side, 0, tl.standard._elementwise_min)",
+        f"{ends[1]} = tl.reduce(side, 0, tl.standard._elementwise_max)",
+    ]
+
+
+def scan(arguments: Sequence[str]) -> list[str]:
+    """Narrows lo and hi to the keys for which `reachable` holds: one cheap test a key instead of one a score."""
+    return SCAN.format(call=wrapped("    seen = reachable", arguments)).splitlines()
+
+
+def _loops(spec: ScoreSpec, names: Names, scan_lines: Sequence[str]) -> str:
     """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
     if spec.keep == sympy.true:
         return "\n".join(
@@ -340,6 +371,7 @@ def _loops(spec: ScoreSpec, names: Names) -> str:
         return "\n".join(
             [
                 *lines,
+                *scan_lines,
                 "full = tl.minimum(lk // BLOCK_N * BLOCK_N, hi)",
                 _loop(names, "lo", "full", masked=True, edge=False),
                 _loop(names, "tl.maximum(lo, full)", "hi", masked=True, edge=True),
@@ -358,7 +390,7 @@ def _loops(spec: ScoreSpec, names: Names) -> str:
     return "\n".join(lines)
 
 
-def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
+def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str], scan_lines: Sequence[str]) -> str:
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
     state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
@@ -382,7 +414,7 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
         block=_indented(block),
         rows=_indented("\n".join(row_lines)),
         state=_indented("\n".join(state)),
-        loops=_indented(_loops(spec, names)),
+        loops=_indented(_loops(spec, names, scan_lines)),
         dead=_indented(DEAD[spec.dead]),
         ln2=math.log(2),
     )

@@ -85,10 +85,10 @@ def minus_infinity(sizes: Sizes) -> list[Tensor]:
 
 
 def t5_bucket() -> sympy.Expr:
-    """transformers' T5Attention._relative_position_bucket, bidirectional, 32 buckets, distance 128."""
+    """As in T5: exact near, logarithmic far; its borders lie between integers, lest rounding decide."""
     position = J - I
     n = sympy.Abs(position)
-    large = 8 + sympy.floor(sympy.log(sympy.Max(n, 1) / sympy.Integer(8)) / sympy.log(sympy.Float(16)) * 8)
+    large = 8 + sympy.floor(sympy.log(sympy.Max(n, 1) / Rational(79, 10)) / sympy.log(sympy.Float(16)) * 8)
     return Where(position > 0, sympy.Integer(16), sympy.Integer(0)) + Where(n < 8, n, sympy.Min(large, 15))
 
 
@@ -136,6 +136,11 @@ CASES: list[Case] = [
             band=Band(None, I + 1, False),
         ),
         documents,
+    ),
+    Case(
+        "documents_of_bytes",
+        ScoreSpec(SCALE, keep=Eq(Load(0, B, I), Load(0, B, J)), operands=(Operand(torch.uint8, 2),)),
+        lambda z: [(documents(z)[0] // 2**33).to(torch.uint8)],
     ),
     Case("padding_zero", ScoreSpec(SCALE, Ne(Load(0, B, J), 0), "zero", (Operand(BOOL, 2),)), padding),
     Case("padding_mean", ScoreSpec(SCALE, Ne(Load(0, B, J), 0), "mean", (Operand(BOOL, 2),)), padding),

@@ -118,6 +118,27 @@ def test_empty_outputs(sizes: Sizes) -> None:
     assert lse.numel() == 0
 
 
+@pytest.mark.parametrize("name", ["documents", "documents_of_bytes", "chunks", "padding_zero"])
+def test_keys_out_of_reach_are_not_read(name: str) -> None:
+    """Values that no row of a block may see are NaN here, which a weight of 0 would not hide."""
+    case = named(name)
+    x = inputs(case, torch.float32, sizes=Sizes(lq=160, lk=160))
+    shape = (2, 1, 160, 160)
+    scope = {B: torch.arange(2).view(2, 1, 1, 1), H: torch.zeros(1, 1, 1, 1), I: torch.arange(160).view(1, 1, 160, 1)}
+    scope[J] = torch.arange(160).view(1, 1, 1, 160)
+    if name == "padding_zero":  # of the first sequence, the first and last thirds
+        x.operands[0][0] = (torch.arange(160) // 53) == 1
+    keep = reference.Evaluator(scope, x.operands, torch.float64, torch.device("cpu"))(case.spec.keep)
+    assert isinstance(keep, torch.Tensor)
+    keep = keep.expand(shape)[:, 0]
+    block = launch.INTERPRETED.block_n
+    first_rows = keep[:, :block].any(1)  # keys that the first block may see
+    last = first_rows.nonzero()[:, 1].max() if name != "padding_zero" else 2 * 53
+    x.v[0, :, (last // block + 1) * block :] = math.nan
+    out, _ = call(case.spec, x)
+    assert not out[0, :, :block].isnan().any()
+
+
 def test_no_keys_but_a_sink() -> None:
     case = named("sink")
     x = inputs(case, torch.float32, sizes=Sizes(lk=0))
