@@ -1,0 +1,63 @@
+"""Runs random programs by hand: `python tests/fuzz/run.py --examples 3000 [--seed 1]`; prints a line to keep."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from datetime import date
+from pathlib import Path
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "reading"), str(HERE.parent.parent)]
+
+from outcome import fate  # noqa: E402
+from programs import Program, programs  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    given_args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    fates: Counter[str] = Counter()
+    failures: dict[str, tuple[Program, str]] = {}
+    start = time.time()
+
+    @settings(
+        max_examples=given_args.examples, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @hypothesis.seed(given_args.seed)
+    @given(programs())
+    def search(program: Program) -> None:
+        try:
+            fates[fate(program)] += 1
+        except Exception as error:
+            fates["FAILED"] += 1
+            cause = error.__cause__ or error
+            frames = traceback.extract_tb(cause.__traceback__)
+            places = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "xfcompile" in f.filename or "patterns" in f.filename]
+            what = f"{type(cause).__name__} at {', '.join(places[-2:]) or 'comparison'}"
+            known = failures.get(what)
+            if known is None or len(program.source) < len(known[0].source):
+                failures[what] = (program, str(cause).strip().splitlines()[0][:300])
+
+    search()
+    for what, (program, text) in failures.items():
+        print(f"\n# {what}: {text}\n{program}")
+    counts = ", ".join(f"{n} {fate}" for fate, n in fates.most_common())
+    print(f"\n| {date.today()} | {torch.__version__} | {given_args.seed} | {sum(fates.values())} | {counts} | {time.time() - start:.0f} s |")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
