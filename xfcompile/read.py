@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
-from xfcompile.trace import Constant, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
+from xfcompile.trace import Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
 
 
@@ -231,6 +232,8 @@ class Reading:
             effects.opaque = _may_write(node) or _is_random(node)
             self._scalar(node, example)
             return
+        if node.op == "call_module":  # it may write to buffers of its own
+            effects.opaque = any(True for _ in self.gm.get_submodule(str(node.target)).buffers())
         program = self._program(node)
         if program is None:
             self._opaque(node)
@@ -277,17 +280,19 @@ class Reading:
         try:
             known = key in self.programs
         except TypeError:  # an unhashable argument: trace it every time
-            return self._trace(fn, inner, inner_spec)
+            return self._trace(fn, inner, inner_spec, node.op == "call_module")
         if not known:
-            self.programs[key] = self._trace(fn, inner, inner_spec)
+            self.programs[key] = self._trace(fn, inner, inner_spec, node.op == "call_module")
         return self.programs[key]
 
-    def _trace(self, fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec) -> Program | None:
+    def _trace(
+        self, fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, module: bool
+    ) -> Program | None:
         if not self._scope.autocast:
-            return trace(fn, flat, spec, self.mode)
+            return trace(fn, flat, spec, self.mode, module=module)
         device, dtype, enabled, cache = (*self._scope.autocast[-1], None, None, None)[:4]
         with torch.autocast(device, dtype=dtype, enabled=enabled is not False, cache_enabled=False):
-            return trace(fn, flat, spec, self.mode)
+            return trace(fn, flat, spec, self.mode, module=module)
 
     def _fake(self, node: fx.Node, cell: Cell) -> Any:
         """A fake tensor like the one that a cell stands for."""
@@ -320,6 +325,8 @@ class Reading:
             if isinstance(x, Ref):
                 cell = cell_of(x)
                 return cell.value if cell is not None else None
+            if isinstance(x, External):
+                return self.values.leaf(x.meta, "a module's own")
             return self.values.constant(x) if isinstance(x, Constant) else x
 
         for call in program.calls:
@@ -523,6 +530,10 @@ def _example(node: fx.Node) -> Any:
     for key in ("example_value", "val"):
         if key in node.meta:
             return node.meta[key]
+    shape = node.meta.get("tensor_meta")  # of torch.fx's ShapeProp
+    if isinstance(shape, TensorMetadata):
+        with static_mode():
+            return torch.empty_strided(tuple(shape.shape), shape.stride, dtype=shape.dtype)
     return None
 
 

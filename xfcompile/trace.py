@@ -58,6 +58,13 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class External:
+    """A parameter or buffer of a module that the node calls: a tensor that no node of the graph holds."""
+
+    meta: Meta
+
+
+@dataclass(frozen=True)
 class Program:
     """What a node does: calls in order, and its result as a tree of `Ref`s and numbers."""
 
@@ -89,10 +96,16 @@ def static_mode() -> FakeTensorMode:
 
 
 def trace(
-    fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, symbolic: FakeTensorMode | None = None
+    fn: Callable[..., Any],
+    flat: list[Any],
+    spec: pytree.TreeSpec,
+    symbolic: FakeTensorMode | None = None,
+    *,
+    module: bool = False,
 ) -> Program | None:
     """Trace `fn(*args, **kwargs)`, flattened as `flat` and `spec`, into a `Program`; None if that fails.
 
+    module: whether `fn` is a module, whose tensors are not part of the program's text.
     symbolic: the mode of the graph's own fake tensors, in which symbolic sizes have their meaning.
 
     Tensors in `flat` are fake; they are replaced by fresh ones of the same kind, because tracing in-place operations
@@ -128,7 +141,7 @@ def trace(
     except Exception as error:  # noqa: BLE001 (whatever tracing cannot do makes the node opaque, never wrong)
         log.debug("cannot read %s: %s", fn, error)
         return None
-    return _parse(gm, [flat[k] for k in positions])
+    return _parse(gm, [flat[k] for k in positions], module)
 
 
 @contextlib.contextmanager
@@ -153,7 +166,7 @@ class _quiet:
         self._logger.disabled = self._disabled
 
 
-def _parse(gm: fx.GraphModule, inputs: list[Any]) -> Program | None:
+def _parse(gm: fx.GraphModule, inputs: list[Any], module: bool) -> Program | None:
     env: dict[fx.Node, Any] = {}
     storage: dict[Any, Ref] = {}
     calls: list[Call] = []
@@ -174,6 +187,9 @@ def _parse(gm: fx.GraphModule, inputs: list[Any]) -> Program | None:
                 env[node] = number(x)
         elif node.op == "get_attr":
             constant = getattr(gm, node.target)
+            if module and isinstance(constant, torch.Tensor):
+                env[node] = External(meta_of(constant))
+                continue
             if not isinstance(constant, torch.Tensor) or constant.numel() != 1:
                 return None
             if isinstance(constant, torch._subclasses.FakeTensor):
