@@ -110,7 +110,8 @@ def _candidates(reading: Reading) -> tuple[list[Candidate], list[tuple[Value, Mi
         try:
             found += _at_nodes(reading, site)
         except Miss as miss:
-            misses.append((site.interior[0], miss))
+            # Of what a single call computes (baddbmm), only the result is a step.
+            misses.append((next(v for v in (*site.interior, site.root) if v in reading.steps), miss))
     return found, misses
 
 
