@@ -64,8 +64,8 @@ def test_grouped_heads(kv_heads: int) -> None:
     check(case, inputs(case, torch.float32, sizes=Sizes(kv_heads=kv_heads)))
 
 
-@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (1, 70), (33, 1), (32, 64), (64, 32), (31, 33), (100, 97)])
-@pytest.mark.parametrize("name", ["plain", "causal", "bottom_right", "window", "padding_mean"])
+@pytest.mark.parametrize(("lq", "lk"), [(1, 1), (1, 70), (33, 1), (32, 64), (64, 32), (31, 33)])
+@pytest.mark.parametrize("name", ["plain", "bottom_right", "window", "padding_mean"])
 def test_ragged_lengths(name: str, lq: int, lk: int) -> None:
     case = named(name)
     check(case, inputs(case, torch.float32, sizes=Sizes(batch=2, heads=2, kv_heads=1, lq=lq, lk=lk)))
@@ -193,7 +193,7 @@ def test_op_registration() -> None:
         torch.library.opcheck(torch.ops.xfcompile.attention.default, arguments, test_utils=utils)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+@pytest.mark.parametrize("layout", [pytest.param("transposed", marks=pytest.mark.slow), "expanded"])
 def test_inductor_passes_strides_symbols_and_floats(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = named("scale_at_run_time")
     key = prepare(case.spec)
