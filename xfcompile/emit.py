@@ -49,10 +49,11 @@ class Emitter:
         if mode is None or any("example_value" not in n.meta for n in inputs):
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
-        if isinstance(fn, str):
-            fn, args = getattr(args[0], fn), args[1:]
         with mode:
-            node.meta["example_value"] = fn(*args, **kwargs)
+            if isinstance(fn, str):
+                node.meta["example_value"] = getattr(args[0], fn)(*args[1:], **kwargs)
+            else:
+                node.meta["example_value"] = fn(*args, **kwargs)
 
     def size(self, expr: Any) -> Any:
         """A size as an int, or the node that holds it."""

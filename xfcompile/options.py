@@ -118,7 +118,7 @@ def _inductor(key: object, value: Any) -> tuple[str, Any]:
             f"unknown option {key!r}{_nearest(key, (*KEYS, *known))}; the options of xformers are {_listed(KEYS)}, "
             "all others go to Inductor: see torch._inductor.list_options()"
         )
-    declared = config.get_type(name)
+    declared = config.get_type(name)  # type: ignore[attr-defined]
     # Generic types cannot be asked of a value; Inductor leaves them unchecked too.
     if get_origin(declared) is None and not isinstance(value, declared):
         wanted = getattr(declared, "__name__", str(declared))
