@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from xfcompile.backend import xformers
 from xfcompile.kernels.attention import prepare
 
 SIZES = [Sizes(4, 32, 4096, 64), Sizes(4, 16, 4096, 128)]
@@ -49,7 +50,9 @@ def way(column: str, program: Program, sizes: Sizes, x: list[Tensor]) -> Call | 
     """How one column computes the program; None where it has no way."""
     q, k, v, *rest = x
     if column in ("inductor", "xformers"):
-        compiled = torch.compile(program.plain, backend=column, dynamic=False)
+        # The function rather than its name: this also runs from a checkout that is not installed.
+        backend = xformers if column == "xformers" else column
+        compiled = torch.compile(program.plain, backend=backend, dynamic=False)
         return lambda: compiled(*x)
     if column == "kernel":
         key, operands = prepare(program.spec(sizes)), program.operands(sizes, *rest)
@@ -149,7 +152,7 @@ def show(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Times relative to Inductor's, a panel a size."""
+    """Bars of times, a panel a size."""
     import matplotlib
 
     matplotlib.use("Agg")
