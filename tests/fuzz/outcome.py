@@ -9,8 +9,8 @@ from equivalence import check, run, tensors
 from programs import Program
 
 
-def fate(program: Program) -> str:
-    """What became of a program: "invalid" (eager refuses it), "no candidate", "declined", "left" or "fused".
+def fate(program: Program) -> tuple[str, list[str]]:
+    """What became of a program, in a word ("invalid" where eager refuses it), and the reasons that its sites give.
 
     Raises whatever the comparison or the compiler raises.
     """
@@ -22,11 +22,12 @@ def fate(program: Program) -> str:
             run(fn, inputs, grad=program.grad, double=False)
             run(fn, inputs, grad=program.grad, double=True)
         except (RuntimeError, ValueError, IndexError, TypeError):
-            return "invalid"
+            return "invalid", []
         outcome = check(fn, *inputs, grad=program.grad, dynamic=program.dynamic)
     torch._dynamo.reset()
+    reasons = [str(site.reason) for site in outcome.sites if site.reason]
     if any(site.matched and site.route != "inductor" for site in outcome.sites):
-        return "fused"
+        return "fused", reasons
     if outcome.matched:
-        return "left to Inductor"
-    return "declined" if outcome.sites else "without a candidate"
+        return "left to Inductor", reasons
+    return "declined" if outcome.sites else "without a candidate", reasons

@@ -46,7 +46,7 @@ class Writer:
         return self.draw(st.sampled_from(choices))
 
     def chance(self, percent: int) -> bool:
-        return self.draw(st.integers(0, 99)) < percent
+        return self.draw(st.integers(0, 99)) >= 100 - percent  # the least value, which is drawn most, is no
 
     def input(self, name: str, *shape: int) -> str:
         self.names.append(name)

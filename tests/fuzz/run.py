@@ -29,6 +29,7 @@ def main() -> None:
     given_args = parser.parse_args()
     warnings.simplefilter("ignore")
     fates: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     failures: dict[str, tuple[Program, str]] = {}
     start = time.time()
 
@@ -40,10 +41,12 @@ def main() -> None:
     @given(programs())
     def search(program: Program) -> None:
         try:
-            fates[fate(program)] += 1
+            word, why = fate(program)
+            fates[word] += 1
+            reasons.update(why)
         except Exception as error:
             fates["FAILED"] += 1
-            cause = error.__cause__ or error
+            cause = getattr(error, "inner_exception", None) or error.__cause__ or error
             frames = traceback.extract_tb(cause.__traceback__)
             places = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "xfcompile" in f.filename or "patterns" in f.filename]
             what = f"{type(cause).__name__} at {', '.join(places[-2:]) or 'comparison'}"
@@ -54,6 +57,8 @@ def main() -> None:
     search()
     for what, (program, text) in failures.items():
         print(f"\n# {what}: {text}\n{program}")
+    for reason, n in reasons.most_common():
+        print(f"{n:6d}  {reason}")
     counts = ", ".join(f"{n} {fate}" for fate, n in fates.most_common())
     print(f"\n| {date.today()} | {torch.__version__} | {given_args.seed} | {sum(fates.values())} | {counts} | {time.time() - start:.0f} s |")
     sys.exit(1 if failures else 0)
