@@ -1,0 +1,162 @@
+"""Predicates against brute force: what is proved, bounded or separated of a mask is true at every position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
+
+from xfcompile.elementwise import ROW
+from xfcompile.masking import separate, without_row_shift
+from xfcompile.masks import band, describe, has_live_key, is_causal, prove
+from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.site import Miss
+
+ALWAYS = settings(max_examples=120, deadline=None, derandomize=True)
+QUERIES, KEYS = 5, 7
+RANGES = {I: sympy.Integer(QUERIES), J: sympy.Integer(KEYS), B: sympy.Integer(2), H: sympy.Integer(2)}
+
+
+def comparisons() -> st.SearchStrategy[Any]:
+    sides = st.tuples(st.integers(-1, 1), st.integers(-1, 1), st.integers(-6, 6)).map(lambda t: t[0] * I + t[1] * J + t[2])
+    relations = st.sampled_from([sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne])
+    windows = st.integers(0, 4).map(lambda n: sympy.Le(sympy.Abs(I - J), n))
+    chunks = st.integers(1, 4).map(lambda n: sympy.Eq(FloorDiv(I, n), FloorDiv(J, n)))
+    prefixes = st.integers(0, 8).map(lambda n: sympy.Lt(J, n))
+    return st.builds(lambda f, a, b: f(a, b), relations, sides, sides) | windows | chunks | prefixes
+
+
+predicates = st.recursive(
+    comparisons(),
+    lambda inner: st.builds(sympy.And, inner, inner) | st.builds(sympy.Or, inner, inner) | inner.map(sympy.Not),
+    max_leaves=4,
+)
+
+
+def table(keep: Any) -> list[list[bool]]:
+    return [[bool(sympy.sympify(keep).subs({I: i, J: j})) for j in range(KEYS)] for i in range(QUERIES)]
+
+
+@ALWAYS
+@given(predicates)
+def test_what_is_proved_is_the_same_predicate(keep: Any) -> None:
+    assert table(prove(keep, RANGES)) == table(keep)
+
+
+@ALWAYS
+@given(predicates)
+def test_a_band_holds_every_key_that_is_kept(keep: Any) -> None:
+    if keep in (sympy.true, sympy.false):
+        return
+    bounds = band(keep)
+    truth = table(keep)
+    before: tuple[int, int] | None = None
+    for i in range(QUERIES):
+        lower = int(bounds.lower.subs({I: i})) if bounds.lower is not None else 0
+        upper = int(bounds.upper.subs({I: i})) if bounds.upper is not None else KEYS
+        inside = [lower <= j < upper for j in range(KEYS)]
+        assert all(b or not k for b, k in zip(inside, truth[i], strict=True))
+        assert not bounds.exact or inside == truth[i]
+        if before is not None:
+            assert lower >= before[0] and upper >= before[1], "bounds must not fall as i grows"
+        before = (lower, upper)
+
+
+@ALWAYS
+@given(predicates)
+def test_a_live_key_is_there(keep: Any) -> None:
+    if has_live_key(keep, RANGES):
+        assert all(any(row) for row in table(keep))
+
+
+@ALWAYS
+@given(predicates)
+def test_only_causal_is_called_causal(keep: Any) -> None:
+    proved = prove(keep, RANGES)
+    if is_causal(proved):
+        assert table(keep) == [[j <= i for j in range(KEYS)] for i in range(QUERIES)]
+    assert isinstance(describe(proved, RANGES), str)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (sympy.true, "none"),
+        (sympy.false, "nothing"),
+        (J <= I, "causal"),
+        (I - J >= 0, "causal"),
+        (J < I + 1, "causal"),
+        (J <= I + 2, "causal (bottom-right)"),
+        (J <= I - 1, "causal (offset -1)"),
+        ((J <= I) & (J > I - 3), "causal & window(3)"),
+        (sympy.Abs(I - J) <= 2, "window(±2)"),
+        (sympy.Eq(FloorDiv(I, 4), FloorDiv(J, 4)), "chunks(4)"),
+        (sympy.Or(J <= I, J < 4), "(causal | prefix(4))"),
+        (sympy.Ne(Load(0, B, J), 0), "key padding"),
+        (sympy.Ne(Load(0, B, J), 0) & (J <= I), "causal & key padding"),
+        (sympy.Eq(Load(0, B, I), Load(0, B, J)), "documents"),
+        (sympy.Ne(Load(0, B, H, I, J), 0), "dense mask"),
+    ],
+)
+def test_masks_have_names(keep: Any, words: str) -> None:
+    assert set(describe(keep, RANGES).strip("()").split(" | ")) == set(words.strip("()").split(" | "))
+
+
+MIN = sympy.Float(torch.finfo(torch.float32).min)
+KEEP, OTHER = J <= I, sympy.Ne(Load(0, B, J), 0)
+f32 = torch.float32
+
+
+def parts(expr: Any, dtype: torch.dtype = f32) -> tuple[Any, Any, str]:
+    masked = separate(expr, dtype)
+    return masked.score, masked.keep, masked.dead() if masked.fills else ""
+
+
+@pytest.mark.parametrize(
+    ("expr", "score", "keep", "dead"),
+    [
+        (S / 2, S / 2, sympy.true, ""),
+        (Where(KEEP, S, -sympy.oo), S, KEEP, "nan"),
+        (Where(KEEP, -sympy.oo, S), S, sympy.Not(KEEP), "nan"),
+        (S + Where(KEEP, 0, -sympy.oo), S, KEEP, "nan"),
+        (Where(KEEP, S, MIN), S, KEEP, "mean"),
+        (S + Where(KEEP, 0, MIN), S, KEEP, "mean"),
+        (Where(KEEP, S, sympy.Float(-1e9)), S, KEEP, "mean"),
+        (S + Where(KEEP, 0, sympy.Float(-1e9)), S, KEEP, "unknown"),
+        (S + Where(KEEP, 0, MIN) + Where(OTHER, 0, MIN), S, KEEP & OTHER, "unknown"),
+        (Where(KEEP, S, MIN) + Where(OTHER, 0, MIN), S, KEEP & OTHER, "unknown"),
+        (Where(KEEP, Where(OTHER, S, MIN), MIN), S, KEEP & OTHER, "mean"),
+        (Where(KEEP, Where(OTHER, S, sympy.Float(-1e9)), MIN), S, KEEP & OTHER, "unknown"),
+        (S + Where(KEEP, 0, -100), S + Where(KEEP, 0, -100), sympy.true, ""),
+        (S + Where(KEEP, 0, -10000), S + Where(KEEP, 0, -10000), sympy.true, ""),
+        (Where(KEEP, S, MIN) / 2, S / 2, KEEP, "mean"),
+        (Where(KEEP, S, MIN) * 2, S * 2, KEEP, "nan"),
+        (Where(KEEP, S, 0), Where(KEEP, S, 0), sympy.true, ""),
+        (Where(KEEP, S, sympy.oo), Where(KEEP, S, sympy.oo), sympy.true, ""),
+        (S + Where(KEEP, Load(1, I, J), -sympy.oo), S + Load(1, I, J), KEEP, "nan"),
+    ],
+)
+def test_a_score_is_separated_from_its_mask(expr: Any, score: Any, keep: Any, dead: str) -> None:
+    assert parts(expr) == (score, keep, dead)
+
+
+def test_the_least_half_is_a_mask_of_half_scores_only() -> None:
+    expr = Where(KEEP, S, -65504)
+    assert parts(expr, torch.float16) == (S, KEEP, "mean")
+    assert parts(expr, f32) == (expr, sympy.true, "")
+
+
+def test_a_shift_of_the_row_vanishes() -> None:
+    assert without_row_shift(S / 2 - ROW) == S / 2
+    assert sympy.expand(without_row_shift((S / 4 - ROW) * 4) - S) == 0
+
+
+@pytest.mark.parametrize("expr", [S * ROW, S / ROW, sympy.tanh(S - ROW), ROW * J + S])
+def test_a_row_statistic_that_does_more_is_refused(expr: Any) -> None:
+    with pytest.raises(Miss):
+        without_row_shift(expr)
