@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from xfcompile.kernels.attention import launch, prepare
-from xfcompile.kernels.attention.tiles import FEW_SPILLS, Tiles, alternatives, choose, generation, padded
+from xfcompile.kernels.attention.tiles import FEW_SPILLS, Tiles, alternatives, choose, columns, generation
 from xfcompile.site import ScoreSpec
 
 TARGETS = {
@@ -105,8 +105,8 @@ def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTar
     constants: dict[str, object] = {
         "DQ": dim,
         "DV": dim,
-        "BLOCK_DQ": padded(dim),
-        "BLOCK_DV": padded(dim),
+        "BLOCK_DQ": columns(dim, dim)[0],
+        "BLOCK_DV": columns(dim, dim)[1],
         "PRECISION": "ieee",
         "UPCAST": False,
         "BLOCK_M": tiles.block_m,

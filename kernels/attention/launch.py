@@ -19,6 +19,7 @@ from xfcompile.kernels.attention.tiles import (
     Tiles,
     alternatives,
     choose,
+    columns,
     device_generation,
     fits_twice,
     padded,
@@ -108,11 +109,12 @@ def run(
         q, k, v, out, lse, *operands, *q.stride(), *k.stride(), *v.stride(),
         heads, heads // kv_heads, lq, lk, *strides, *scalars,
     )  # fmt: skip
+    wide_q, wide_v = columns(dq, dv, interpreted=interpreted)
     constants = {
         "DQ": dq,
         "DV": dv,
-        "BLOCK_DQ": padded(dq),
-        "BLOCK_DV": padded(dv),
+        "BLOCK_DQ": wide_q,
+        "BLOCK_DV": wide_v,
         "PRECISION": precision(q.dtype),
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,

@@ -55,8 +55,14 @@ def test_any_strides(name: str, dtype: torch.dtype, layout: str) -> None:
     check(case, on_gpu(inputs(case, dtype, layout, Sizes(lq=150, lk=170, dq=64, dv=64))))
 
 
-@pytest.mark.parametrize(("dq", "dv"), [(1, 1), (3, 17), (40, 24), (80, 80), (96, 128), (192, 128), (256, 256)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+HEAD_DIMS = [
+    (1, 1), (3, 17), (17, 3), (8, 72), (16, 64), (24, 24), (24, 64), (32, 32), (32, 128), (40, 24), (40, 64), (64, 16),
+    (64, 32), (64, 64), (80, 80), (96, 128), (128, 32), (128, 64), (192, 128), (256, 16), (256, 64), (256, 256),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dq", "dv"), HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_head_dims(dtype: torch.dtype, dq: int, dv: int) -> None:
     case = named("causal")
     check(case, on_gpu(inputs(case, dtype, "poisoned", Sizes(heads=2, kv_heads=1, lq=135, lk=135, dq=dq, dv=dv))))
