@@ -447,7 +447,7 @@ class Reading:
             order = tuple(sorted(range(base.ndim), key=lambda d: before["dims"][d]))
             return self.values.permute(contents, order, _shaped(base.meta))
         numel = [sympy.prod(list(v.shape)) for v in (before, base)]
-        if before.op in ("reshape", base.op) and numel[0] == numel[1] and _reshape_of(before, base):
+        if numel[0] == numel[1] and _reshape_of(before, base):
             return self.values.reshape(contents, _shaped(base.meta))
         return None
 
