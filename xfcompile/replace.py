@@ -123,11 +123,9 @@ def _near(emitter: Emitter, mask: fx.Node) -> fx.Node:
     key = ("near", mask)
     if key not in emitter.shared:
         top = emitter.call("amax", emitter.call("detach", mask), -1, True)
-        moves = emitter.call(operator.gt, emitter.call(torch.abs, top), FAR)
-        absorbs = emitter.call(operator.le, top, ABSORBING)
-        empty = emitter.call(operator.eq, top, -float("inf"))
-        stays = emitter.call(torch.logical_and, absorbs, emitter.call(torch.logical_not, empty))
-        moves = emitter.call(torch.logical_and, moves, emitter.call(torch.logical_not, stays))
+        far = emitter.call(operator.gt, emitter.call(torch.abs, top), FAR)
+        moves = emitter.call(torch.logical_and, far, emitter.call(operator.gt, top, ABSORBING))
+        moves = emitter.call(torch.logical_or, moves, emitter.call(operator.eq, top, -float("inf")))
         emitter.shared[key] = emitter.call(operator.sub, mask, emitter.call(torch.where, moves, top, 0.0))
     return emitter.shared[key]
 
