@@ -1,5 +1,7 @@
 """Random programs around an attention, as source text: what a failing example prints is the program itself."""
 
+# ruff: noqa: E501 (the text of programs)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ class Program:
 
     def function(self) -> Callable[..., Any]:
         space: dict[str, Any] = {}
-        exec(compile(HEADER + self.source, "<fuzz>", "exec"), space)  # noqa: S102 (text made below, of nothing foreign)
+        exec(compile(HEADER + self.source, "<fuzz>", "exec"), space)
         return space["program"]
 
     def __str__(self) -> str:
@@ -120,7 +122,9 @@ def _operand(w: Writer, name: str, shape: list[int], grad: bool) -> str:
     w.input(name, *(shape[d] for d in order))
     if order != list(range(n)):
         back = [order.index(d) for d in range(n)]
-        w.line(w.one(f"{name} = {name}.permute({', '.join(map(str, back))})", f"{name} = torch.permute({name}, {back})"))
+        w.line(
+            w.one(f"{name} = {name}.permute({', '.join(map(str, back))})", f"{name} = torch.permute({name}, {back})")
+        )
     if grad or w.chance(20):  # what is written in place must not be a leaf
         w.line(f"{name} = {name} * 1.0")
     return name
@@ -235,7 +239,13 @@ def _predicate(w: Writer, s: _State, depth: int = 0) -> str:
     kind = w.one("index", "index", "ones", "data", "data")
     if kind == "data":
         name = w.input(f"x{len(w.names)}", *_broadcast(w, s))
-        return w.one(f"({name} > -0.5)", f"({name} < 0.5)", f"({name} != 0)", f"({name} > -5).expand_as({name})", f"(0 < {name}).bool()")
+        return w.one(
+            f"({name} > -0.5)",
+            f"({name} < 0.5)",
+            f"({name} != 0)",
+            f"({name} > -5).expand_as({name})",
+            f"(0 < {name}).bool()",
+        )
     if kind == "ones":
         n = w.one(-1, 0, 0, 1, s.keys - s.queries)
         return w.one(f"{ones}.tril({n})", f"{ones}.triu({n})", f"(torch.tril({ones}.float(), {n}) == 0)", f"{ones}")
@@ -252,7 +262,11 @@ def _mask(w: Writer, s: _State) -> None:
     name = f"keep{s.masks}"
     w.line(f"{name} = {_predicate(w, s)}")
     low = "torch.finfo(s.dtype).min"
-    fill = w.one("float('-inf')", "-1e4") if s.dtype == torch.float16 else w.one("float('-inf')", low, "-1e9", "-1e30", "-1e4", "-100.0")
+    fill = (
+        w.one("float('-inf')", "-1e4")
+        if s.dtype == torch.float16
+        else w.one("float('-inf')", low, "-1e9", "-1e30", "-1e4", "-100.0")
+    )
     w.line(w.one(
         f"s = s.masked_fill(~{name}, {fill})", f"s = s.masked_fill({name}, {fill})",
         f"s = torch.where({name}, s, {fill})", f"s = torch.where({name}, {fill}, s)",
@@ -349,13 +363,24 @@ def _values(w: Writer, s: _State) -> None:
     n = len(s.lead)
     letters = w.draw(st.permutations(LETTERS))
     b, i, j, d = "".join(letters[:n]), letters[n], letters[n + 1], letters[n + 2]
-    ways = ["o = w @ v", "o = torch.matmul(w, v)", "o = w.matmul(v)", "o = (v.mT @ w.mT).mT", "o = torch.einsum('...ij,...jd->...id', w, v)"]
+    ways = [
+        "o = w @ v",
+        "o = torch.matmul(w, v)",
+        "o = w.matmul(v)",
+        "o = (v.mT @ w.mT).mT",
+        "o = torch.einsum('...ij,...jd->...id', w, v)",
+    ]
     if "v = v" not in [line.strip() for line in w.lines]:
         out = "".join(w.draw(st.permutations([*b, i, d])))
-        ways += [f"o = torch.einsum('{b}{i}{j},{b}{j}{d}->{out}', w, v)", f"o = torch.einsum('{b}{j}{d},{b}{i}{j}->{b}{i}{d}', v, w)"]
+        ways += [
+            f"o = torch.einsum('{b}{i}{j},{b}{j}{d}->{out}', w, v)",
+            f"o = torch.einsum('{b}{j}{d},{b}{i}{j}->{b}{i}{d}', v, w)",
+        ]
         if n:
             shape = [*s.lead, s.queries, s.wide]
-            ways.append(f"o = torch.bmm(w.reshape(-1, {s.queries}, {s.keys}), v.reshape(-1, {s.keys}, {s.wide})).reshape({shape})")
+            ways.append(
+                f"o = torch.bmm(w.reshape(-1, {s.queries}, {s.keys}), v.reshape(-1, {s.keys}, {s.wide})).reshape({shape})"
+            )
     w.line(w.one(*ways))
     if w.chance(5):
         w.line("o2 = w @ (v * 2)")

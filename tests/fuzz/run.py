@@ -48,7 +48,11 @@ def main() -> None:
             fates["FAILED"] += 1
             cause = getattr(error, "inner_exception", None) or error.__cause__ or error
             frames = traceback.extract_tb(cause.__traceback__)
-            places = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "xfcompile" in f.filename or "patterns" in f.filename]
+            places = [
+                f"{Path(f.filename).name}:{f.lineno}"
+                for f in frames
+                if "xfcompile" in f.filename or "patterns" in f.filename
+            ]
             what = f"{type(cause).__name__} at {', '.join(places[-2:]) or 'comparison'}"
             known = failures.get(what)
             if known is None or len(program.source) < len(known[0].source):
@@ -60,7 +64,9 @@ def main() -> None:
     for reason, n in reasons.most_common():
         print(f"{n:6d}  {reason}")
     counts = ", ".join(f"{n} {fate}" for fate, n in fates.most_common())
-    print(f"\n| {date.today()} | {torch.__version__} | {given_args.seed} | {sum(fates.values())} | {counts} | {time.time() - start:.0f} s |")
+    seconds = f"{time.time() - start:.0f} s"
+    row = (date.today(), torch.__version__, given_args.seed, sum(fates.values()), counts, seconds)
+    print(f"\n| {' | '.join(map(str, row))} |")
     sys.exit(1 if failures else 0)
 
 

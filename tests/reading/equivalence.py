@@ -39,7 +39,7 @@ class Outcome:
         return "; ".join(str(s.reason) for s in self.sites if not s.matched)
 
     def squares(self, rows: int, columns: int) -> list[str]:
-        """The nodes of the program that ran whose result is a [.., rows, columns] tensor: masks and scores in memory."""
+        """The nodes of what ran whose result is a [.., rows, columns] tensor: masks and scores in memory."""
         found = []
         for gm in self.programs:
             for node in gm.graph.nodes:

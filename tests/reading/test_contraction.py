@@ -57,7 +57,10 @@ def test_labels_say_what_is_computed(name: str) -> None:
         "".join(letters.get(c, c) for c in labels) for labels in (found.lhs_labels, found.rhs_labels, found.out_labels)
     ]
     sizes = dict(zip(terms[0], a.shape, strict=True))
-    grown = [s.expand([max(sizes.get(c, n), n) for c, n in zip(t, s.shape, strict=True)]) for t, s in zip(terms[1:2], [b], strict=True)]
+    grown = [
+        s.expand([max(sizes.get(c, n), n) for c, n in zip(t, s.shape, strict=True)])
+        for t, s in zip(terms[1:2], [b], strict=True)
+    ]
     torch.testing.assert_close(torch.einsum(f"{terms[0]},{terms[1]}->{terms[2]}", a, grown[0]), result)
 
 
@@ -73,7 +76,8 @@ def test_a_diagonal_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "fn", [lambda a, b: a + b, lambda a, b: a @ b[0, 0, 0], lambda a, b: torch.einsum("bhid,bhid,d->bhi", a, b, a[0, 0, 0])]
+    "fn",
+    [lambda a, b: a + b, lambda a, b: a @ b[0, 0, 0], lambda a, b: torch.einsum("bhid,bhid,d->bhi", a, b, a[0, 0, 0])],
 )
 def test_no_product_of_two(fn: Callable[..., torch.Tensor]) -> None:
     found, _ = product(fn, A, A)

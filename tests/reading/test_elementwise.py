@@ -69,7 +69,9 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "triu of -inf": lambda x: torch.full((3, 4), float("-inf")).triu(1),
     "diff": lambda x: torch.diff(torch.arange(5)[None], prepend=torch.zeros(1, 1, dtype=torch.long), dim=-1),
     "cumsum of ones": lambda x: torch.ones(2, 3, dtype=torch.long).cumsum(-1),
-    "cumsum of comparisons": lambda x: (torch.diff(torch.arange(6)[None], prepend=torch.arange(1)[None] - 1) != 1).cumsum(-1),
+    "cumsum of comparisons": lambda x: (
+        torch.diff(torch.arange(6)[None], prepend=torch.arange(1)[None] - 1) != 1
+    ).cumsum(-1),
     "cat": lambda x: torch.cat([torch.arange(3)[None], torch.full((1, 2), 7)], dim=-1),
     "cat of inputs": lambda x: torch.cat([x[0], x[1] * 2], dim=0),
     "pad": lambda x: torch.nn.functional.pad(torch.ones(2, 3), (1, 2, 0, 1), value=5.0),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sympy
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +17,6 @@ from xfcompile.indexing import extreme, floordiv, join, linear, mod, nonnegative
 from xfcompile.score import B, I, J
 from xfcompile.trace import Meta
 from xfcompile.values import Values
-
-import torch
 
 ALWAYS = settings(max_examples=60, deadline=None, derandomize=True)
 SIZES = {B: sympy.Integer(3), I: sympy.Integer(4), J: sympy.Integer(6)}
@@ -51,7 +50,12 @@ def test_division_and_remainder(terms: tuple[int, int, int, int], n: int) -> Non
 @ALWAYS
 @given(linear_terms, linear_terms, st.integers(1, 5))
 def test_bounds_hold(a: tuple[int, int, int, int], b: tuple[int, int, int, int], n: int) -> None:
-    for x in (build(a), floordiv(build(a), sympy.Integer(n), SIZES) + build(b), sympy.Abs(build(a)), sympy.Max(build(a), build(b))):
+    for x in (
+        build(a),
+        floordiv(build(a), sympy.Integer(n), SIZES) + build(b),
+        sympy.Abs(build(a)),
+        sympy.Max(build(a), build(b)),
+    ):
         values = [at(x, p) for p in points()[::2]]
         low, high = extreme(x, SIZES, upper=False), extreme(x, SIZES, upper=True)
         assert low is None or int(low) <= min(values)
@@ -80,7 +84,12 @@ def test_what_division_took_apart_is_put_together() -> None:
 
 def shapes_of(numel: int) -> list[tuple[int, ...]]:
     """Every factorisation of a number in up to four factors, ones among them."""
-    return [s for n in range(1, 5) for s in itertools.product([d for d in range(1, numel + 1) if numel % d == 0], repeat=n) if np.prod(s) == numel]
+    return [
+        s
+        for n in range(1, 5)
+        for s in itertools.product([d for d in range(1, numel + 1) if numel % d == 0], repeat=n)
+        if np.prod(s) == numel
+    ]
 
 
 @ALWAYS

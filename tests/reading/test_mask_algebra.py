@@ -23,7 +23,9 @@ RANGES = {I: sympy.Integer(QUERIES), J: sympy.Integer(KEYS), B: sympy.Integer(2)
 
 
 def comparisons() -> st.SearchStrategy[Any]:
-    sides = st.tuples(st.integers(-1, 1), st.integers(-1, 1), st.integers(-6, 6)).map(lambda t: t[0] * I + t[1] * J + t[2])
+    sides = st.tuples(st.integers(-1, 1), st.integers(-1, 1), st.integers(-6, 6)).map(
+        lambda t: t[0] * I + t[1] * J + t[2]
+    )
     relations = st.sampled_from([sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne])
     windows = st.integers(0, 4).map(lambda n: sympy.Le(sympy.Abs(I - J), n))
     chunks = st.integers(1, 4).map(lambda n: sympy.Eq(FloorDiv(I, n), FloorDiv(J, n)))

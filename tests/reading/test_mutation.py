@@ -1,4 +1,4 @@
-"""After every node, each tensor holds what the reading says that it holds, whatever was written through whatever view."""
+"""After every node, each tensor holds what the reading says, whatever was written through whatever view."""
 
 from __future__ import annotations
 
@@ -12,115 +12,116 @@ from hypothesis import strategies as st
 from torch._dynamo.exc import Unsupported
 
 Tensor = torch.Tensor
+Result = tuple[Tensor, ...]
 
 
-def through_a_transpose(x: Tensor, y: Tensor) -> Tensor:
+def through_a_transpose(x: Tensor, y: Tensor) -> Result:
     t = x.transpose(0, 1)
     t.add_(1)
     return t * 1, x * 2
 
 
-def through_a_view_of_a_view(x: Tensor, y: Tensor) -> Tensor:
+def through_a_view_of_a_view(x: Tensor, y: Tensor) -> Result:
     t = x.view(-1).view(3, 4)
     t.mul_(2)
     return t + 1, x + 1
 
 
-def a_view_made_before(x: Tensor, y: Tensor) -> Tensor:
+def a_view_made_before(x: Tensor, y: Tensor) -> Result:
     row = x[1]
     x.add_(1)
     return row * 1, x
 
 
-def a_slice_written(x: Tensor, y: Tensor) -> Tensor:
+def a_slice_written(x: Tensor, y: Tensor) -> Result:
     x[1].zero_()
     return x * 1, y * 1
 
 
-def two_views(x: Tensor, y: Tensor) -> Tensor:
+def two_views(x: Tensor, y: Tensor) -> Result:
     a, b = x.t(), x.view(-1)
     a.mul_(3)
     return b * 1, a * 1
 
 
-def copied(x: Tensor, y: Tensor) -> Tensor:
+def copied(x: Tensor, y: Tensor) -> Result:
     x.copy_(y)
     y.add_(1)
     return x * 1, y * 1
 
 
-def a_clone_is_apart(x: Tensor, y: Tensor) -> Tensor:
+def a_clone_is_apart(x: Tensor, y: Tensor) -> Result:
     z = x.clone()
     x.add_(1)
     z.mul_(2)
     return z * 1, x
 
 
-def contiguous_is_the_same(x: Tensor, y: Tensor) -> Tensor:
+def contiguous_is_the_same(x: Tensor, y: Tensor) -> Result:
     z = x.contiguous()
     z.add_(1)
     return x * 1, z
 
 
-def contiguous_of_a_transpose_is_apart(x: Tensor, y: Tensor) -> Tensor:
+def contiguous_of_a_transpose_is_apart(x: Tensor, y: Tensor) -> Result:
     z = x.t().contiguous()
     z.add_(1)
     return x * 1, z
 
 
-def reshape_may_be_a_view(x: Tensor, y: Tensor) -> Tensor:
+def reshape_may_be_a_view(x: Tensor, y: Tensor) -> Result:
     z, u = x.reshape(-1), x.t().reshape(-1)
     z.add_(1)
     u.mul_(2)
     return x * 1, u * 1
 
 
-def to_may_be_the_same(x: Tensor, y: Tensor) -> Tensor:
+def to_may_be_the_same(x: Tensor, y: Tensor) -> Result:
     z = x.to(torch.float32)
     z.add_(1)
     return x * 1, z
 
 
-def expanded(x: Tensor, y: Tensor) -> Tensor:
+def expanded(x: Tensor, y: Tensor) -> Result:
     z = x[:, :1].expand(3, 4)
     x.add_(1)
     return z * 1, x
 
 
-def masked_fill_in_place(x: Tensor, y: Tensor) -> Tensor:
+def masked_fill_in_place(x: Tensor, y: Tensor) -> Result:
     x.masked_fill_(y > 0, -1.0)
     return x * 1, y
 
 
-def written_by_items(x: Tensor, y: Tensor) -> Tensor:
+def written_by_items(x: Tensor, y: Tensor) -> Result:
     x[0, 1] = 5.0
     x[:, 2] = y[:, 0]
     return x * 1, y
 
 
-def iadd(x: Tensor, y: Tensor) -> Tensor:
+def iadd(x: Tensor, y: Tensor) -> Result:
     z = x.view(4, 3)
     x += y
     return z * 1, x
 
 
-def split_parts(x: Tensor, y: Tensor) -> Tensor:
+def split_parts(x: Tensor, y: Tensor) -> Result:
     a, b = x.chunk(2, dim=1)
     a.add_(1)
     return x * 1, b * 1
 
 
-def out_argument(x: Tensor, y: Tensor) -> Tensor:
+def out_argument(x: Tensor, y: Tensor) -> Result:
     torch.add(x, y, out=y)
     return x * 1, y * 1
 
 
-def foreach(x: Tensor, y: Tensor) -> Tensor:
+def foreach(x: Tensor, y: Tensor) -> Result:
     torch._foreach_mul_([x, y], 2.0)
     return x * 1, y * 1
 
 
-def unsqueezed_in_place(x: Tensor, y: Tensor) -> Tensor:
+def unsqueezed_in_place(x: Tensor, y: Tensor) -> Result:
     z = x * 1
     z.unsqueeze_(0)
     z.add_(1)
@@ -128,30 +129,48 @@ def unsqueezed_in_place(x: Tensor, y: Tensor) -> Tensor:
     return z * 1, y * 1
 
 
-def swapped(x: Tensor, y: Tensor) -> Tensor:
+def swapped(x: Tensor, y: Tensor) -> Result:
     z = x.clone()
     x.copy_(y)
     y.copy_(z)
     return x * 1, y * 1
 
 
-def detached(x: Tensor, y: Tensor) -> Tensor:
+def detached(x: Tensor, y: Tensor) -> Result:
     z = x.detach()
     z.add_(1)
     return x * 1, z
 
 
-def relu_in_place(x: Tensor, y: Tensor) -> Tensor:
+def relu_in_place(x: Tensor, y: Tensor) -> Result:
     z = torch.nn.functional.relu(x, inplace=True)
     return z + y, x * 1
 
 
-PROGRAMS: list[Callable[[Tensor, Tensor], Tensor]] = [
-    through_a_transpose, through_a_view_of_a_view, a_view_made_before, a_slice_written, two_views, copied, a_clone_is_apart,
-    contiguous_is_the_same, contiguous_of_a_transpose_is_apart, reshape_may_be_a_view, to_may_be_the_same, expanded,
-    masked_fill_in_place, written_by_items, iadd, split_parts, out_argument, foreach, unsqueezed_in_place, swapped, detached,
+PROGRAMS: list[Callable[[Tensor, Tensor], Result]] = [
+    through_a_transpose,
+    through_a_view_of_a_view,
+    a_view_made_before,
+    a_slice_written,
+    two_views,
+    copied,
+    a_clone_is_apart,
+    contiguous_is_the_same,
+    contiguous_of_a_transpose_is_apart,
+    reshape_may_be_a_view,
+    to_may_be_the_same,
+    expanded,
+    masked_fill_in_place,
+    written_by_items,
+    iadd,
+    split_parts,
+    out_argument,
+    foreach,
+    unsqueezed_in_place,
+    swapped,
+    detached,
     relu_in_place,
-]  # fmt: skip
+]
 
 
 def inputs() -> list[Tensor]:
@@ -159,13 +178,24 @@ def inputs() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
-def test_contents(program: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_contents(program: Callable[[Tensor, Tensor], Result]) -> None:
     known, _ = compare(program, inputs())
     assert known > 0
 
 
-FOLLOWED = ["through_a_transpose", "through_a_view_of_a_view", "a_view_made_before", "two_views", "copied", "a_clone_is_apart",
-            "contiguous_is_the_same", "iadd", "to_may_be_the_same", "masked_fill_in_place", "swapped"]  # fmt: skip
+FOLLOWED = [
+    "through_a_transpose",
+    "through_a_view_of_a_view",
+    "a_view_made_before",
+    "two_views",
+    "copied",
+    "a_clone_is_apart",
+    "contiguous_is_the_same",
+    "iadd",
+    "to_may_be_the_same",
+    "masked_fill_in_place",
+    "swapped",
+]
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
@@ -176,21 +206,46 @@ def test_plain_writes_are_followed(name: str) -> None:
 
 
 VIEWS: list[Callable[[Tensor], Tensor]] = [
-    lambda x: x.transpose(0, -1), lambda x: x.view(-1), lambda x: x.reshape(2, -1), lambda x: x[0], lambda x: x[..., 1:],
-    lambda x: x.unsqueeze(0), lambda x: x.squeeze(), lambda x: x.detach(), lambda x: x.contiguous(), lambda x: x.clone(),
-    lambda x: x.expand(2, *x.shape), lambda x: x.flatten(), lambda x: x[None, :, 0], lambda x: x * 1, lambda x: x.t(),
-    lambda x: x.movedim(0, -1), lambda x: x.chunk(2, 0)[-1], lambda x: x.float(), lambda x: x.permute(1, 0), lambda x: x.mT,
-]  # fmt: skip
+    lambda x: x.transpose(0, -1),
+    lambda x: x.view(-1),
+    lambda x: x.reshape(2, -1),
+    lambda x: x[0],
+    lambda x: x[..., 1:],
+    lambda x: x.unsqueeze(0),
+    lambda x: x.squeeze(),
+    lambda x: x.detach(),
+    lambda x: x.contiguous(),
+    lambda x: x.clone(),
+    lambda x: x.expand(2, *x.shape),
+    lambda x: x.flatten(),
+    lambda x: x[None, :, 0],
+    lambda x: x * 1,
+    lambda x: x.t(),
+    lambda x: x.movedim(0, -1),
+    lambda x: x.chunk(2, 0)[-1],
+    lambda x: x.float(),
+    lambda x: x.permute(1, 0),
+    lambda x: x.mT,
+]
 WRITES: list[Callable[[Tensor], Tensor]] = [
-    lambda x: x.add_(1), lambda x: x.mul_(2), lambda x: x.zero_(), lambda x: x.neg_(), lambda x: x.fill_(3), lambda x: x.sub_(x),
-    lambda x: x.copy_(x * 2), lambda x: x.masked_fill_(x > 0, 9), lambda x: x.div_(2), lambda x: x.relu_(), lambda x: x.t_(),
-]  # fmt: skip
+    lambda x: x.add_(1),
+    lambda x: x.mul_(2),
+    lambda x: x.zero_(),
+    lambda x: x.neg_(),
+    lambda x: x.fill_(3),
+    lambda x: x.sub_(x),
+    lambda x: x.copy_(x * 2),
+    lambda x: x.masked_fill_(x > 0, 9),
+    lambda x: x.div_(2),
+    lambda x: x.relu_(),
+    lambda x: x.t_(),
+]
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 19), st.integers(0, 3)), min_size=2, max_size=7))
 def test_contents_in_a_random_program(steps: list[tuple[bool, int, int]]) -> None:
-    def program(x: Tensor, y: Tensor) -> Tensor:
+    def program(x: Tensor, y: Tensor) -> Result:
         made = [x, y]
         for write, which, target in steps:
             t = made[-1 - target % len(made)]

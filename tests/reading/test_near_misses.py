@@ -1,5 +1,7 @@
 """What looks like attention and is none, or none that can be replaced: left alone with a reason, and always right."""
 
+# ruff: noqa: E501 (one line a program, so that the table can be read as one)
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -55,20 +57,53 @@ def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 miss("softmax over queries", "axis", lambda q, k, v: scores(q, k).softmax(-2) @ v)
 miss("softmax over heads", "axis", lambda q, k, v: scores(q, k).softmax(1) @ v)
 miss("softmax over the batch", "axis", lambda q, k, v: scores(q, k).softmax(0) @ v)
-miss("softmax over queries, by einsum", "axis", lambda q, k, v: torch.einsum("bhij,bhid->bhjd", scores(q, k).softmax(3), v))
+miss(
+    "softmax over queries, by einsum",
+    "axis",
+    lambda q, k, v: torch.einsum("bhij,bhid->bhjd", scores(q, k).softmax(3), v),
+)
 right("softmax of transposed scores: keys ask queries", lambda q, k, v: scores(q, k).mT.softmax(-1) @ v)
-miss("softmax with no dim", "axis", lambda q, k, v: F.softmax(q @ k.mT, _stacklevel=0) @ v, (4, 4, 4), (4, 4, 4), (4, 4, 4))
+miss(
+    "softmax with no dim",
+    "axis",
+    lambda q, k, v: F.softmax(q @ k.mT, _stacklevel=0) @ v,
+    (4, 4, 4),
+    (4, 4, 4),
+    (4, 4, 4),
+)
 miss("weights transposed", "axis", lambda q, k, v: scores(q, k).softmax(-1).mT @ v)
 miss("heads and keys swapped", "axis", lambda q, k, v: scores(q, k).softmax(-1).transpose(1, 3) @ v)
 right("heads and batch swapped", lambda q, k, v: scores(q, k).softmax(-1).transpose(0, 1) @ v, fused=None)
 right("heads and queries swapped", lambda q, k, v: scores(q, k).softmax(-1).transpose(1, 2) @ v, fused=None)
 right("batch reversed", lambda q, k, v: scores(q, k).softmax(-1).flip(0) @ v, fused=None)
-right("keys reversed", lambda q, k, v: scores(q, k).softmax(-1).flip(-1) @ v, fused=False, )
+right(
+    "keys reversed",
+    lambda q, k, v: scores(q, k).softmax(-1).flip(-1) @ v,
+    fused=False,
+)
 right("weights rolled", lambda q, k, v: scores(q, k).softmax(-1).roll(1, -1) @ v, fused=False)
-right("weights reshaped across axes", lambda q, k, v: scores(q, k).softmax(-1).reshape(4, 4, 2, 8)[..., :4] @ v[..., :4, :], fused=False)
-right("queries and keys folded", lambda q, k, v: scores(q, k).reshape(4, 4, 16).softmax(-1).reshape(4, 4, 4, 4) @ v, fused=False)
-miss("the softmax is over a part of the keys", None, lambda q, k, v: scores(q, k)[..., :2].softmax(-1) @ v[..., :2, :], fused=None)
-miss("the weights of a part of the keys", None, lambda q, k, v: scores(q, k).softmax(-1)[..., :3] @ v[..., :3, :], fused=False)
+right(
+    "weights reshaped across axes",
+    lambda q, k, v: scores(q, k).softmax(-1).reshape(4, 4, 2, 8)[..., :4] @ v[..., :4, :],
+    fused=False,
+)
+right(
+    "queries and keys folded",
+    lambda q, k, v: scores(q, k).reshape(4, 4, 16).softmax(-1).reshape(4, 4, 4, 4) @ v,
+    fused=False,
+)
+miss(
+    "the softmax is over a part of the keys",
+    None,
+    lambda q, k, v: scores(q, k)[..., :2].softmax(-1) @ v[..., :2, :],
+    fused=None,
+)
+miss(
+    "the weights of a part of the keys",
+    None,
+    lambda q, k, v: scores(q, k).softmax(-1)[..., :3] @ v[..., :3, :],
+    fused=False,
+)
 miss("the weights but the first", None, lambda q, k, v: scores(q, k).softmax(-1)[..., 1:] @ v[..., 1:, :], fused=False)
 right("every second query", lambda q, k, v: scores(q, k)[..., ::2, :].softmax(-1) @ v, fused=None)
 right("every second query of the weights", lambda q, k, v: scores(q, k).softmax(-1)[..., ::2, :] @ v, fused=None)
@@ -81,17 +116,50 @@ miss("x * sigmoid", "", lambda q, k, v: (scores(q, k) * scores(q, k).sigmoid()) 
 miss("log_softmax without exp", "", lambda q, k, v: F.log_softmax(scores(q, k), -1) @ v)
 miss("no values", "not multiplied with values", lambda q, k: scores(q, k).softmax(-1), SQUARE, SQUARE)
 miss("no queries", "no product", lambda x, v: x.softmax(-1) @ v, SQUARE, SQUARE)
-miss("exp over the sum of another", None, lambda q, k, v: (scores(q, k).exp() / (scores(q, k) + q).exp().sum(-1, keepdim=True)) @ v, fused=False)
-miss("exp over the sum of all", None, lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum((-1, -2), keepdim=True)) @ v, fused=False)
-miss("exp over the sum without keepdim", None, lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum(-1)) @ v, fused=False)
-miss("exp over a floor of the sum", None, lambda q, k, v: torch.div(scores(q, k).exp(), scores(q, k).exp().sum(-1, keepdim=True), rounding_mode="floor") @ v, fused=False)
-miss("exp over the sum plus one", None, lambda q, k, v: (scores(q, k).exp() / (1 + scores(q, k).exp().sum(-1, keepdim=True))) @ v, fused=False)
+miss(
+    "exp over the sum of another",
+    None,
+    lambda q, k, v: (scores(q, k).exp() / (scores(q, k) + q).exp().sum(-1, keepdim=True)) @ v,
+    fused=False,
+)
+miss(
+    "exp over the sum of all",
+    None,
+    lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum((-1, -2), keepdim=True)) @ v,
+    fused=False,
+)
+miss(
+    "exp over the sum without keepdim",
+    None,
+    lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum(-1)) @ v,
+    fused=False,
+)
+miss(
+    "exp over a floor of the sum",
+    None,
+    lambda q, k, v: torch.div(scores(q, k).exp(), scores(q, k).exp().sum(-1, keepdim=True), rounding_mode="floor") @ v,
+    fused=False,
+)
+miss(
+    "exp over the sum plus one",
+    None,
+    lambda q, k, v: (scores(q, k).exp() / (1 + scores(q, k).exp().sum(-1, keepdim=True))) @ v,
+    fused=False,
+)
 miss("gumbel noise", "", lambda q, k, v: F.relu(scores(q, k)) @ v)
-miss("softmax of softmax", "", lambda q, k, v: scores(q, k).softmax(-1).softmax(-1) @ v, )
+miss(
+    "softmax of softmax",
+    "",
+    lambda q, k, v: scores(q, k).softmax(-1).softmax(-1) @ v,
+)
 miss("softmax squared", "multiplied with values", lambda q, k, v: scores(q, k).softmax(-1).square() @ v)
 miss("softmax times a mask", "multiplied with values", lambda q, k, v: (scores(q, k).softmax(-1) * (v > 0)) @ v)
 miss("softmax plus a number", "multiplied with values", lambda q, k, v: (scores(q, k).softmax(-1) + 1e-3) @ v)
-miss("softmax, top-k", "multiplied with values", lambda q, k, v: torch.zeros_like(q).scatter(-1, *reversed(scores(q, k).softmax(-1).topk(2))) @ v)
+miss(
+    "softmax, top-k",
+    "multiplied with values",
+    lambda q, k, v: torch.zeros_like(q).scatter(-1, *reversed(scores(q, k).softmax(-1).topk(2))) @ v,
+)
 
 
 def renormalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -100,67 +168,193 @@ def renormalised(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
 
 
 miss("weights renormalised after masking", "multiplied with values", renormalised)
-miss("scores over their own deviation", "between", lambda q, k, v: (lambda s: (s / s.std(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)))
-miss("scores less their mean", None, lambda q, k, v: (lambda s: (s - s.mean(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)), fused=False)
-miss("scores over their maximum", "shift", lambda q, k, v: (lambda s: (s / s.amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)))
-miss("scores times their maximum", "shift", lambda q, k, v: (lambda s: (s * s.amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)))
-miss("scores less the maximum of the queries", None, lambda q, k, v: (lambda s: (s - s.amax(-2, keepdim=True)).softmax(-1) @ v)(scores(q, k)), fused=False)
-miss("scores less the maximum, keepdim forgotten", None, lambda q, k, v: (lambda s: (s - s.amax(-1)).softmax(-1) @ v)(scores(q, k)), fused=False)
-miss("scores less the maximum of other scores", None, lambda q, k, v: (scores(q, k) - scores(k, q).amax(-1)).softmax(-1) @ v, fused=None)
+miss(
+    "scores over their own deviation",
+    "between",
+    lambda q, k, v: (lambda s: (s / s.std(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less their mean",
+    None,
+    lambda q, k, v: (lambda s: (s - s.mean(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+    fused=False,
+)
+miss(
+    "scores over their maximum",
+    "shift",
+    lambda q, k, v: (lambda s: (s / s.amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores times their maximum",
+    "shift",
+    lambda q, k, v: (lambda s: (s * s.amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of the queries",
+    None,
+    lambda q, k, v: (lambda s: (s - s.amax(-2, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+    fused=False,
+)
+miss(
+    "scores less the maximum, keepdim forgotten",
+    None,
+    lambda q, k, v: (lambda s: (s - s.amax(-1)).softmax(-1) @ v)(scores(q, k)),
+    fused=False,
+)
+miss(
+    "scores less the maximum of other scores",
+    None,
+    lambda q, k, v: (scores(q, k) - scores(k, q).amax(-1)).softmax(-1) @ v,
+    fused=None,
+)
 miss("scores normalised", "between", lambda q, k, v: F.normalize(scores(q, k), dim=-1).softmax(-1) @ v)
 miss("scores layer-normalised", "between", lambda q, k, v: F.layer_norm(scores(q, k), (4,)).softmax(-1) @ v)
 miss("scores sorted", "between", lambda q, k, v: scores(q, k).sort(-1).values.softmax(-1) @ v)
 miss("scores rolled", "between", lambda q, k, v: scores(q, k).roll(1, -1).softmax(-1) @ v)
 miss("scores summed", "cumsum", lambda q, k, v: scores(q, k).cumsum(-1).softmax(-1) @ v)
-miss("scores compared", "compared", lambda q, k, v: (lambda s: s.masked_fill(s < 0.3, -INF).softmax(-1) @ v)(scores(q, k)))
-miss("scores of top-k", None, lambda q, k, v: (lambda s: s.masked_fill(s < s.topk(2).values[..., -1:], -INF).softmax(-1) @ v)(scores(q, k)), fused=False)
-miss("scores read at two positions", None, lambda q, k, v: (scores(q, k) + scores(q, k).mT).softmax(-1) @ v, fused=False)
+miss(
+    "scores compared",
+    "compared",
+    lambda q, k, v: (lambda s: s.masked_fill(s < 0.3, -INF).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores of top-k",
+    None,
+    lambda q, k, v: (lambda s: s.masked_fill(s < s.topk(2).values[..., -1:], -INF).softmax(-1) @ v)(scores(q, k)),
+    fused=False,
+)
+miss(
+    "scores read at two positions", None, lambda q, k, v: (scores(q, k) + scores(q, k).mT).softmax(-1) @ v, fused=False
+)
 right("scores and their double", lambda q, k, v: (lambda s: (s + 2 * s).softmax(-1) @ v)(scores(q, k)))
 miss("scores squared", "linear", lambda q, k, v: scores(q, k).square().softmax(-1) @ v)
 miss("scores rounded", "between", lambda q, k, v: scores(q, k).round().softmax(-1) @ v)
 miss("scores as integers", None, lambda q, k, v: scores(q, k).int().float().softmax(-1) @ v, fused=False)
-miss("scores through half precision integers", None, lambda q, k, v: scores(q, k).long().softmax(-1, dtype=torch.float32) @ v, fused=False)
+miss(
+    "scores through half precision integers",
+    None,
+    lambda q, k, v: scores(q, k).long().softmax(-1, dtype=torch.float32) @ v,
+    fused=False,
+)
 miss("nan_to_num of the scores", None, lambda q, k, v: scores(q, k).nan_to_num().softmax(-1) @ v, fused=None)
-miss("a mixing of heads before", None, lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w).softmax(-1) @ v, SQUARE, SQUARE, SQUARE, (4, 4), fused=False)
-miss("a mixing of heads after", None, lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k).softmax(-1), w) @ v, SQUARE, SQUARE, SQUARE, (4, 4), fused=False)
-miss("a convolution over heads", None, lambda q, k, v, w: F.conv2d(scores(q, k), w[..., None, None]).softmax(-1) @ v, SQUARE, SQUARE, SQUARE, (4, 4), fused=False)
-miss("rows tied", "product", lambda q, k, v: torch.einsum("hnij,rjnhd->rinhd", torch.einsum("rinhd,rjnhd->hnij", q, k).softmax(-1), v), (3, 4, 2, 4, 5), (3, 4, 2, 4, 5), (3, 4, 2, 4, 5))
-miss("heads contracted with the values", None, lambda q, k, v: torch.einsum("bhij,bhjd->bid", scores(q, k).softmax(-1), v), fused=False)
+miss(
+    "a mixing of heads before",
+    None,
+    lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k), w).softmax(-1) @ v,
+    SQUARE,
+    SQUARE,
+    SQUARE,
+    (4, 4),
+    fused=False,
+)
+miss(
+    "a mixing of heads after",
+    None,
+    lambda q, k, v, w: torch.einsum("bhij,hg->bgij", scores(q, k).softmax(-1), w) @ v,
+    SQUARE,
+    SQUARE,
+    SQUARE,
+    (4, 4),
+    fused=False,
+)
+miss(
+    "a convolution over heads",
+    None,
+    lambda q, k, v, w: F.conv2d(scores(q, k), w[..., None, None]).softmax(-1) @ v,
+    SQUARE,
+    SQUARE,
+    SQUARE,
+    (4, 4),
+    fused=False,
+)
+miss(
+    "rows tied",
+    "product",
+    lambda q, k, v: torch.einsum("hnij,rjnhd->rinhd", torch.einsum("rinhd,rjnhd->hnij", q, k).softmax(-1), v),
+    (3, 4, 2, 4, 5),
+    (3, 4, 2, 4, 5),
+    (3, 4, 2, 4, 5),
+)
+miss(
+    "heads contracted with the values",
+    None,
+    lambda q, k, v: torch.einsum("bhij,bhjd->bid", scores(q, k).softmax(-1), v),
+    fused=False,
+)
 miss("a diagonal of the keys", None, lambda q, k, v: torch.einsum("bhid,bhdd->bhid", q, k).softmax(-1) @ v, fused=False)
-miss("an outer product", None, lambda q, k, v: torch.einsum("bhi,bhj->bhij", q[..., 0], k[..., 0]).softmax(-1) @ v, fused=False)
-miss("three factors", None, lambda q, k, v: torch.einsum("bhid,bhjd,d->bhij", q, k, v[0, 0, 0]).softmax(-1) @ v, fused=False)
+miss(
+    "an outer product",
+    None,
+    lambda q, k, v: torch.einsum("bhi,bhj->bhij", q[..., 0], k[..., 0]).softmax(-1) @ v,
+    fused=False,
+)
+miss(
+    "three factors",
+    None,
+    lambda q, k, v: torch.einsum("bhid,bhjd,d->bhij", q, k, v[0, 0, 0]).softmax(-1) @ v,
+    fused=False,
+)
 right("scores of queries with themselves", lambda x, v: scores(x, x).softmax(-1) @ v, SQUARE, SQUARE)
 right("scores are the values too", lambda q, k: (lambda s: s.softmax(-1) @ s)(scores(q, k)), SQUARE, SQUARE, fused=None)
 right("weights on both sides", lambda q, k: (lambda w: w @ w)(scores(q, k).softmax(-1)), SQUARE, SQUARE, fused=False)
 right("values first", lambda q, k, v: v @ scores(q, k).softmax(-1), fused=False)
 right("values first, keys softmaxed", lambda q, k, v: v.mT @ scores(k, q).softmax(-2), fused=None)
-right("a linear layer follows", lambda q, k, w: F.linear(scores(q, k).softmax(-1), w), SQUARE, SQUARE, (4, 4), fused=None)
+right(
+    "a linear layer follows", lambda q, k, w: F.linear(scores(q, k).softmax(-1), w), SQUARE, SQUARE, (4, 4), fused=None
+)
 right("a linear layer of values", lambda q, k, w: scores(q, k).softmax(-1) @ w, SQUARE, SQUARE, (4, 4), fused=None)
-right("channel attention", lambda q, k, v: (q.mT @ k * 0.5).softmax(-1) @ v.mT, (2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8), fused=None)
+right(
+    "channel attention",
+    lambda q, k, v: (q.mT @ k * 0.5).softmax(-1) @ v.mT,
+    (2, 3, 5, 8),
+    (2, 3, 5, 8),
+    (2, 3, 5, 8),
+    fused=None,
+)
 right("linear attention", lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), fused=False)
 
 # -- arguments that are not accounted for --------------------------------------------------------------------------
 
 right("alpha of add on the bias", lambda q, k, v, m: torch.add(scores(q, k), m, alpha=2).softmax(-1) @ v, *[SQUARE] * 4)
-right("alpha of sub on the scores", lambda q, k, v, m: torch.sub(m, scores(q, k), alpha=3).softmax(-1) @ v, *[SQUARE] * 4)
-right("a division that rounds", lambda q, k, v: torch.div(scores(q, k), 0.1, rounding_mode="floor").softmax(-1) @ v, fused=False)
+right(
+    "alpha of sub on the scores", lambda q, k, v, m: torch.sub(m, scores(q, k), alpha=3).softmax(-1) @ v, *[SQUARE] * 4
+)
+right(
+    "a division that rounds",
+    lambda q, k, v: torch.div(scores(q, k), 0.1, rounding_mode="floor").softmax(-1) @ v,
+    fused=False,
+)
 right("a bool mask added", lambda q, k, v, m: (scores(q, k) + (m > 0)).softmax(-1) @ v, *[SQUARE] * 4)
 right("a bool mask multiplied", lambda q, k, v, m: (scores(q, k) * (m > 0)).softmax(-1) @ v, *[SQUARE] * 4, fused=None)
 right("an integer bias", lambda q, k, v, m: (scores(q, k) + m.int()).softmax(-1) @ v, *[SQUARE] * 4)
 right("a keyword scale", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=-0.7))
 right("softmax in a narrower dtype", lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.bfloat16) @ v.bfloat16())
-right("values wider than the weights", lambda q, k, v: (scores(q, k).softmax(-1, dtype=torch.float64) @ v.double()), fused=None)
-right("products in fp64, inputs in fp32", lambda q, k, v: (q.double() @ k.double().mT).softmax(-1) @ v.double(), fused=None)
+right(
+    "values wider than the weights",
+    lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.float64) @ v.double(),
+    fused=None,
+)
+right(
+    "products in fp64, inputs in fp32",
+    lambda q, k, v: (q.double() @ k.double().mT).softmax(-1) @ v.double(),
+    fused=None,
+)
 right("queries rounded to bf16", lambda q, k, v: (q.bfloat16().float() @ k.mT).softmax(-1) @ v)
 right("queries rounded to integers", lambda q, k, v: ((q * 3).int().float() @ k.mT).softmax(-1) @ v)
 right("scores rounded to bf16", lambda q, k, v: (q @ k.mT).bfloat16().float().softmax(-1) @ v, fused=None)
-right("a sigmoid scale from data", lambda q, k, v: (q @ k.mT * q.mean(-1, keepdim=True).sigmoid()).softmax(-1) @ v, fused=None)
+right(
+    "a sigmoid scale from data",
+    lambda q, k, v: (q @ k.mT * q.mean(-1, keepdim=True).sigmoid()).softmax(-1) @ v,
+    fused=None,
+)
 right("a scale a key", lambda q, k, v: (q @ k.mT * k.mean(-1).unsqueeze(-2)).softmax(-1) @ v, fused=None)
 
 # -- mutation ------------------------------------------------------------------------------------------------------
 
 
-def mutate(name: str, fn: Callable[..., Any], *shapes: tuple[int, ...], fused: bool | None = None, **about: Any) -> None:
+def mutate(
+    name: str, fn: Callable[..., Any], *shapes: tuple[int, ...], fused: bool | None = None, **about: Any
+) -> None:
     right(f"mutation: {name}", fn, *(shapes or [SQUARE] * 4), fused=fused, **about)
 
 
@@ -492,15 +686,60 @@ right("autocast switched off inside", autocast_off, fused=None)
 right("weights detached, in training", lambda q, k, v: scores(q, k).softmax(-1).detach() @ v, grad=True, fused=None)
 right("scores detached, in training", lambda q, k, v: scores(q, k).detach().softmax(-1) @ v, grad=True, fused=None)
 right("queries detached, in training", lambda q, k, v: scores(q.detach(), k).softmax(-1) @ v, grad=True, fused=None)
-right("half of the scores detached", lambda q, k, v: (lambda s: (s + s.detach()).softmax(-1) @ v)(scores(q, k)), grad=True, fused=None)
-right("the maximum detached, in training", lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True).detach()).softmax(-1) @ v)(scores(q, k)), grad=True)
-right("the maximum not detached, in training", lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)), grad=True)
+right(
+    "half of the scores detached",
+    lambda q, k, v: (lambda s: (s + s.detach()).softmax(-1) @ v)(scores(q, k)),
+    grad=True,
+    fused=None,
+)
+right(
+    "the maximum detached, in training",
+    lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True).detach()).softmax(-1) @ v)(scores(q, k)),
+    grad=True,
+)
+right(
+    "the maximum not detached, in training",
+    lambda q, k, v: (lambda s: (s - s.amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+    grad=True,
+)
 right("a hook on nothing, in training", lambda q, k, v: scores(q, k).softmax(-1) @ v, grad=True)
-right("a learned bias, in training", lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v, *[SQUARE] * 3, (4, 4, 4), grad=True, fused=None)
-right("a learned scale, in training", lambda q, k, v, m: (q @ k.mT * m.exp()).softmax(-1) @ v, *[SQUARE] * 3, (4, 1, 1), grad=True, fused=None)
-right("a learned soft-cap, in training", lambda q, k, v, m: ((q @ k.mT / m).tanh() * m).softmax(-1) @ v, *[SQUARE] * 3, (1,), grad=True, fused=None)
-right("a bias of queries, in training", lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v, *[SQUARE] * 3, (4, 1), grad=True, fused=None)
-right("a causal mask, in training", lambda q, k, v: scores(q, k).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -INF).softmax(-1) @ v, grad=True)
+right(
+    "a learned bias, in training",
+    lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v,
+    *[SQUARE] * 3,
+    (4, 4, 4),
+    grad=True,
+    fused=None,
+)
+right(
+    "a learned scale, in training",
+    lambda q, k, v, m: (q @ k.mT * m.exp()).softmax(-1) @ v,
+    *[SQUARE] * 3,
+    (4, 1, 1),
+    grad=True,
+    fused=None,
+)
+right(
+    "a learned soft-cap, in training",
+    lambda q, k, v, m: ((q @ k.mT / m).tanh() * m).softmax(-1) @ v,
+    *[SQUARE] * 3,
+    (1,),
+    grad=True,
+    fused=None,
+)
+right(
+    "a bias of queries, in training",
+    lambda q, k, v, m: (scores(q, k) + m).softmax(-1) @ v,
+    *[SQUARE] * 3,
+    (4, 1),
+    grad=True,
+    fused=None,
+)
+right(
+    "a causal mask, in training",
+    lambda q, k, v: scores(q, k).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -INF).softmax(-1) @ v,
+    grad=True,
+)
 
 
 def attend(q: Any, k: Any, v: Any) -> Any:
@@ -508,9 +747,7 @@ def attend(q: Any, k: Any, v: Any) -> Any:
 
 
 def cond_body(q: Any, k: Any, v: Any) -> Any:
-    return torch.cond(
-        q.sum() > 0, lambda a, b, c: attend(a, b, c), lambda a, b, c: attend(b, a, c), (q, k, v)
-    )
+    return torch.cond(q.sum() > 0, lambda a, b, c: attend(a, b, c), lambda a, b, c: attend(b, a, c), (q, k, v))
 
 
 def checkpointed(q: Any, k: Any, v: Any) -> Any:
@@ -566,7 +803,12 @@ right("dropout of all", lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 1.0,
 miss("dropout twice", "twice", lambda q, k, v: F.dropout(F.dropout(scores(q, k).softmax(-1), 1.0, True), 1.0, True) @ v)
 right("dropout of the scores", lambda q, k, v: F.dropout(scores(q, k), 1.0, True).softmax(-1) @ v, fused=None)
 right("dropout of q", lambda q, k, v: scores(F.dropout(q, 1.0, True), k).softmax(-1) @ v, fused=None)
-right("weights times zeros and ones", lambda q, k, v, m: (scores(q, k).softmax(-1) * (m > 0)) @ v, *[SQUARE] * 4, fused=False)
+right(
+    "weights times zeros and ones",
+    lambda q, k, v, m: (scores(q, k).softmax(-1) * (m > 0)) @ v,
+    *[SQUARE] * 4,
+    fused=False,
+)
 
 # -- rows without keys: what eager gives there ---------------------------------------------------------------------
 
@@ -604,7 +846,9 @@ DEAD: dict[str, Callable[..., torch.Tensor]] = {
     "finfo.min and -inf": lambda s, m: s.masked_fill(m <= 0, -INF).masked_fill(~dead_row(), MIN),
     "the same fill twice": lambda s, m: s.masked_fill(m <= 0, -1e9).masked_fill(~dead_row(), -1e9),
     "-inf less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), -INF)),
-    "finfo.min less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), torch.finfo(s.dtype).min)),
+    "finfo.min less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(
+        s.masked_fill(~data(m), torch.finfo(s.dtype).min)
+    ),
     "-1e9 less the maximum": lambda s, m: (lambda x: x - x.amax(-1, keepdim=True))(s.masked_fill(~data(m), -1e9)),
     "zero fill": lambda s, m: s.masked_fill(~data(m), 0.0),
     "positive fill": lambda s, m: s.masked_fill(data(m), 1e9),
@@ -624,7 +868,12 @@ DEAD: dict[str, Callable[..., torch.Tensor]] = {
     "a clamped mask": lambda s, m: s.masked_fill(~data(m), -1e9).clamp(min=-50),
 }
 for _name, _mask in DEAD.items():
-    right(f"dead rows: {_name}", lambda q, k, v, m, mask=_mask: mask(scores(q, k), m).softmax(-1) @ v, *[SQUARE] * 4, fused=None)
+    right(
+        f"dead rows: {_name}",
+        lambda q, k, v, m, mask=_mask: mask(scores(q, k), m).softmax(-1) @ v,
+        *[SQUARE] * 4,
+        fused=None,
+    )
     right(
         f"dead rows, in training: {_name}",
         lambda q, k, v, m, mask=_mask: mask(scores(q, k), m.detach()).softmax(-1) @ v, *[SQUARE] * 4, fused=None, grad=True,
@@ -637,13 +886,42 @@ for _name in ("finfo.min", "-1e9", "-inf", "-inf, added", "finfo.min, added", "-
     )  # fmt: skip
 SDPA = F.scaled_dot_product_attention
 right("dead rows: SDPA, bool", lambda q, k, v, m: SDPA(q, k, v, attn_mask=data(m)), *[SQUARE] * 4)
-right("dead rows: SDPA, static bool", lambda q, k, v: SDPA(q, k, v, attn_mask=torch.ones(4, 4, dtype=torch.bool).tril(-1)))
-right("dead rows: SDPA, -inf", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.zeros_like(m).masked_fill(~data(m), -INF)), *[SQUARE] * 4)
-right("dead rows: SDPA, finfo.min", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.where(data(m), 0.0, MIN)), *[SQUARE] * 4)
-right("dead rows: SDPA, -1e9", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.where(data(m), 0.0, -1e9)), *[SQUARE] * 4)
-right("dead rows: SDPA, causal with fewer keys", lambda q, k, v: SDPA(q, k, v, is_causal=True), (2, 3, 7, 8), (2, 3, 5, 8), (2, 3, 5, 8))
-right("dead rows: SDPA, bottom-right with fewer keys", lambda q, k, v: SDPA(q, k, v, attn_mask=torch.ones(7, 5, dtype=torch.bool).tril(-2)), (2, 3, 7, 8), (2, 3, 5, 8), (2, 3, 5, 8))
-right("dead rows: sinks", lambda q, k, v, m: torch.cat([scores(q, k).masked_fill(~data(m), -INF), q[..., :1]], -1).softmax(-1)[..., :-1] @ v, *[SQUARE] * 4, fused=None)
+right(
+    "dead rows: SDPA, static bool", lambda q, k, v: SDPA(q, k, v, attn_mask=torch.ones(4, 4, dtype=torch.bool).tril(-1))
+)
+right(
+    "dead rows: SDPA, -inf",
+    lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.zeros_like(m).masked_fill(~data(m), -INF)),
+    *[SQUARE] * 4,
+)
+right(
+    "dead rows: SDPA, finfo.min",
+    lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.where(data(m), 0.0, MIN)),
+    *[SQUARE] * 4,
+)
+right(
+    "dead rows: SDPA, -1e9", lambda q, k, v, m: SDPA(q, k, v, attn_mask=torch.where(data(m), 0.0, -1e9)), *[SQUARE] * 4
+)
+right(
+    "dead rows: SDPA, causal with fewer keys",
+    lambda q, k, v: SDPA(q, k, v, is_causal=True),
+    (2, 3, 7, 8),
+    (2, 3, 5, 8),
+    (2, 3, 5, 8),
+)
+right(
+    "dead rows: SDPA, bottom-right with fewer keys",
+    lambda q, k, v: SDPA(q, k, v, attn_mask=torch.ones(7, 5, dtype=torch.bool).tril(-2)),
+    (2, 3, 7, 8),
+    (2, 3, 5, 8),
+    (2, 3, 5, 8),
+)
+right(
+    "dead rows: sinks",
+    lambda q, k, v, m: torch.cat([scores(q, k).masked_fill(~data(m), -INF), q[..., :1]], -1).softmax(-1)[..., :-1] @ v,
+    *[SQUARE] * 4,
+    fused=None,
+)
 
 
 @pytest.mark.parametrize("name", list(PROGRAMS))

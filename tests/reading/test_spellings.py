@@ -1,5 +1,7 @@
 """One attention, however it is spelled: every program of this table is matched, and gives eager's numbers."""
 
+# ruff: noqa: E501 (one line a program, so that the table can be read as one)
+
 from __future__ import annotations
 
 import math
@@ -89,12 +91,14 @@ PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "baddbmm of zeros": lambda q, k: torch.baddbmm(
         torch.zeros(6, 5, 7), q.reshape(6, 5, 8), k.reshape(6, 7, 8).mT
     ).view(2, 3, 5, 7),
-    "baddbmm method, keywords": lambda q, k: q.new_zeros(1, 1, 1).baddbmm(
-        batch1=q.reshape(6, 5, 8), batch2=k.reshape(6, 7, 8).mT, beta=2, alpha=0.5
-    ).view(2, 3, 5, 7),
-    "baddbmm in place": lambda q, k: torch.zeros(6, 5, 7).baddbmm_(
-        q.reshape(6, 5, 8), k.reshape(6, 7, 8).mT, alpha=0.5
-    ).view(2, 3, 5, 7),
+    "baddbmm method, keywords": lambda q, k: (
+        q.new_zeros(1, 1, 1)
+        .baddbmm(batch1=q.reshape(6, 5, 8), batch2=k.reshape(6, 7, 8).mT, beta=2, alpha=0.5)
+        .view(2, 3, 5, 7)
+    ),
+    "baddbmm in place": lambda q, k: (
+        torch.zeros(6, 5, 7).baddbmm_(q.reshape(6, 5, 8), k.reshape(6, 7, 8).mT, alpha=0.5).view(2, 3, 5, 7)
+    ),
     "queries and keys cloned, contiguous": lambda q, k: q.contiguous().clone() @ k.mT.contiguous(),
     "useless casts": lambda q, k: (q.float().to(torch.float32) @ k.type_as(q).mT.to(q)).to(q.dtype),
     "queries through zeros-free add": lambda q, k: (q + 0) @ (k * 1).mT,
@@ -108,10 +112,24 @@ for _name, _product in PRODUCTS.items():
 
 spell("rank 2", lambda q, k, v: (q @ k.T * HALF).softmax(-1) @ v, (5, 8), (7, 8), (7, 8))
 spell("rank 2, mm", lambda q, k, v: torch.mm((torch.mm(q, k.t()) * HALF).softmax(1), v), (5, 8), (7, 8), (7, 8))
-spell("rank 2, einsum with implicit output", lambda q, k, v: torch.einsum("iz,jz", q, k).softmax(-1) @ v, (5, 8), (7, 8), (7, 8))
-spell("rank 2, addmm", lambda q, k, v: torch.mm(torch.addmm(torch.zeros(7), q, k.t(), alpha=HALF).softmax(1), v), (5, 8), (7, 8), (7, 8))
+spell(
+    "rank 2, einsum with implicit output",
+    lambda q, k, v: torch.einsum("iz,jz", q, k).softmax(-1) @ v,
+    (5, 8),
+    (7, 8),
+    (7, 8),
+)
+spell(
+    "rank 2, addmm",
+    lambda q, k, v: torch.mm(torch.addmm(torch.zeros(7), q, k.t(), alpha=HALF).softmax(1), v),
+    (5, 8),
+    (7, 8),
+    (7, 8),
+)
 spell("rank 3", lambda q, k, v: (q @ k.mT * HALF).softmax(-1) @ v, (4, 5, 8), (4, 7, 8), (4, 7, 8))
-spell("rank 3, bmm", lambda q, k, v: torch.bmm(F.softmax(torch.bmm(q, k.mT), dim=2), v), (4, 5, 8), (4, 7, 8), (4, 7, 8))
+spell(
+    "rank 3, bmm", lambda q, k, v: torch.bmm(F.softmax(torch.bmm(q, k.mT), dim=2), v), (4, 5, 8), (4, 7, 8), (4, 7, 8)
+)
 spell("rank 5", lambda q, k, v: (q @ k.mT * HALF).softmax(-1) @ v, (2, 3, 4, 5, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 8))
 spell(
     "rank 5 from a permuted layout",
@@ -144,7 +162,9 @@ spell(
     (2, 3, 5, 8), (2, 3, 7, 8), (7, 2, 3, 8),
 )  # fmt: skip
 spell("scores transposed, softmax over -2", lambda q, k, v: (k @ q.mT * HALF).softmax(-2).mT @ v)
-spell("scores transposed, contracted by einsum", lambda q, k, v: torch.einsum("bhji,bhjd->bhid", (k @ q.mT).softmax(2), v))
+spell(
+    "scores transposed, contracted by einsum", lambda q, k, v: torch.einsum("bhji,bhjd->bhid", (k @ q.mT).softmax(2), v)
+)
 spell("output features first", lambda q, k, v: v.mT @ (k @ q.mT * HALF).softmax(-2))
 spell("output permuted by einsum", lambda q, k, v: torch.einsum("bhij,bhjd->dihb", (q @ k.mT).softmax(-1), v))
 spell("output of sequence first", lambda q, k, v: torch.einsum("bhij,bhjd->bihd", (q @ k.mT).softmax(-1), v))
@@ -375,10 +395,14 @@ TERMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
     "a bias of queries alone": (lambda s, m: s + m[..., :1], HEADS),
     "a bias transposed": (lambda s, m: s + m.mT, (1, 3, 7, 5)),
     "a bias expanded": (lambda s, m: s + m.expand(2, 3, 5, 7), PLANE),
-    "a bias table": (lambda s, m: s + m[torch.arange(7)[None, :] - torch.arange(5)[:, None] + 4].permute(2, 0, 1), (11, 3)),
+    "a bias table": (
+        lambda s, m: s + m[torch.arange(7)[None, :] - torch.arange(5)[:, None] + 4].permute(2, 0, 1),
+        (11, 3),
+    ),
     "ALiBi": (lambda s, m: s + m * (torch.arange(7) - 6), (3, 1, 1)),
     "ALiBi by distance": (
-        lambda s, m: s - m * (torch.arange(7)[None, :] - torch.arange(5)[:, None]).abs(), (3, 1, 1),
+        lambda s, m: s - m * (torch.arange(7)[None, :] - torch.arange(5)[:, None]).abs(),
+        (3, 1, 1),
     ),
     "the queries' own term": (lambda s, m: s + torch.einsum("hik,kj->hij", m, torch.ones(4, 7)), (3, 5, 4)),
     "where, keys kept": (lambda s, m: torch.where(m > -1, s, -torch.inf), KEYS),
@@ -488,7 +512,13 @@ spell(
     GQ, GK, GK,
 )  # fmt: skip
 spell("one key head, broadcast", lambda q, k, v: soft(q @ k.mT, v), GQ, (2, 1, 7, 8), (2, 1, 7, 8))
-spell("one key head, expanded", lambda q, k, v: soft(q @ k.expand(2, 6, 7, 8).mT, v.expand(2, 6, 7, 8)), GQ, (2, 1, 7, 8), (2, 1, 7, 8))
+spell(
+    "one key head, expanded",
+    lambda q, k, v: soft(q @ k.expand(2, 6, 7, 8).mT, v.expand(2, 6, 7, 8)),
+    GQ,
+    (2, 1, 7, 8),
+    (2, 1, 7, 8),
+)
 spell(
     "one key head, einsum",
     lambda q, k, v: torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k).softmax(-1), v),
@@ -512,7 +542,15 @@ spell(
 spell("SDPA with a bias", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), *STANDARD, FULL)
 spell("SDPA with groups", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), GQ, GK, GK)
 spell("SDPA of rank 3", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), (4, 5, 8), (4, 7, 8), (4, 7, 8))
-spell("two attentions of the same scores", lambda q, k, v, w: ((q @ k.mT).softmax(-1) @ v, (q @ k.mT).softmax(-1) @ w), Q, K, K, K, sites=2)
+spell(
+    "two attentions of the same scores",
+    lambda q, k, v, w: ((q @ k.mT).softmax(-1) @ v, (q @ k.mT).softmax(-1) @ w),
+    Q,
+    K,
+    K,
+    K,
+    sites=2,
+)
 
 
 @pytest.mark.parametrize("name", list(SPELLINGS))
