@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from xfcompile.indexing import Ranges, floordiv, integer, linear, mod, nonnegative, unravel
-from xfcompile.score import I, J, Load, S, Where
+from xfcompile.score import J, Load, S, Where
 from xfcompile.site import Miss
 from xfcompile.values import Value
 
