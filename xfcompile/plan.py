@@ -11,7 +11,7 @@ import torch
 
 from xfcompile.masking import ABSORBING
 from xfcompile.masks import is_causal
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.score import B, H, J, Load, S
 from xfcompile.site import AttentionSite
 
 HALF = (torch.float16, torch.bfloat16)
