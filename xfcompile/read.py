@@ -580,7 +580,7 @@ def _may_write(node: fx.Node) -> bool:
     known = node.op == "call_method" or module.startswith(("torch.nn.functional", "torch._C", "_operator", "math")) or (
         getattr(torch, name, None) is node.target
     )
-    return not known or name.endswith("_") or name.startswith("i") and module == "_operator" or name == "setitem"
+    return not known or name.endswith("_") or (name.startswith("i") and module == "_operator") or name == "setitem"
 
 
 def _is_random(node: fx.Node) -> bool:
