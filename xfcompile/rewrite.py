@@ -189,9 +189,9 @@ def _needs_grad(node: fx.Node, reading: Reading) -> bool:
     for key in ("example_value", "val"):
         example = node.meta.get(key)
         if isinstance(example, torch.Tensor):
-            return example.requires_grad or any(
+            return example.requires_grad or (any(
                 _requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr")
-            ) and example.grad_fn is not None
+            ) and example.grad_fn is not None)
     return any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
 
 
