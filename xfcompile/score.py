@@ -11,7 +11,7 @@ from __future__ import annotations
 import sympy
 
 S = sympy.Symbol("s", real=True)
-B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)  # noqa: E741 (the field's letters)
+B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)
 POSITION = (B, H, I, J)
 
 
