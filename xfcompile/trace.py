@@ -138,7 +138,7 @@ def trace(
         with torch.no_grad(), _quiet(), _symbolic(mode, static):
             inputs = [fresh(flat[k]) for k in positions]
             gm = make_fx(call, pre_dispatch=True, tracing_mode="real")(*inputs)
-    except Exception as error:  # noqa: BLE001 (whatever tracing cannot do makes the node opaque, never wrong)
+    except Exception as error:
         log.debug("cannot read %s: %s", fn, error)
         return None
     return _parse(gm, [flat[k] for k in positions], module)
