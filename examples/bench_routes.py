@@ -76,7 +76,9 @@ def sdpa_facts() -> list[dict[str, object]]:
         elif bias == "bj":
             kwargs["attn_mask"] = (torch.rand(b, 1, 1, s, device="cuda") > 0.2).expand(b, 1, s, s)
         elif bias == "mask":
-            kwargs["attn_mask"] = torch.ones(s, s, dtype=torch.bool, device="cuda").tril()[None, None].expand(b, 1, s, s)
+            kwargs["attn_mask"] = (
+                torch.ones(s, s, dtype=torch.bool, device="cuda").tril()[None, None].expand(b, 1, s, s)
+            )
         dout = torch.randn(b, h, s, d, device="cuda", dtype=torch.bfloat16)
         variants: dict[str, Callable[[], Tensor]] = {}
         if kv != h:
@@ -103,7 +105,13 @@ def sdpa_facts() -> list[dict[str, object]]:
                 with torch.no_grad():
                     ahead = attempt(forward)
                 rows.append(
-                    {"case": name, "variant": variant, "backend": backend, "forward": ahead, "forward+backward": attempt(both)}
+                    {
+                        "case": name,
+                        "variant": variant,
+                        "backend": backend,
+                        "forward": ahead,
+                        "forward+backward": attempt(both),
+                    }
                 )
     return rows
 
@@ -139,7 +147,15 @@ def specs(d: int) -> dict[str, tuple[ScoreSpec, Callable[[int, int, int], list[T
     }
 
 
-TILES = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 32, 4, 3), (64, 128, 4, 2), (128, 128, 8, 3)]
+TILES = [
+    (128, 64, 4, 3),
+    (128, 64, 8, 3),
+    (128, 128, 8, 2),
+    (64, 64, 4, 3),
+    (128, 32, 4, 3),
+    (64, 128, 4, 2),
+    (128, 128, 8, 3),
+]
 
 
 def tile_facts(budget: list[str]) -> list[dict[str, object]]:
