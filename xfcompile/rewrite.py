@@ -83,7 +83,12 @@ def _rewrite(reading: Reading, options: Options, report: Report, *, recomputed: 
     candidates = [c for c in candidates if c.node in live]
     for candidate in candidates:
         _plan(reading, candidate, options)
-        if recomputed and candidate.route.name == "sdpa" and candidate.words and not _needs_grad(candidate.node, reading):
+        if (
+            recomputed
+            and candidate.route.name == "sdpa"
+            and candidate.words
+            and not _needs_grad(candidate.node, reading)
+        ):
             # torch refuses to compile it: SDPA counts as random, which no forward without a backward may recompute.
             candidate.route = Route("inductor", "SDPA can't be checkpointed where nothing needs a gradient")
     _keep_shared(reading, candidates)
@@ -159,11 +164,9 @@ def _plan(reading: Reading, candidate: Candidate, options: Options) -> None:
     candidate.route, candidate.words = choose(
         site, candidate.score, training=training, bias_grad=bias_grad, forced=options.routes
     )
-    unchanged = (
-        candidate.route.name == "sdpa" and site.call is not None and _says_it_already(site, candidate.words)
-    )
+    unchanged = candidate.route.name == "sdpa" and site.call is not None and _says_it_already(site, candidate.words)
     if unchanged:
-        candidate.route = Route("inductor" if False else "sdpa", "as it was: SDPA is told all there is to tell")
+        candidate.route = Route("sdpa", "as it was: SDPA is told all there is to tell")
         candidate.words = None
 
 
@@ -189,10 +192,16 @@ def _needs_grad(node: fx.Node, reading: Reading) -> bool:
     for key in ("example_value", "val"):
         example = node.meta.get(key)
         if isinstance(example, torch.Tensor):
-            return example.requires_grad or (any(
-                _requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr")
-            ) and example.grad_fn is not None)
+            return example.requires_grad or (
+                any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+                and example.grad_fn is not None
+            )
     return any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+
+
+def _written_later(reading: Reading, node: fx.Node) -> bool:
+    memories = set(reading.memories([node]))
+    return any(reading.effects[n].writes & memories for n, time in reading.time.items() if time > reading.time[node])
 
 
 def _requires_grad(node: fx.Node) -> bool:
@@ -236,7 +245,10 @@ def _replace(
     before = set(graph.nodes)
     known = dict(shared)
     try:
-        new = replace_attention(Emitter(reading, node, shared), candidate)
+        emitter = Emitter(reading, node, shared)
+        new = replace_attention(emitter, candidate)
+        if _needs_grad(node, reading) and _written_later(reading, node):
+            new = emitter.call("clone", new)  # a fused call keeps its result for the backward, which a product does not
         node.replace_all_uses_with(new)
         shared["instead of", node] = new
     except Exception as error:
@@ -293,9 +305,7 @@ def _unfold_node(reading: Reading, node: fx.Node) -> bool:
         if isinstance(x, Ref):
             return inputs[x.index] if x.item is None else results[x.index][x.item]
         if isinstance(x, Constant):
-            return emitter.call(
-                torch.full, list(x.meta.shape), x.value, dtype=x.meta.dtype, device=x.meta.device
-            )
+            return emitter.call(torch.full, list(x.meta.shape), x.value, dtype=x.meta.dtype, device=x.meta.device)
         return emitter.size(x) if isinstance(x, sympy.Basic) else x
 
     for call in program.calls:
