@@ -1,4 +1,4 @@
-"""Measures what the route table and the kernel's tile table rest on: SDPA's back-ends, grouped heads, masks, tile sizes.
+"""Measures what the choice of routes and tiles rests on: SDPA's back-ends, grouped heads, masks, tile sizes.
 
     python examples/bench_routes.py --out examples/results/routes.json
 
@@ -8,6 +8,7 @@ Needs a CUDA GPU. Times are medians in ms of the call alone, in bf16 (`triton.te
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def median(call: Callable[[], object]) -> float:
 def attempt(call: Callable[[], object]) -> float | str:
     try:
         return round(median(call), 4)
-    except Exception as error:  # noqa: BLE001 (a back-end that refuses is a result)
+    except Exception as error:  # a back-end that refuses is a result
         return str(error).split("\n")[0][:60]
 
 
@@ -173,7 +174,7 @@ def tile_facts(budget: list[str]) -> list[dict[str, object]]:
             original = launch.choose
             launch.choose = lambda *_, chosen=chosen: chosen  # type: ignore[attr-defined]
             try:
-                time = attempt(lambda key=key, given=given: torch.ops.xfcompile.attention(q, k, v, given, [], [], key))
+                time = attempt(functools.partial(torch.ops.xfcompile.attention, q, k, v, given, [], [], key))
                 used = list(launch.program(key).fitting.values())
                 fits = bool(used) and used[0] == chosen
             finally:

@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from comparison import interleaved
 from rich.console import Console
@@ -75,6 +76,8 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="end with 1 also if something is slower than promised")
     parser.add_argument("--length", type=int, default=2048, help="tokens of the second and third part")
     options = parser.parse_args()
+    if "xformers" not in torch._dynamo.list_backends():
+        sys.exit("The demo needs xfcompile installed, by which torch.compile knows its backend: pip install -e .")
     torch.manual_seed(0)
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, xfcompile {xfcompile.__version__}\n")
     checks = Checks()

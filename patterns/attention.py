@@ -97,7 +97,7 @@ def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[Contra
 
 
 def _at_product(anchor: Value, product: Contraction) -> AttentionSite:
-    """The attention with the batch axes that the program itself sees: [b*h, i, j] weights may be a view of [b, h, i, j]."""
+    """The attention with the batch axes that the program sees: [b*h, i, j] weights may be a view of [b, h, i, j]."""
     reasons: list[Miss] = []
     for split in (*_splits(anchor, product), None):
         try:
@@ -132,6 +132,9 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     query_label = own[-1]
     lead_labels = [c for c in product.out_labels if c not in (query_label, features[0])]
     size = _label_sizes(product)
+    lead: tuple[sympy.Symbol, ...]
+    substitution: dict[sympy.Symbol, sympy.Expr]
+    runs: dict[str, tuple[sympy.Symbol, ...]]
     if split is not None:
         if len(lead_labels) != 1:
             raise Miss("no flattened batch axis to split", product.value)
@@ -438,9 +441,7 @@ def _dots(scores: Value) -> Iterator[Contraction]:
     yield from sorted(found, key=weight)
 
 
-def _query_and_key(
-    dot: Contraction, elements: Elements, walk: Walk, lead: tuple[sympy.Symbol, ...]
-) -> tuple[Any, Any]:
+def _query_and_key(dot: Contraction, elements: Elements, walk: Walk, lead: tuple[sympy.Symbol, ...]) -> tuple[Any, Any]:
     """Which operand of the product is the query, and what each dimension of both is."""
     if dot.lhs is dot.rhs and dot.lhs_labels == dot.rhs_labels:
         raise Miss("queries and keys are one tensor, contracted with itself", dot.value)
@@ -462,7 +463,9 @@ def _query_and_key(
         rows = [set().union(*(x.free_symbols for x in at_x)) for at_x in (at_a, at_b)]
         if J in rows[0] or I in rows[1]:
             continue
-        return place(a, at_a, I, lead, walk, scale=True, widened=True), place(b, at_b, J, lead, walk, scale=True, widened=True)
+        return place(a, at_a, I, lead, walk, scale=True, widened=True), place(
+            b, at_b, J, lead, walk, scale=True, widened=True
+        )
     raise Miss("the product below the softmax is not one of queries with keys", dot.value)
 
 

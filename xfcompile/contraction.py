@@ -45,7 +45,12 @@ def _matmul(value: Value) -> Contraction | None:
         return None
     batch = "".join(chr(ord("A") + k) for k in range(value.ndim - 2))
     return Contraction(
-        value, lhs, rhs, batch[len(batch) - (lhs.ndim - 2) :] + "xd", batch[len(batch) - (rhs.ndim - 2) :] + "dy", batch + "xy"
+        value,
+        lhs,
+        rhs,
+        batch[len(batch) - (lhs.ndim - 2) :] + "xd",
+        batch[len(batch) - (rhs.ndim - 2) :] + "dy",
+        batch + "xy",
     )
 
 

@@ -331,7 +331,7 @@ def reshaped(v: Value, index: Index, ranges: Ranges) -> Index:
     if [n for _, n in kept] == [n for n in source if n != 1]:
         rest = iter(x for x, _ in kept)
         return tuple(sympy.S.Zero if n == 1 else next(rest) for n in source)
-    # Leading and trailing dimensions that both shapes share keep their index, so that only what was reshaped is divided.
+    # Leading and trailing dimensions that both shapes share keep their index: only what was reshaped is divided.
     front = 0
     while front < min(len(source), v.ndim) and source[front] == v.shape[front]:
         front += 1
@@ -614,9 +614,7 @@ def settle(expr: Any, ranges: Ranges) -> Any:
     if not inner:
         return prove(expr, ranges)
     condition = inner[0].args[0]
-    yes, no = (
-        settle(expr.xreplace({w: w.args[k] for w in inner if w.args[0] == condition}), ranges) for k in (1, 2)
-    )
+    yes, no = (settle(expr.xreplace({w: w.args[k] for w in inner if w.args[0] == condition}), ranges) for k in (1, 2))
     pinned = _only_value(condition, ranges)
     if pinned is not None:
         yes = settle(yes.xreplace(pinned), ranges) if isinstance(yes, sympy.Basic) else yes
@@ -642,7 +640,8 @@ _RULES: dict[str, Callable[[Elements, Value, Index], Any]] = {
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp,
     "tanh": _smooth(sympy.tanh), "exp": _smooth(sympy.exp), "sigmoid": _smooth(lambda x: 1 / (1 + sympy.exp(-x))),
     "reshape": _reshape, "permute": _permute, "expand": _expand, "slice": _slice, "select": _select,
-    "repeat_interleave": _repeat_interleave, "repeat": _repeat, "flip": _flip,
-    "detach": _detach, "arange": _arange, "full": _full, "cat": _cat, "stack": _stack, "tril": _triangle, "triu": _triangle,
-    "constant_pad_nd": _pad, "pad": _pad, "diff": _diff, "cumsum": _cumsum, "index": _index, "index_select": _index_select,
+    "repeat_interleave": _repeat_interleave, "repeat": _repeat, "flip": _flip, "detach": _detach,
+    "arange": _arange, "full": _full, "cat": _cat, "stack": _stack, "tril": _triangle, "triu": _triangle,
+    "constant_pad_nd": _pad, "pad": _pad, "diff": _diff, "cumsum": _cumsum,
+    "index": _index, "index_select": _index_select,
 }  # fmt: skip

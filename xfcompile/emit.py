@@ -42,8 +42,8 @@ class Emitter:
         return node
 
     def _tell_example(self, node: fx.Node, fn: Callable[..., Any] | str) -> None:
-        """Give the node the fake value that Dynamo's nodes have: AOTAutograd caches no graph in which a method is called
-        on something that has none."""
+        """Give the node the fake value that Dynamo's nodes have: AOTAutograd caches no graph in which a method is
+        called on something that has none."""
         mode = self.reading.mode
         inputs = node.all_input_nodes
         if mode is None or any("example_value" not in n.meta for n in inputs):
@@ -224,7 +224,9 @@ class Emitter:
         if isinstance(expr, Where):
             return self.call(torch.where, *self._tensors(expr.args, site))
         if isinstance(expr, (sympy.And, sympy.Or, sympy.Xor)):
-            combine = {sympy.And: torch.logical_and, sympy.Or: torch.logical_or, sympy.Xor: torch.logical_xor}[expr.func]
+            combine = {sympy.And: torch.logical_and, sympy.Or: torch.logical_or, sympy.Xor: torch.logical_xor}[
+                expr.func
+            ]
             return self._chain(combine, [sub(a) for a in expr.args])
         if isinstance(expr, sympy.Not):
             return self.call(torch.logical_not, sub(expr.args[0]))
@@ -247,7 +249,7 @@ class Emitter:
         raise Miss(f"{expr.func.__name__} has no tensor form here")
 
     def _tensors(self, args: Any, site: AttentionSite) -> list[Any]:
-        """Operands of functions that want tensors; numbers become 0-d tensors where no other operand tells the device."""
+        """Operands of functions that want tensors: numbers become 0-d tensors."""
         made = [self.tensor(a, site) for a in args]
         return [
             x

@@ -9,9 +9,7 @@ from torch import fx
 from xfcompile.read import Memory, Reading
 
 
-def live_nodes(
-    reading: Reading, without: Container[fx.Node] = (), needed: Collection[fx.Node] = ()
-) -> set[fx.Node]:
+def live_nodes(reading: Reading, without: Container[fx.Node] = (), needed: Collection[fx.Node] = ()) -> set[fx.Node]:
     """The nodes that the outputs, any side effect or `needed` need, were the nodes `without` gone."""
     live: set[fx.Node] = set()
     wanted: set[fx.Node] = set(needed)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
-from xfcompile.indexing import Ranges, extreme, nonnegative
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.indexing import Ranges, nonnegative
+from xfcompile.score import B, H, I, J, Load
 from xfcompile.site import Band
-
-_FLIPPED = {sympy.Lt: sympy.Gt, sympy.Gt: sympy.Lt, sympy.Le: sympy.Ge, sympy.Ge: sympy.Le}
 
 
 def prove(expr: Any, ranges: Ranges) -> Any:
@@ -146,13 +143,6 @@ def has_live_key(keep: Any, ranges: Ranges) -> bool:
     return any(prove(sympy.sympify(keep).xreplace({J: w}), ranges) == sympy.true for w in witnesses)
 
 
-@dataclass(frozen=True)
-class Named:
-    """A mask in words."""
-
-    words: str
-
-
 def describe(keep: Any, ranges: Ranges) -> str:
     """A mask in the field's words: "causal", "causal & window(256)", "key padding" ..."""
     if keep == sympy.true:
@@ -202,6 +192,3 @@ def _word(term: Any, ranges: Ranges) -> str:
     if loads:
         return "mask from data"
     return str(term)
-
-
-__all__ = ["Band", "S", "band", "describe", "extreme", "has_live_key", "is_causal", "prove"]

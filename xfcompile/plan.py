@@ -160,6 +160,3 @@ def operand_dtype(site: AttentionSite, q: torch.dtype, k: torch.dtype, v: torch.
     if product in HALF and result in HALF and wide in (torch.float32, torch.float64):
         return product
     return torch.promote_types(wide, result)
-
-
-__all__ = ["H", "Route", "Told", "choose", "operand_dtype", "told"]

@@ -1,7 +1,7 @@
 """Reads an FX graph: runs it in the abstract, in order, keeping for every tensor what its memory then holds.
 
-A node is traced alone (`trace`), its ATen calls become `Value`s, and writes are followed: after `a.add_(b)` the node `a`
-and every view of it hold other contents than before. Nothing in the graph is changed.
+A node is traced alone (`trace`), its ATen calls become `Value`s, and writes are followed: after `a.add_(b)` the node
+`a` and every view of it hold other contents than before. Nothing in the graph is changed.
 """
 
 from __future__ import annotations
@@ -223,7 +223,8 @@ class Reading:
         if node.target is operator.getitem and isinstance(self.cells.get(node.args[0]), (tuple, list)):  # type: ignore[arg-type]
             self.cells[node] = self.cells[node.args[0]][node.args[1]]  # type: ignore[index]
             return
-        bodies = [self.cells.get(n) for n in node.all_input_nodes if isinstance(self.cells.get(n), fx.GraphModule)]
+        inputs = [self.cells.get(n) for n in node.all_input_nodes]
+        bodies = [body for body in inputs if isinstance(body, fx.GraphModule)]
         if bodies:
             self._higher_order(node, bodies)
             return
@@ -264,10 +265,9 @@ class Reading:
                 fakes.append(x)
                 continue
             cell = self.cells.get(x)
-            leaves = pytree.tree_leaves(cell)
             if isinstance(cell, Cell):
                 fakes.append(self._fake(x, cell))
-            elif any(isinstance(c, Cell) for c in leaves) or isinstance(cell, (tuple, list)):
+            elif isinstance(cell, (tuple, list)):
                 fakes.append([self._fake(x, c) if isinstance(c, Cell) else c for c in cell])
             elif isinstance(cell, sympy.Basic):
                 fakes.append(_example(x))
@@ -285,12 +285,10 @@ class Reading:
             self.programs[key] = self._trace(fn, inner, inner_spec, node.op == "call_module")
         return self.programs[key]
 
-    def _trace(
-        self, fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, module: bool
-    ) -> Program | None:
+    def _trace(self, fn: Callable[..., Any], flat: list[Any], spec: pytree.TreeSpec, module: bool) -> Program | None:
         if not self._scope.autocast:
             return trace(fn, flat, spec, self.mode, module=module)
-        device, dtype, enabled, cache = (*self._scope.autocast[-1], None, None, None)[:4]
+        device, dtype, enabled = (*self._scope.autocast[-1], None, None)[:3]
         with torch.autocast(device, dtype=dtype, enabled=enabled is not False, cache_enabled=False):
             return trace(fn, flat, spec, self.mode, module=module)
 
@@ -475,7 +473,12 @@ class Reading:
         effects.opaque = True
         operands = [self.cells.get(a) for a in node.args if isinstance(a, fx.Node)]
         operands = [c for c in operands if not isinstance(c, fx.GraphModule)]
-        checkpoint = _name(node) in ("tag_activation_checkpoint", "wrap_activation_checkpoint", "wrap", "invoke_subgraph")
+        checkpoint = _name(node) in (
+            "tag_activation_checkpoint",
+            "wrap_activation_checkpoint",
+            "wrap",
+            "invoke_subgraph",
+        )
         shared = any(
             child.gm is body for body in bodies for _, child in self.children
         )  # a body called twice has no single meaning of its inputs
@@ -577,8 +580,10 @@ def _may_write(node: fx.Node) -> bool:
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
         return True
     module = getattr(node.target, "__module__", "") or ""
-    known = node.op == "call_method" or module.startswith(("torch.nn.functional", "torch._C", "_operator", "math")) or (
-        getattr(torch, name, None) is node.target
+    known = (
+        node.op == "call_method"
+        or module.startswith(("torch.nn.functional", "torch._C", "_operator", "math"))
+        or (getattr(torch, name, None) is node.target)
     )
     return not known or name.endswith("_") or (name.startswith("i") and module == "_operator") or name == "setitem"
 

@@ -19,6 +19,7 @@ from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
 if TYPE_CHECKING:
     from xfcompile.rewrite import Candidate
 
+
 def replace_attention(emitter: Emitter, candidate: Candidate) -> fx.Node:
     """Emit the call that the candidate's route asks for; the node that stands for its root."""
     site = candidate.site
@@ -47,8 +48,9 @@ def _heads(candidate: Candidate) -> tuple[Any, Any]:
     site = candidate.site
     if len(site.lead) < 2:
         return 1, 1
-    return tuple(  # type: ignore[return-value]
-        dict(p.groups).get(H, 1 if any(H in axes for axes in p.dims) else site.sizes[-1]) for p in (candidate.k, candidate.v)
+    return tuple(
+        dict(p.groups).get(H, 1 if any(H in axes for axes in p.dims) else site.sizes[-1])
+        for p in (candidate.k, candidate.v)
     )
 
 
@@ -84,7 +86,9 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     return out if dead is None else _dead_rows(emitter, site, dead, v, out)
 
 
-def _mask(emitter: Emitter, site: AttentionSite, words: Told, dtype: torch.dtype, dead: fx.Node | None) -> fx.Node | None:
+def _mask(
+    emitter: Emitter, site: AttentionSite, words: Told, dtype: torch.dtype, dead: fx.Node | None
+) -> fx.Node | None:
     """The mask tensor for SDPA, boolean where that says it all, else additive in the operands' dtype."""
     if words.plain:
         return None
@@ -226,7 +230,9 @@ def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load])
 
 # -- memory layout ------------------------------------------------------------------------------------------------
 
-_LAYOUT_BLIND_VIEWS = frozenset("transpose permute unsqueeze squeeze select getitem chunk split unbind expand t mT".split())
+_LAYOUT_BLIND_VIEWS = frozenset(
+    "transpose permute unsqueeze squeeze select getitem chunk split unbind expand t mT".split()
+)
 _LAYOUT_SENSITIVE = frozenset(
     "view view_as as_strided stride is_contiguous data_ptr storage_offset untyped_storage output set_ resize_ unfold "
     "view_as_complex view_as_real".split()

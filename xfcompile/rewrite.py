@@ -324,7 +324,7 @@ def _unfold_node(reading: Reading, node: fx.Node) -> bool:
         node.replace_all_uses_with(operand(program.result))
     else:
         for pick in picks:
-            chosen = program.result[pick.args[1]]  # type: ignore[index]
+            chosen = program.result[pick.args[1]]
             if chosen is None:
                 continue
             pick.replace_all_uses_with(operand(chosen))

@@ -119,6 +119,6 @@ class AttentionSite:
     interior: tuple[Value, ...]
     mask: str
     leaks: bool = False
-    """Whether a row without keys would send gradients to its scores: a finite fill was added, not put in their place."""
+    """Whether a row without keys would send gradients to its scores: a finite fill was added, not put there."""
     call: Value | None = None
     """The `scaled_dot_product_attention` call, if the site is one."""

@@ -115,9 +115,7 @@ def trace(
         isinstance(n, int) for x in flat if isinstance(x, torch.Tensor) for n in (*x.shape, *x.stride())
     )
     mode = static_mode() if static or symbolic is None else symbolic
-    positions = [
-        k for k, x in enumerate(flat) if isinstance(x, (torch.Tensor, torch.SymInt, torch.SymFloat))
-    ]
+    positions = [k for k, x in enumerate(flat) if isinstance(x, (torch.Tensor, torch.SymInt, torch.SymFloat))]
 
     def call(*inputs: Any) -> Any:
         leaves = list(flat)
