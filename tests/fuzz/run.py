@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     given_args = parser.parse_args()
     warnings.simplefilter("ignore")
     fates: Counter[str] = Counter()
@@ -40,6 +41,8 @@ def main() -> None:
     @hypothesis.seed(given_args.seed)
     @given(programs())
     def search(program: Program) -> None:
+        if time.time() - start > given_args.seconds:
+            return
         try:
             word, why = fate(program)
             fates[word] += 1

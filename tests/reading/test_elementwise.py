@@ -172,7 +172,7 @@ STEPS: list[Callable[[torch.Tensor, int], torch.Tensor]] = [
 ]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.integers(0, len(STEPS) - 1), st.integers(0, 4)), min_size=2, max_size=5), st.booleans())
 def test_an_element_of_a_random_program(steps: list[tuple[int, int]], data: bool) -> None:
     def program(x: torch.Tensor) -> torch.Tensor:

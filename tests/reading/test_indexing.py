@@ -18,7 +18,7 @@ from xfcompile.score import B, I, J
 from xfcompile.trace import Meta
 from xfcompile.values import Values
 
-ALWAYS = settings(max_examples=60, deadline=None, derandomize=True)
+ALWAYS = settings(max_examples=30, deadline=None, derandomize=True)
 SIZES = {B: sympy.Integer(3), I: sympy.Integer(4), J: sympy.Integer(6)}
 
 linear_terms = st.tuples(*[st.integers(-4, 6)] * 4)

@@ -17,7 +17,7 @@ from xfcompile.masks import band, describe, has_live_key, is_causal, prove
 from xfcompile.score import B, H, I, J, Load, S, Where
 from xfcompile.site import Miss
 
-ALWAYS = settings(max_examples=120, deadline=None, derandomize=True)
+ALWAYS = settings(max_examples=60, deadline=None, derandomize=True)
 QUERIES, KEYS = 5, 7
 RANGES = {I: sympy.Integer(QUERIES), J: sympy.Integer(KEYS), B: sympy.Integer(2), H: sympy.Integer(2)}
 

@@ -242,7 +242,7 @@ WRITES: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 19), st.integers(0, 3)), min_size=2, max_size=7))
 def test_contents_in_a_random_program(steps: list[tuple[bool, int, int]]) -> None:
     def program(x: Tensor, y: Tensor) -> Result:

@@ -564,7 +564,9 @@ mutate("weights through a view", weights_through_a_view, fused=False)
 mutate("weights changed after", weights_changed_after)
 mutate("output in place", output_in_place, fused=True)
 mutate("output in place, in training", output_in_place, fused=True, grad=True)
-mutate("output in place after a view, in training", lambda q, k, v, m: ((q @ k.mT).softmax(-1) @ v).mT.add_(m), grad=True)
+mutate(
+    "output in place after a view, in training", lambda q, k, v, m: ((q @ k.mT).softmax(-1) @ v).mT.add_(m), grad=True
+)
 mutate("output into a buffer", output_into_a_buffer, fused=True)
 mutate("output by out=", output_by_out)
 mutate("setitem on scores", setitem_on_scores)
