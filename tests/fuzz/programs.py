@@ -391,7 +391,7 @@ def _finish(w: Writer, s: _State) -> None:
     for _ in range(w.one(0, 0, 1)):
         w.line(w.one(
             "o = o.transpose(-1, -2)", "o = o.flatten(0)", "o = o.transpose(0, -2).contiguous()", "o += 1", "o = o * 2", "o.mul_(0.5)",
-            "o = o.float()", "o = o.reshape(-1)", "o[..., 0] = 1", "o = o + v.mean()",
+            "o = o.to(v.dtype)", "o = o.reshape(-1)", "o[..., 0] = 1", "o = o + v.mean()",
         ))  # fmt: skip
     shown = ["o", *s.shown]
     if w.chance(6):

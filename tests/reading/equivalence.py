@@ -50,7 +50,7 @@ class Outcome:
         return found
 
 
-def rewriting(outcome: Outcome, routes: dict[str, str] | None = None) -> Callable[..., Any]:
+def rewriting(outcome: Outcome, routes: dict[str, str] | None = None, rewrite: bool = True) -> Callable[..., Any]:
     """A backend for `torch.compile`: the rewrite, then AOTAutograd, then eager ATen."""
 
     def keep(gm: fx.GraphModule, _: Any) -> Any:
@@ -59,7 +59,8 @@ def rewriting(outcome: Outcome, routes: dict[str, str] | None = None) -> Callabl
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         report = Report()
-        rewrite_graph(gm, example_inputs, Options(strict=True, routes=routes or {}), report)
+        if rewrite:
+            rewrite_graph(gm, example_inputs, Options(strict=True, routes=routes or {}), report)
         outcome.sites += report.sites
         outcome.graphs.append(copy.deepcopy(gm))
         run = aot_autograd(
@@ -142,7 +143,8 @@ def assert_equivalent(
     """NaN and infinity where eager has them, and elsewhere no more error than eager: twice its own plus 4 ulp of the
     result's scale, which is what two correct orders of summation may differ by.
 
-    gradients: where eager's is NaN (it multiplies the NaN of a row without keys by 0), ours may be a number.
+    gradients: where eager's is NaN (it multiplies the NaN of a row without keys by 0), ours may be a number; and the
+    scale is that of all of them, for one that cancels to 0 is a difference of numbers as large as the others.
     """
     kind = "gradient" if gradients else "result"
     assert len(compiled) == len(eager) == len(exact)
@@ -162,8 +164,14 @@ def assert_equivalent(
             continue
         a, b, c = ours[finite].double(), theirs[finite].double(), truth[finite].double()
         mine, eagers = (a - c).abs().max().item(), (b - c).abs().max().item()
-        floor = 4 * torch.finfo(theirs.dtype).eps * c.abs().max().item()
+        scale = max((_size(x) for x in exact), default=0.0) if gradients else _size(truth)
+        floor = 4 * torch.finfo(theirs.dtype).eps * scale
         assert mine <= 2 * eagers + floor, f"{kind} {n}: error {mine:.3g}, eager's own {eagers:.3g}, floor {floor:.3g}"
+
+
+def _size(x: torch.Tensor) -> float:
+    finite = x[x.isfinite()].abs()
+    return finite.max().item() if finite.numel() else 0.0
 
 
 def check(
@@ -172,11 +180,15 @@ def check(
     grad: bool = False,
     dynamic: bool | None = False,
     routes: dict[str, str] | None = None,
+    rewrite: bool = True,
 ) -> Outcome:
-    """Compile, run, compare with eager, and say what was matched. `grad`: compare gradients too."""
+    """Compile, run, compare with eager, and say what was matched. `grad`: compare gradients too.
+
+    rewrite: False compiles the program as it is, which tells our errors from torch's.
+    """
     torch._dynamo.reset()
     outcome = Outcome()
-    compiled = torch.compile(fn, backend=rewriting(outcome, routes), dynamic=dynamic, fullgraph=False)
+    compiled = torch.compile(fn, backend=rewriting(outcome, routes, rewrite), dynamic=dynamic, fullgraph=False)
     ours = run(fn, inputs, grad=grad, double=False, called=compiled)
     eager = run(fn, inputs, grad=grad, double=False)
     exact = run(fn, inputs, grad=grad, double=True)

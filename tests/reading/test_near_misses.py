@@ -546,7 +546,14 @@ def custom_between(q: Any, k: Any, v: Any, m: Any) -> Any:
     return s.softmax(-1) @ v
 
 
+def q_after_baddbmm(q: Any, k: Any, v: Any) -> Any:
+    s = torch.baddbmm(q.new_ones(1, 1, 4), q, k.mT, beta=0.5)
+    q.mul_(2)
+    return s.softmax(-1) @ v
+
+
 mutate("q after the scores", q_after_scores)
+mutate("q after baddbmm", q_after_baddbmm, (2, 1, 8), (2, 4, 8), (2, 4, 8), fused=False)
 mutate("q through a view", q_through_a_view)
 mutate("k through its base", k_through_its_base)
 mutate("k before the product", k_before_the_product, fused=True)
