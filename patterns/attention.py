@@ -10,13 +10,13 @@ import torch
 
 from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
 from xfcompile.elementwise import Elements, Index, as_boolean, as_number, broadcast, literal
-from xfcompile.indexing import integer, linear
-from xfcompile.masking import separate, without_row_shift
+from xfcompile.indexing import integer, linear, unravel
+from xfcompile.masking import Masked, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
 from xfcompile.score import B, H, I, J, S
 from xfcompile.site import AttentionSite, Band, Miss
-from xfcompile.values import Value
+from xfcompile.values import Value, depends
 
 FAMILY = "attention"
 SDPA = "scaled_dot_product_attention"
@@ -160,7 +160,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     if any(J in x.free_symbols for k, x in enumerate(index) if k != softmax_axis):
         raise Miss("the weights are reordered between softmax and values", anchor)
     columns, keys = integer(scores.shape[softmax_axis]), sizes[J]
-    dot, elements, score = _score(scores, index, ranges, columns, lead)
+    dot, elements, score, (q, k) = _score(scores, index, ranges, columns, lead)
     sink = None
     if columns != keys:
         if sympy.expand(columns - keys) != 1:
@@ -170,7 +170,6 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         if S in sink.free_symbols or J in sink.free_symbols:
             raise Miss("the extra column of the softmax depends on the keys", anchor)
 
-    q, k = _query_and_key(dot, elements, walk, lead)
     v_index = tuple(
         sympy.S.Zero if values.shape[n] == 1 and size[c] != 1 else axis[c] for n, c in enumerate(product.rhs_labels)
     )
@@ -293,7 +292,7 @@ def _site(
         # Rows without keys can't be excluded, and what they get is no simple rule: keep the fills as numbers.
         if any(not fill.is_finite for fill, _ in masked.fills):
             raise Miss("a row may see no key, and the fills of its masks do not agree", root)
-        masked, predicate, dead, alive = separate_nothing(score), keep, dead_bool, keep == sympy.true
+        masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
     bounds = band(predicate) if predicate != sympy.true else Band()
     had = describe(predicate, ranges)
     told = masked.fills or any(v.op == "where" or (v.op == "add" and not _number(v["other"])) for v in interior)
@@ -327,10 +326,8 @@ def _site(
     )
 
 
-def separate_nothing(score: sympy.Expr) -> Any:
+def _separate_nothing(score: sympy.Expr) -> Masked:
     """The score as it is, masks and all."""
-    from xfcompile.masking import Masked
-
     return Masked(without_row_shift(score), sympy.true)
 
 
@@ -339,7 +336,7 @@ def _number(x: Any) -> bool:
 
 
 def _has_bias(score: sympy.Expr) -> bool:
-    return bool((score.free_symbols | set()) - {S}) or bool(score.atoms(sympy.Function))
+    return bool(score.free_symbols - {S}) or bool(score.atoms(sympy.Function))
 
 
 def _lead_axes(sizes: list[Any]) -> tuple[tuple[sympy.Symbol, ...], dict[sympy.Symbol, sympy.Expr]]:
@@ -347,8 +344,6 @@ def _lead_axes(sizes: list[Any]) -> tuple[tuple[sympy.Symbol, ...], dict[sympy.S
     if len(sizes) <= 2:
         return (B, H)[: len(sizes)], {}
     outer = tuple(sympy.Symbol(f"p{k}", integer=True, nonnegative=True) for k in range(len(sizes) - 1))
-    from xfcompile.indexing import unravel
-
     flat = tuple(integer(n) for n in sizes[:-1])
     ranges = {B: sympy.prod(flat)}
     return (*outer, H), dict(zip(outer, unravel(B, flat, ranges), strict=True))
@@ -398,8 +393,8 @@ def _score(
     ranges: dict[sympy.Symbol, Any],
     columns: sympy.Expr,
     lead: tuple[sympy.Symbol, ...],
-) -> tuple[Contraction, Elements, sympy.Expr]:
-    """The product of queries and keys, and the score as a formula of it."""
+) -> tuple[Contraction, Elements, sympy.Expr, tuple[Any, Any]]:
+    """The product of queries and keys, the score as a formula of it, and both operands (see `_query_and_key`)."""
     found = list(_dots(scores))
     if not found:
         raise Miss("no product of queries and keys below the softmax", scores)
@@ -410,8 +405,7 @@ def _score(
             score = as_number(elements.at(scores, index))
             if S not in score.free_symbols:
                 raise Miss("the softmax does not see the product of queries and keys", scores)
-            _query_and_key(dot, elements, Walk(ranges), lead)
-            return dot, elements, score
+            return dot, elements, score, _query_and_key(dot, elements, Walk(ranges), lead)
         except Miss as miss:
             reasons.append(miss)
     raise reasons[0]
@@ -478,17 +472,6 @@ def _feature_size(placed: Any, axis: sympy.Symbol) -> Any:
 
 def _interior(root: Value, dot: Value) -> Iterator[Value]:
     """The values on the way from the product of queries and keys to the replaced root."""
-    known: dict[Value, bool] = {dot: True}
-    todo = [root]
-    while todo:
-        value = todo[-1]
-        if value in known:
-            todo.pop()
-            continue
-        pending = [v for v in value.inputs() if v not in known and v.order > dot.order]
-        if pending:
-            todo.extend(pending)
-            continue
-        known[value] = any(known.get(v, False) for v in value.inputs())
-        todo.pop()
+    known: dict[Value, bool] = {}
+    depends(root, dot, known)
     yield from (v for v, inside in known.items() if inside)

@@ -12,7 +12,7 @@ import torch
 from xfcompile.indexing import Ranges, floordiv, integer, linear, mod, nonnegative, unravel
 from xfcompile.score import J, Load, S, Where
 from xfcompile.site import Miss
-from xfcompile.values import Value
+from xfcompile.values import Value, depends
 
 Index = tuple[sympy.Expr, ...]
 
@@ -52,11 +52,6 @@ class Elements:
             self._memo[key] = self._read(value, index)
         return self._memo[key]
 
-    def number(self, value: Value, index: Index) -> sympy.Expr:
-        """The element as a number: True is 1."""
-        x = self.at(value, index)
-        return as_number(x)
-
     def load(self, value: Value, index: Index) -> Any:
         if value.dtype.is_complex:
             raise Miss("a complex tensor in the score", value)
@@ -68,24 +63,7 @@ class Elements:
     def depends_on_dot(self, value: Value) -> bool:
         if self.dot is None:
             return False
-        known = self._on_dot.get(value)
-        if known is None:
-            stack = [value]
-            while stack:
-                top = stack[-1]
-                if top in self._on_dot:
-                    stack.pop()
-                    continue
-                if top is self.dot:
-                    self._on_dot[stack.pop()] = True
-                    continue
-                pending = [v for v in top.inputs() if v not in self._on_dot and v.order >= self.dot.order]
-                if pending:
-                    stack.extend(pending)
-                    continue
-                self._on_dot[stack.pop()] = any(self._on_dot.get(v, False) for v in top.inputs())
-            known = self._on_dot[value]
-        return known
+        return depends(value, self.dot, self._on_dot)
 
     # -- reading --------------------------------------------------------------------------------------------
 
@@ -480,7 +458,7 @@ def _pad(e: Elements, v: Value, index: Index) -> Any:
         inside = sympy.And(inside, low, _below(e, source[d], n))
     outside = literal(v["value"] or 0)
     outside = as_boolean(outside) if v.dtype == torch.bool else as_number(outside)
-    if inside != sympy.true and any(isinstance(x, Value) for x in (v["self"],)):
+    if inside != sympy.true:
         element = e.at(v["self"], tuple(source))
         if isinstance(element, sympy.Basic) and element.atoms(Load):
             return None  # an element outside of the tensor must not be loaded
@@ -618,8 +596,6 @@ def settle(expr: Any, ranges: Ranges) -> Any:
     pinned = _only_value(condition, ranges)
     if pinned is not None:
         yes = settle(yes.xreplace(pinned), ranges) if isinstance(yes, sympy.Basic) else yes
-        no_under = no
-        return yes if yes == no_under else where(condition, as_number(yes), as_number(no))
     return yes if yes == no else where(condition, as_number(yes), as_number(no))
 
 

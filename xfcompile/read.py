@@ -346,7 +346,7 @@ class Reading:
                 target = cell_of(ref)
                 assert target is not None
                 if len(written) == 1 and call.outputs[0] is not None:
-                    value = self.values.make(call.op, args, _shaped(target.value.meta), 0, sizes)
+                    value = self.values.make(call.op, args, target.value.meta, 0, sizes)
                     note(call.op, value)
                 else:
                     value = self.values.leaf(target.value.meta, "written")
@@ -443,10 +443,10 @@ class Reading:
             return contents
         if before.op == "permute" and before["self"] is base:
             order = tuple(sorted(range(base.ndim), key=lambda d: before["dims"][d]))
-            return self.values.permute(contents, order, _shaped(base.meta))
+            return self.values.permute(contents, order, base.meta)
         numel = [sympy.prod(list(v.shape)) for v in (before, base)]
         if numel[0] == numel[1] and _reshape_of(before, base):
-            return self.values.reshape(contents, _shaped(base.meta))
+            return self.values.reshape(contents, base.meta)
         return None
 
     def _opaque(self, node: fx.Node) -> None:
@@ -538,10 +538,6 @@ def _example(node: fx.Node) -> Any:
         with static_mode():
             return torch.empty_strided(tuple(shape.shape), shape.stride, dtype=shape.dtype)
     return None
-
-
-def _shaped(meta: Meta) -> Meta:
-    return meta
 
 
 def _reshape_of(before: Value, base: Value) -> bool:

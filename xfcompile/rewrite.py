@@ -55,6 +55,10 @@ class Candidate:
     words: Told | None = None
 
 
+Known = dict[Reading, tuple[list[AttentionSite], list[tuple[Value, Miss]]]]
+"""What has been found in each reading so far."""
+
+
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> None:
     """Recognise and replace the sites of `gm`, and of the graphs inside it, in place; record each in `report`.
 
@@ -63,19 +67,20 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
     if attention.FAMILY not in options.patterns:
         return
     reading = Reading(gm, example_inputs)
-    if _unfold(reading):
-        reading = Reading(gm, example_inputs, programs=reading.programs)
-    _rewrite(reading, options, report)
+    known: Known = {}
+    if _unfold(reading, known):
+        reading, known = Reading(gm, example_inputs, programs=reading.programs), {}
+    _rewrite(reading, known, options, report)
 
 
-def _rewrite(reading: Reading, options: Options, report: Report, *, recomputed: bool = False) -> None:
+def _rewrite(reading: Reading, known: Known, options: Options, report: Report, *, recomputed: bool = False) -> None:
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
         if name in _TRANSPARENT:
-            _rewrite(child, options, report, recomputed=recomputed or name in _CHECKPOINTS)
+            _rewrite(child, known, options, report, recomputed=recomputed or name in _CHECKPOINTS)
         else:
             _decline_all(child, report, f"inside of {name}, whose body is not ours to change")
-    candidates, misses = _candidates(reading)
+    candidates, misses = _candidates(reading, known)
     live = live_nodes(reading)
     for anchor, miss in misses:
         if reading.steps[anchor] in live:
@@ -107,9 +112,10 @@ def _rewrite(reading: Reading, options: Options, report: Report, *, recomputed: 
         reading.gm.recompile()
 
 
-def _candidates(reading: Reading) -> tuple[list[Candidate], list[tuple[Value, Miss]]]:
+def _candidates(reading: Reading, known: Known) -> tuple[list[Candidate], list[tuple[Value, Miss]]]:
     """Every site at every node that computes it, and every anchor around which there is none."""
-    sites, misses = _sites(reading)
+    sites, unmatched = _sites(reading, known)
+    misses = list(unmatched)
     found: list[Candidate] = []
     for site in sites:
         try:
@@ -120,7 +126,10 @@ def _candidates(reading: Reading) -> tuple[list[Candidate], list[tuple[Value, Mi
     return found, misses
 
 
-def _sites(reading: Reading) -> tuple[list[AttentionSite], list[tuple[Value, Miss]]]:
+def _sites(reading: Reading, known: Known) -> tuple[list[AttentionSite], list[tuple[Value, Miss]]]:
+    """The attentions of a reading, and the anchors around which there is none; looked for once."""
+    if reading in known:
+        return known[reading]
     values = list(reading.steps)
     users: dict[Value, list[Value]] = {}
     for value in values:
@@ -134,6 +143,7 @@ def _sites(reading: Reading) -> tuple[list[AttentionSite], list[tuple[Value, Mis
         except Miss as miss:
             log.debug("no attention at %s: %s", anchor, miss.reason)
             misses.append((anchor, miss))
+    known[reading] = found, misses
     return found, misses
 
 
@@ -270,13 +280,13 @@ def _replace(
 # -- nodes that hold a whole attention ----------------------------------------------------------------------------
 
 
-def _unfold(reading: Reading) -> bool:
+def _unfold(reading: Reading, known: Known) -> bool:
     """Spell out nodes that hold an attention inside (`multi_head_attention_forward`) as their ATen calls."""
     unfolded = False
     for _, child in reading.children:
-        unfolded |= _unfold(child)
+        unfolded |= _unfold(child, known)
     live = live_nodes(reading)
-    sites, _ = _sites(reading)
+    sites, _ = _sites(reading, known)
     makers = {node for site in sites for node in reading.makers.get(site.root, ()) if node in live}
     nodes = [n for n in reading.time if n in makers and not any(reading.value(n) is s.root for s in sites)]
     for node in nodes:

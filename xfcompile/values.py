@@ -50,6 +50,23 @@ class Value:
         return f"<{self.op} {self.dtype} {list(self.shape)}>"
 
 
+def depends(value: Value, source: Value, known: dict[Value, bool]) -> bool:
+    """Whether `value` is computed from `source`; `known` keeps the same of all on the way, inputs first."""
+    known.setdefault(source, True)
+    todo = [value]
+    while todo:
+        top = todo[-1]
+        if top in known:
+            todo.pop()
+            continue
+        pending = [v for v in top.inputs() if v not in known and v.order > source.order]
+        if pending:
+            todo.extend(pending)
+            continue
+        known[todo.pop()] = any(known.get(v, False) for v in top.inputs())
+    return known[value]
+
+
 def _values_in(x: Any) -> Iterator[Value]:
     if isinstance(x, Value):
         yield x
