@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch._inductor.config
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import xfcompile
@@ -143,6 +145,9 @@ def test_strict_raises_it(rewriter: Callable[[Rewriter], None]) -> None:
 
 def test_the_warning_is_given_once(rewriter: Callable[[Rewriter], None]) -> None:
     rewriter(spoil)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compile(attention, backend=xformers)(*qkv())  # importing Inductor makes Python forget what it has shown
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("default")
         for _ in range(2):
@@ -227,6 +232,57 @@ def test_explain_can_be_asked_more_often_than_dynamo_recompiles() -> None:
         found = [len(explain(attention, *qkv()).sites) for _ in range(4)]
     assert found == [1] * 4
     assert torch._dynamo.config.recompile_limit == limit
+
+
+def test_a_site_is_reported_once_though_dynamo_traces_twice() -> None:
+    """A scale that Dynamo takes for a symbol at first; Inductor has it trace again with the number."""
+
+    def scaled(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return torch.softmax(q @ k.mT * scale, -1) @ v
+
+    compiled = torch.compile(scaled, backend=xformers, dynamic=True)
+    compiled(*qkv(), 0.3)
+    for scale in (0.4, 0.5):
+        with xfcompile.collect() as report:
+            found = compiled(*qkv(), scale)
+        torch.testing.assert_close(found, scaled(*qkv(), scale))
+        assert len(report.sites) <= 1
+        assert report.graphs == len(report.sites)
+
+
+def _sdp_settings() -> tuple[bool, ...]:
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_backends_that_the_user_chose_are_left_alone(written: bool) -> None:
+    def chosen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            out = attention(q, k, v) if written else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out + attention(k, q, v)
+
+    before = _sdp_settings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = explain(chosen, *qkv())
+        found = torch.compile(chosen, backend=xformers)(*qkv())
+    assert _sdp_settings() == before
+    torch.testing.assert_close(found, chosen(*qkv()))
+    inside, outside = report.sites
+    assert inside.matched
+    assert inside.route == ("inductor" if written else "sdpa")
+    assert "sdpa_kernel" in str(inside.reason)
+    assert (outside.matched, outside.route, outside.reason) == (True, "sdpa", None)
+
+
+def test_a_process_without_a_math_backend_keeps_what_is_written_out() -> None:
+    with warnings.catch_warnings(), sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        warnings.simplefilter("ignore")
+        report = explain(attention, *qkv())
+    (site,) = report.sites
+    assert site.route == "inductor"
+    assert "math backend is switched off" in str(site.reason)
 
 
 def test_explain_in_a_thread_hears_its_own_only() -> None:

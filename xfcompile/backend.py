@@ -34,9 +34,12 @@ def xformers(
     from xfcompile.identity import identified
 
     ours, patches = Options.parse(mode, options)
-    publish(rewrite(gm, example_inputs, ours))
+    report = rewrite(gm, example_inputs, ours)
     # Callable for any graph module; its other results are those of ahead-of-time compilation.
-    return compile_fx(gm, example_inputs, config_patches=identified(patches, ours.fingerprint()))  # type: ignore[return-value]
+    compiled = compile_fx(gm, example_inputs, config_patches=identified(patches, ours.fingerprint()))
+    # Only now: Inductor may have Dynamo trace anew, with numbers in place of symbols, and call us again.
+    publish(report)
+    return compiled  # type: ignore[return-value]
 
 
 def rewrite(

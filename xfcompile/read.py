@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import sympy
@@ -67,13 +67,16 @@ class Effects:
 
 @dataclass(frozen=True)
 class Scope:
-    """The modes that a node runs under: gradients on or off, and the autocast regions around it."""
+    """The modes that a node runs under: gradients on or off, the autocast regions around it, and whether SDPA's
+    backends are chosen by the user (`torch.nn.attention.sdpa_kernel`)."""
 
     grad: bool | None = None
     autocast: tuple[Any, ...] = ()
+    chosen: bool = False
 
 
-_SCOPES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled"}
+_SCOPES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_sdpa_kernel"}
+_BACKENDS = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION"}
 _DATA_DEPENDENT = {"nonzero", "item", "tolist", "unique", "unique_consecutive", "masked_select", "argwhere", "bincount"}
 
 
@@ -205,11 +208,13 @@ class Reading:
         name = getattr(node.target, "__name__", "")
         autocast = self._scope.autocast
         if name == "_enter_autocast":
-            self._scope = Scope(self._scope.grad, (*autocast, tuple(node.args)))
+            self._scope = replace(self._scope, autocast=(*autocast, tuple(node.args)))
         elif name == "_exit_autocast":
-            self._scope = Scope(self._scope.grad, autocast[:-1])
+            self._scope = replace(self._scope, autocast=autocast[:-1])
+        elif name == "_sdpa_kernel":
+            self._scope = replace(self._scope, chosen=not _all_backends(node))
         else:
-            self._scope = Scope(bool(node.args[0]), autocast)
+            self._scope = replace(self._scope, grad=bool(node.args[0]))
         self.effects[node].opaque = True
         self.cells[node] = None
 
@@ -229,6 +234,11 @@ class Reading:
             self._higher_order(node, bodies)
             return
         example = _example(node)
+        if self.mode is not None and example is None and not any(True for _ in self._cells_of(node.all_input_nodes)):
+            # It neither takes nor gives tensors, so it is there for what it does to the process: tracing would do that.
+            effects.opaque = True
+            self.cells[node] = None
+            return
         if example is not None and not any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(example)):
             effects.opaque = _may_write(node) or _is_random(node)
             self._scalar(node, example)
@@ -566,6 +576,13 @@ def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any] | None:
     elif node.op != "call_function" or not callable(target):
         return None
     return lambda *args, **kwargs: target(*_closed(args), **_closed(kwargs))
+
+
+def _all_backends(node: fx.Node) -> bool:
+    """Whether `_sdpa_kernel(backends)` allows all of them, as at the end of a region."""
+    backends = node.args[0]
+    names = {str(b.args[0]) if isinstance(b, fx.Node) else getattr(b, "name", "") for b in backends}  # type: ignore
+    return names >= _BACKENDS
 
 
 def _may_write(node: fx.Node) -> bool:

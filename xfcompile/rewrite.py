@@ -178,6 +178,10 @@ def _plan(reading: Reading, candidate: Candidate, options: Options) -> None:
     if unchanged:
         candidate.route = Route("sdpa", "as it was: SDPA is told all there is to tell")
         candidate.words = None
+    if reading.scope[node].chosen:
+        reason = "SDPA's backends are chosen here by sdpa_kernel(...)"
+        candidate.route = Route("inductor", reason) if site.call is None else Route("sdpa", f"as it was: {reason}")
+        candidate.words = None
 
 
 def _says_it_already(site: AttentionSite, words: Told | None) -> bool:
