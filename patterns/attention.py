@@ -11,10 +11,11 @@ import torch
 from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
 from xfcompile.elementwise import Elements, Index, as_boolean, as_number, broadcast, literal
 from xfcompile.indexing import integer, linear, unravel
+from xfcompile.magnitude import absorbs
 from xfcompile.masking import Masked, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
-from xfcompile.score import B, H, I, J, S
+from xfcompile.score import B, H, I, J, S, Where
 from xfcompile.site import AttentionSite, Band, Miss
 from xfcompile.values import Value, depends
 
@@ -279,9 +280,13 @@ def _site(
     call: Value | None = None,
 ) -> AttentionSite:
     masked = separate(without_row_shift(score), score_dtype)
+    finite = [fill for fill, _ in masked.fills if fill.is_finite]
     predicate = prove(sympy.And(keep, masked.keep), ranges)
+    full = None
+    if finite and predicate != sympy.true and absorbs(masked.score, loads):
+        full = Where(keep, without_row_shift(score), -sympy.oo)
     alive = has_live_key(predicate, ranges)
-    dead = masked.dead() if masked.fills else dead_bool
+    dead = masked.dead() if masked.fills and full is None else dead_bool
     if call is not None and dead == "nan":
         dead = "zero"  # SDPA's own softmax gives 0 where every score is -inf
     if masked.fills and keep != sympy.true and dead == "mean" and not alive:
@@ -321,6 +326,8 @@ def _site(
         product_dtype=dtype,
         interior=interior,
         mask=had,
+        full=full,
+        floor=max(finite) if full is not None else None,
         leaks=not alive and any(added and fill.is_finite for fill, added in masked.fills),
         call=call,
     )

@@ -254,7 +254,7 @@ class Emitter:
         return [
             x
             if isinstance(x, fx.Node) and self._is_tensor(x)
-            else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=torch.float32)
+            else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=_width(x))
             if not (k == 0 and isinstance(x, bool))
             else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=torch.bool)
             for k, x in enumerate(made)
@@ -322,6 +322,12 @@ class Emitter:
         if axis == H:
             return site.sizes[-1]
         return sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0]
+
+
+def _width(x: Any) -> torch.dtype:
+    """The dtype of a number beside tensors: fp32, but for one that fp32 does not hold (finfo(float64).min)."""
+    wide = isinstance(x, float) and torch.finfo(torch.float32).max < abs(x) < float("inf")
+    return torch.float64 if wide else torch.float32
 
 
 _RELATIONS: dict[Any, Callable[..., Any]] = {

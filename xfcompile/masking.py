@@ -9,11 +9,9 @@ import sympy
 import torch
 
 from xfcompile.elementwise import ROW
+from xfcompile.magnitude import ABSORBING
 from xfcompile.score import Where
 from xfcompile.site import Miss
-
-ABSORBING = -1e30
-"""A finite fill below this leaves nothing of a score that is added to it, in fp32: one ulp of 1e30 is 7.6e22."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Masked:
             return "nan"
         # All weights are equal if every key ends with the same number: replaced by it, or absorbed by it once.
         added = [fill for fill, how in self.fills if how]
-        if len({fill for fill, _ in self.fills}) == 1 and len(added) <= 1 and all(f <= ABSORBING for f in added):
+        if len({fill for fill, _ in self.fills}) == 1 and len(added) <= 1 and all(f <= -ABSORBING for f in added):
             return "mean"
         return "unknown"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from xfcompile.masking import ABSORBING
+from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
 from xfcompile.score import B, H, J, Load, S
 from xfcompile.site import AttentionSite
@@ -58,8 +58,9 @@ def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
         return "the score is not linear in q·k"
     if J in coefficient.free_symbols:
         return "the scale depends on the key"
-    # What is the same for a whole row is a shift that softmax does not see.
-    rest = sympy.Add(*(t for t in sympy.Add.make_args(rest) if J in t.free_symbols))
+    # What is the same for a whole row is a shift that softmax does not see, as long as the scores survive it.
+    terms = sympy.Add.make_args(rest)
+    rest = sympy.Add(*(t for t in terms if J in t.free_symbols or absorbs(t, site.loads)))
     causal = rest == 0 and is_causal(site.keep) and sympy.expand(site.queries - site.keys) == 0
     return Told(coefficient, rest, causal, sympy.true if causal else site.keep)
 
@@ -74,7 +75,8 @@ def choose(
     sayable = words if isinstance(words, Told) else None
     kernel = _why_no_kernel(site, training)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
-    if training and site.call is None and (site.leaks or (sayable is not None and _absorbs(sayable))):
+    swallows = site.full is not None or (sayable is not None and absorbs(sayable.rest, site.loads, finite=True))
+    if training and site.call is None and (site.leaks or swallows):
         sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"
     if wanted == "inductor":
         return Route("inductor", "asked for"), None
@@ -111,11 +113,6 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
     if device == "cpu" and _materialised(site, words) > 4:
         return "SDPA would need a bias of the size of all scores"
     return None
-
-
-def _absorbs(words: Told) -> bool:
-    """Whether a bias may swallow all scores of a row."""
-    return any(x <= ABSORBING for x in words.rest.atoms(sympy.Number))
 
 
 def _materialised(site: AttentionSite, words: Told) -> int:

@@ -185,7 +185,8 @@ class Reading:
         outer = self._outer[index] if self._outer is not None and index < len(self._outer) else None
         if isinstance(example, torch.Tensor):
             memory = self._memory(example)
-            known = outer if isinstance(outer, Value) else self.values.leaf(meta_of(example))
+            why = "learned" if isinstance(example, torch.nn.Parameter) or example.requires_grad else "input"
+            known = outer if isinstance(outer, Value) else self.values.leaf(meta_of(example), why)
             self.cells[node] = Cell(known, memory)
         else:
             self._scalar(node, example)
@@ -200,7 +201,8 @@ class Reading:
         for part in str(node.target).split("."):
             target = getattr(target, part)
         if isinstance(target, torch.Tensor):
-            self.cells[node] = Cell(self.values.leaf(meta_of(target)), self._memory(target))
+            why = "learned" if isinstance(target, torch.nn.Parameter) else "input"
+            self.cells[node] = Cell(self.values.leaf(meta_of(target), why), self._memory(target))
         else:
             self.cells[node] = target
 

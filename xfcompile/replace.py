@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from xfcompile.emit import Emitter
-from xfcompile.masking import ABSORBING
+from xfcompile.magnitude import ABSORBING, absorbs
 from xfcompile.plan import Told, operand_dtype
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
@@ -79,17 +79,20 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     if grouped:
         kwargs["enable_gqa"] = True
     dead = _dead(emitter, site, words)
-    mask = _mask(emitter, site, words, dtype, dead)
+    mask = _mask(emitter, site, words, dead)
+    if mask is not None and site.call is None and _far(words.rest, site):
+        mask, absorbed = _near(emitter, mask, site.floor)
+        if site.full is not None or absorbs(words.rest, site.loads, finite=True):
+            q = emitter.call("masked_fill", q, _four(emitter, absorbed, words), 0.0)
     if mask is not None:
-        kwargs["attn_mask"] = mask
+        mask = emitter.call("to", mask, dtype) if words.rest != 0 else mask
+        kwargs["attn_mask"] = _four(emitter, mask, words)
     out = emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs)
     return out if dead is None else _dead_rows(emitter, site, dead, v, out)
 
 
-def _mask(
-    emitter: Emitter, site: AttentionSite, words: Told, dtype: torch.dtype, dead: fx.Node | None
-) -> fx.Node | None:
-    """The mask tensor for SDPA, boolean where that says it all, else additive in the operands' dtype."""
+def _mask(emitter: Emitter, site: AttentionSite, words: Told, dead: fx.Node | None) -> fx.Node | None:
+    """The mask tensor for SDPA, boolean where that says it all, else additive."""
     if words.plain:
         return None
     keep: Any = True
@@ -98,14 +101,20 @@ def _mask(
         if dead is not None:
             keep = emitter.call(torch.logical_or, keep, dead)
     if words.rest == 0:
-        mask = keep
+        return keep
+    if site.full is not None:
+        mask = emitter.tensor(site.full.xreplace({S: sympy.S.Zero}), site)
     else:
         mask = emitter.tensor(words.rest, site)
         if keep is not True:
             mask = emitter.call(torch.where, keep, mask, -float("inf"))
-        if site.call is None and _far(words.rest, site):
-            mask = _near(emitter, mask)
-        mask = emitter.call("to", mask, dtype)
+    if J not in words.rest.free_symbols | words.keep.free_symbols:  # kernels read masks that have a stride
+        zeros = emitter.call(torch.zeros, emitter.size(site.keys), device=site.root.meta.device)
+        mask = emitter.call(operator.add, mask, zeros)
+    return mask
+
+
+def _four(emitter: Emitter, mask: fx.Node, words: Told) -> fx.Node:
     for _ in range(4 - len(_axes(words))):
         mask = emitter.call("unsqueeze", mask, 0)
     return mask
@@ -121,17 +130,22 @@ def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
     return loads or any(x <= -FAR for x in rest.atoms(sympy.Number))
 
 
-def _near(emitter: Emitter, mask: fx.Node) -> fx.Node:
+def _near(emitter: Emitter, mask: fx.Node, floor: sympy.Expr | None) -> tuple[fx.Node, fx.Node]:
     """The mask, each far row of it moved up to 0, which softmax does not see; NaN where it is -inf for a whole row, for
-    there softmax gives NaN and SDPA 0. A row that absorbs its scores stays where it is."""
+    there softmax gives NaN and SDPA 0. And the rows that were so far away that nothing was left of their scores: beyond
+    `ABSORBING`, or as low as a number that stands where keys are masked."""
     key = ("near", mask)
     if key not in emitter.shared:
         top = emitter.call("amax", emitter.call("detach", mask), -1, True)
-        far = emitter.call(operator.gt, emitter.call(torch.abs, top), FAR)
-        moves = emitter.call(torch.logical_and, far, emitter.call(operator.gt, top, ABSORBING))
-        moves = emitter.call(torch.logical_or, moves, emitter.call(operator.eq, top, -float("inf")))
-        emitter.shared[key] = emitter.call(operator.sub, mask, emitter.call(torch.where, moves, top, 0.0))
-    return emitter.shared[key]
+        distance = emitter.call(torch.abs, top)
+        far = emitter.call(operator.gt, distance, FAR)
+        emitter.shared[key] = emitter.call(operator.sub, mask, emitter.call(torch.where, far, top, 0.0))
+        absorbed = emitter.call(operator.ge, distance, ABSORBING)
+        if floor is not None:
+            low = emitter.call(operator.le, top, float(floor) + FAR)
+            absorbed = emitter.call(torch.logical_or, absorbed, low)
+        emitter.shared["absorbed", mask] = absorbed
+    return emitter.shared[key], emitter.shared["absorbed", mask]
 
 
 def _axes(words: Told) -> tuple[sympy.Symbol, ...]:
@@ -143,7 +157,7 @@ def _axes(words: Told) -> tuple[sympy.Symbol, ...]:
 
 def _dead(emitter: Emitter, site: AttentionSite, words: Told) -> fx.Node | None:
     """Which rows see no key, as a boolean node; None where there is no such row, or SDPA's 0 is what they get."""
-    if site.alive or site.dead == "zero" or words.keep == sympy.true:
+    if site.alive or site.dead == "zero" or words.keep == sympy.true or site.full is not None:
         return None
     key = ("dead", words.keep, site.loads, site.queries, site.keys, site.sizes, emitter.scope)
     if key not in emitter.shared:
@@ -182,7 +196,10 @@ def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.No
 def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any], list[Any]]:
     """The site as its kernel needs it, with the nodes of its operands and the numbers of its scalars."""
     site = candidate.site
-    formulas = [candidate.score, site.keep, site.sink if site.sink is not None else sympy.S.Zero]
+    full = site.full
+    if full is not None:
+        full = full.xreplace({S: candidate.q.factor * candidate.k.factor * S})
+    formulas = [candidate.score, site.keep, *(x for x in (site.sink, full) if x is not None)]
     formulas += [x for x in (site.band.lower, site.band.upper) if x is not None]
     used = sorted({load.operand for f in formulas for load in f.atoms(Load)})
     renumbered = {n: k for k, n in enumerate(used)}
@@ -206,6 +223,9 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
         scalars=tuple(scalars),
         sink=renumber(site.sink),
         band=site.band,
+        far=full is not None or any(absorbs(f, site.loads, finite=True) for f in (candidate.score, site.sink)),
+        full=renumber(full),
+        floor=site.floor,
     )
     return spec, operands, ints, floats
 

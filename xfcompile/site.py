@@ -55,6 +55,10 @@ class ScoreSpec:
     scalars: the free symbols that are neither `S` nor a position; integers (symbolic sizes) or real numbers.
     sink: an extra logit, a function of (b, h, i), that takes part in the softmax but has no value (attention sinks).
     band: closed bounds on j, derived from `keep`.
+    far: whether a score may be finite and so far from 0 that its product with log2(e) is not: finfo.min, added by a
+        mask that is data. Kernels then stay in base e.
+    full, floor: where a key that is kept may score as low as one that is masked by a finite number: the score with its
+        masks, and the greatest of those numbers. Rows whose maximum is not above it have the softmax of `full`.
     """
 
     score: sympy.Expr
@@ -64,6 +68,9 @@ class ScoreSpec:
     scalars: tuple[sympy.Symbol, ...] = ()
     sink: sympy.Expr | None = None
     band: Band = Band()
+    far: bool = False
+    full: sympy.Expr | None = None
+    floor: sympy.Expr | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ class AttentionSite:
 
     root: the value that is replaced. lead: the batch axes (symbols) and their sizes, in the order of `root`.
     q, k, v: the same operand read ever less deeply, the deepest (fewest copies) first.
-    score, keep, dead, sink, band: as in `ScoreSpec`, over `loads`, the values that `Load(n, ...)` speaks of.
+    score, keep, dead, sink, band, full, floor: as in `ScoreSpec`, over `loads`, the values that `Load(n, ...)` speaks
+        of.
     queries, keys, head_dim, value_dim: sizes. layout: for each dimension of `root`, the axes that it holds.
     interior: the values between the products, which the replaced call never makes.
     """
@@ -120,5 +128,7 @@ class AttentionSite:
     mask: str
     leaks: bool = False
     """Whether a row without keys would send gradients to its scores: a finite fill was added, not put there."""
+    full: sympy.Expr | None = None
+    floor: sympy.Expr | None = None
     call: Value | None = None
     """The `scaled_dot_product_attention` call, if the site is one."""

@@ -112,7 +112,8 @@ class Values:
         self._count = 0
 
     def leaf(self, meta: Meta, why: str = "input") -> Value:
-        """Contents that are not read any further: an input, an opaque result, memory after an unknown write."""
+        """Contents that are not read any further: an input (a "learned" one is a parameter, or needs a gradient), an
+        opaque result, memory after an unknown write."""
         return self._new("leaf", {"why": why}, meta)
 
     def make(self, op: torch._ops.OpOverload, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:

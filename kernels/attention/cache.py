@@ -111,4 +111,7 @@ def parse(fields: Mapping[str, object]) -> ScoreSpec:
         scalars=tuple(expression(x) for x in fields["scalars"]),  # type: ignore
         sink=expression(fields["sink"]),
         band=Band(expression(fields["lower"]), expression(fields["upper"]), bool(fields["exact"])),
+        far=bool(fields["far"]),
+        full=expression(fields["full"]),
+        floor=expression(fields["floor"]),
     )

@@ -34,6 +34,7 @@ def canonical(spec: ScoreSpec) -> ScoreSpec:
         score=rename(spec.score),
         keep=rename(spec.keep),
         sink=rename(spec.sink),
+        full=rename(spec.full),
         scalars=tuple(names.values()),
         band=band,
     )
@@ -90,19 +91,31 @@ def generate(spec: ScoreSpec) -> str:
 
     def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
         printer = Printer(spec.operands, scope, hoisted)
-        term = printer.float(expr) if name in ("score", "sink") else printer.print(expr)
+        term = printer.float(expr) if name in ("score", "full_score", "sink") else printer.print(expr)
         helpers.update(printer.helpers)
         value = term.text
-        if name == "score" and extent(expr) != {I, J}:
+        if name in ("score", "full_score") and extent(expr) != {I, J}:
             value = f"tl.full(s.shape, 0.0, tl.float32) + {term.at(PRODUCT)}"
         body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
         return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
+
+    def base(score: sympy.Expr) -> sympy.Expr:
+        return score if spec.far else in_base_two(score)
 
     position = ["b", "h", "i", "j"]
     functions = []
     if scale is None:
         functions.append(
-            function("score", ["s", *position, *names.inside, *names.flag_parameters], in_base_two(spec.score), hoisted)
+            function(
+                "score",
+                ["s", *position, *names.inside, *names.flag_parameters],
+                base(spec.score),
+                hoisted,
+            )
+        )
+    if spec.full is not None:
+        functions.append(
+            function("full_score", ["s", *position, *names.inside, *names.flag_parameters], spec.full, hoisted)
         )
     if spec.keep != sympy.true:
         functions.append(function("keep", [*position, *names.inside, *names.flag_parameters], spec.keep, hoisted))
@@ -111,7 +124,12 @@ def generate(spec: ScoreSpec) -> str:
             functions.append(function(side, ["i", *names.scalars], bound, {}))
     if spec.sink is not None:
         functions.append(
-            function("sink", ["b", "h", "i", *names.outside, *names.flag_parameters], LOG2E * spec.sink, {})
+            function(
+                "sink",
+                ["b", "h", "i", *names.outside, *names.flag_parameters],
+                base(spec.sink),
+                {},
+            )
         )
     scan_lines: list[str] = []
     found = reach(spec)

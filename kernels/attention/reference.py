@@ -45,15 +45,17 @@ def attention(
     scope[S] = q @ k.mT
     evaluate = Evaluator(scope, operands, dtype, q.device)
     shape = (batch, heads, lq, lk)
-    score = _full(evaluate(spec.score), shape, dtype, q.device)
-    keep = _full(evaluate(spec.keep), shape, torch.bool, q.device)
+    # Where there is a full score, masked keys are kept with the numbers that they then have.
+    masked = spec.full is None
+    score = _full(evaluate(spec.score if masked else spec.full), shape, dtype, q.device)
+    keep = _full(evaluate(spec.keep if masked else sympy.true), shape, torch.bool, q.device)
 
     logits = score.masked_fill(~keep, -math.inf)
     if spec.sink is not None:
         sink = _full(evaluate(spec.sink), (batch, heads, lq, 1), dtype, q.device)
         logits = torch.cat([logits, sink], -1)
     lse = logits.logsumexp(-1) if logits.shape[-1] else logits.new_full(shape[:3], -math.inf)
-    weights = (logits - lse[..., None]).exp()[..., :lk]
+    weights = logits.softmax(-1)[..., :lk]
     if spec.sink is None and lk:
         empty = ~keep.any(-1, keepdim=True)
         weights = weights.masked_fill(empty, {"nan": math.nan, "mean": 1 / lk, "zero": 0.0}[spec.dead])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -49,6 +50,9 @@ class Names:
 
 
 WIDTH = 116
+
+NEAR = 128.0
+"""Beside a score that is higher by this, in base e, one has a weight of 0 in fp32."""
 
 HELPERS = {
     "tanh": """\
@@ -118,7 +122,7 @@ TILE = '''\
 {signature}
     """One step of the online softmax over keys start ... start + BLOCK_N - 1.
 
-    acc [M, DV] weighted sum of values, m [M] maximum of scores in base 2, l [M] sum of weights.
+    acc [M, DV] weighted sum of values, m [M] maximum of scores in base {base}, l [M] sum of weights.
     """
     k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)
     if UPCAST:
@@ -158,10 +162,10 @@ KERNEL = '''\
     acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
 
 {loops}
-
+{again}
     offs_dv = tl.arange(0, BLOCK_DV)[None, :]
     out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h  # [M, 1]
-    lse = (m + tl.log2(l)) * {ln2}
+    lse = {lse}
     tl.store(lse_ptr + (tl.cast(b, tl.int64) * heads + h) * lq + offs_m, lse, mask=offs_m < lq)
 {dead}
     out = acc * (1.0 / l)[:, None]
@@ -225,6 +229,10 @@ def _docstring(spec: ScoreSpec) -> str:
     lines = [f"score  {spec.score}", f"keep   {spec.keep}", f"dead   {spec.dead}"]
     if spec.sink is not None:
         lines.append(f"sink   {spec.sink}")
+    if spec.far:
+        lines.append("far    scores may be finite and beyond what base 2 can hold")
+    if spec.full is not None:
+        lines.append(f"full   {spec.full}, for rows not above {spec.floor}")
     if spec.band != Band():
         lines.append(f"band   {spec.band.lower} <= j < {spec.band.upper}{', exact' if spec.band.exact else ''}")
     for n, operand in enumerate(spec.operands):
@@ -248,6 +256,9 @@ def _literal(spec: ScoreSpec) -> str:
         "lower": text(spec.band.lower),
         "upper": text(spec.band.upper),
         "exact": spec.band.exact,
+        "far": spec.far,
+        "full": text(spec.full),
+        "floor": text(spec.floor),
     }
     return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in fields.items()) + "}"
 
@@ -286,7 +297,9 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         "if EDGE:",
         "    j = tl.minimum(j, lk - 1)",
     ]
-    if scale is None:
+    if spec.full is not None:
+        lines += ["if AGAIN:", f"    s = full_score(s, {site})", "else:", f"    s = score(s, {site})"]
+    elif scale is None:
         lines.append(f"s = score(s, {site})")
     if spec.keep != sympy.true:
         lines += ["if MASKED:", f'    s = tl.where(keep({site}), s, float("-inf"))']
@@ -296,8 +309,8 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         f"m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max){times})",
         "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
         'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
-        f"p = tl.exp2(s{times} - m_safe[:, None])  # [M, N]",
-        "alpha = tl.exp2(m - m_safe)",
+        f"p = tl.exp2({_in_base_two(f's{times} - m_safe[:, None]', spec)})  # [M, N]",
+        f"alpha = tl.exp2({_in_base_two('m - m_safe', spec)})",
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
     ]
     arguments = [
@@ -308,16 +321,23 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         "start",
         *COMMON,
         *names.inside,
-        *_constexprs([*CONSTANTS, *names.flags, "MASKED", "EDGE"]),
+        *_constexprs([*CONSTANTS, *names.flags, "MASKED", "EDGE", *(["AGAIN"] if spec.full is not None else [])]),
     ]
-    return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)))
+    base = "e" if spec.far else "2"
+    return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
+
+
+def _in_base_two(difference: str, spec: ScoreSpec) -> str:
+    """The scores of a far spec are in base e: there the difference to the maximum is multiplied, which is finite."""
+    return f"({difference}) * {math.log2(math.e)!r}" if spec.far else difference
 
 
 def _constexprs(names: Iterable[str]) -> list[str]:
     return [f"{name}: tl.constexpr" for name in names]
 
 
-def _loop(names: Names, start: str, end: str, masked: bool, edge: bool) -> str:
+def _loop(names: Names, start: str, end: str, *, masked: bool, edge: bool, again: bool | None) -> str:
+    """A loop over tiles. again: whether it is the second one, None where there is none."""
     arguments = [
         "acc",
         "m",
@@ -328,8 +348,7 @@ def _loop(names: Names, start: str, end: str, masked: bool, edge: bool) -> str:
         *names.inside,
         *CONSTANTS,
         *names.flags,
-        str(masked),
-        str(edge),
+        *(str(flag) for flag in (masked, edge, again) if flag is not None),
     ]
     return f"for start in tl.range({start}, {end}, BLOCK_N):\n{wrapped('    acc, m, l = tile', arguments)}"
 
@@ -350,12 +369,14 @@ def scan(arguments: Sequence[str]) -> list[str]:
 
 def _loops(spec: ScoreSpec, names: Names, scan_lines: Sequence[str]) -> str:
     """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
+    again = None if spec.full is None else False
+    loop = functools.partial(_loop, names, again=again)
     if spec.keep == sympy.true:
         return "\n".join(
             [
                 "full = lk // BLOCK_N * BLOCK_N",
-                _loop(names, "0", "full", masked=False, edge=False),
-                _loop(names, "full", "lk", masked=False, edge=True),
+                loop("0", "full", masked=False, edge=False),
+                loop("full", "lk", masked=False, edge=True),
             ]
         )
 
@@ -373,8 +394,8 @@ def _loops(spec: ScoreSpec, names: Names, scan_lines: Sequence[str]) -> str:
                 *lines,
                 *scan_lines,
                 "full = tl.minimum(lk // BLOCK_N * BLOCK_N, hi)",
-                _loop(names, "lo", "full", masked=True, edge=False),
-                _loop(names, "tl.maximum(lo, full)", "hi", masked=True, edge=True),
+                loop("lo", "full", masked=True, edge=False),
+                loop("tl.maximum(lo, full)", "hi", masked=True, edge=True),
             ]
         )
     lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1) // BLOCK_N * BLOCK_N, hi)"
@@ -384,9 +405,28 @@ def _loops(spec: ScoreSpec, names: Names, scan_lines: Sequence[str]) -> str:
         f"hi_full = tl.maximum({bound('upper', 'first')} // BLOCK_N * BLOCK_N, lo_full)",
     ]
     if spec.band.lower is not None:
-        lines.append(_loop(names, "lo", "lo_full", masked=True, edge=True))
-    lines.append(_loop(names, "lo_full", "hi_full", masked=False, edge=False))
-    lines.append(_loop(names, "hi_full", "hi", masked=True, edge=True))
+        lines.append(loop("lo", "lo_full", masked=True, edge=True))
+    lines.append(loop("lo_full", "hi_full", masked=False, edge=False))
+    lines.append(loop("hi_full", "hi", masked=True, edge=True))
+    return "\n".join(lines)
+
+
+def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
+    """Rows that score as low as masked keys do see all keys after all."""
+    if spec.full is None or spec.floor is None:
+        return ""
+    lines = [
+        "# Rows whose scores are as low as those of masked keys see these too.",
+        f"low = m <= {float(spec.floor) + NEAR!r}",
+        "if tl.reduce(low.to(tl.int32), 0, tl.standard._elementwise_max) > 0:",
+        "    acc_kept, m_kept, l_kept = acc, m, l",
+        *(f"    {line}" for line in state),
+        "    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)",
+        textwrap.indent(_loop(names, "0", "lk", masked=False, edge=True, again=True), "    "),
+        "    acc = tl.where(low[:, None], acc, acc_kept)",
+        "    m = tl.where(low, m, m_kept)",
+        "    l = tl.where(low, l, l_kept)",
+    ]
     return "\n".join(lines)
 
 
@@ -415,6 +455,8 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str], scan_lines:
         rows=_indented("\n".join(row_lines)),
         state=_indented("\n".join(state)),
         loops=_indented(_loops(spec, names, scan_lines)),
-        dead=_indented(DEAD[spec.dead]),
-        ln2=math.log(2),
+        again=_indented(_again(spec, names, state)),
+        # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
+        dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),
+        lse=f"m + tl.log2(l) * {math.log(2)}" if spec.far else f"(m + tl.log2(l)) * {math.log(2)}",
     )

@@ -84,6 +84,24 @@ def minus_infinity(sizes: Sizes) -> list[Tensor]:
     return [bias]
 
 
+LEAST = sympy.Float(torch.finfo(FLOAT).min, 17)
+
+
+def far_rows(sizes: Sizes) -> list[Tensor]:
+    """Rows of finfo.min, of -inf, of both, and with some of either."""
+    mask = normal(sizes.batch, sizes.lq, sizes.lk)
+    mask[0, 3] = mask[1, :, ::3] = mask[1, 5] = float(LEAST)
+    mask[1, 5, ::2] = mask[0, 6] = mask[:, 7, 1:] = -torch.inf
+    return [mask]
+
+
+def left_padding(sizes: Sizes) -> list[Tensor]:
+    """The first keys of all sequences but the first are masked by finfo.min."""
+    mask = torch.zeros(sizes.batch, sizes.lk)
+    mask[1:, : sizes.lk // 3] = float(LEAST)
+    return [mask]
+
+
 def t5_bucket() -> sympy.Expr:
     """As in T5: exact near, logarithmic far; its borders lie between integers, lest rounding decide."""
     position = J - I
@@ -151,6 +169,27 @@ CASES: list[Case] = [
     Case("dead_blocks_mean", ScoreSpec(SCALE, J < I - 40, "mean", band=Band(None, I - 40, True)), sizes=Sizes(lq=90)),
     Case("nothing_kept", ScoreSpec(SCALE, sympy.false, "mean")),
     Case("additive_padding", ScoreSpec(SCALE + Load(0, B, J), operands=(Operand(FLOAT, 2),)), minus_infinity),
+    Case("far_rows", ScoreSpec(SCALE + Load(0, B, I, J), operands=(Operand(FLOAT, 3),), far=True), far_rows),
+    *(
+        Case(
+            name,
+            ScoreSpec(
+                SCALE + Load(0, B, J),
+                keep=J <= I,
+                dead="nan",
+                operands=(Operand(FLOAT, 2),),
+                band=Band(None, I + 1, True),
+                far=True,
+                full=full,
+                floor=LEAST,
+            ),
+            left_padding,
+        )
+        for name, full in (
+            ("left_padding_replaced", Where(J <= I, SCALE + Load(0, B, J), LEAST)),
+            ("left_padding_added", SCALE + Load(0, B, J) + Where(J <= I, sympy.S.Zero, LEAST)),
+        )
+    ),
     *(bias(axes) for axes in ("", "b", "h", "i", "j", "bh", "bj", "hi", "ij", "bij", "hij", "bhij")),
     Case(
         "bias_half",
@@ -278,7 +317,8 @@ def error(a: Tensor, exact: Tensor) -> float:
 
 def eager(spec: ScoreSpec, x: Inputs) -> Tensor:
     """What the author's program yields in the inputs' own precision: scores and weights are rounded to it."""
-    z = reference.attention(spec, x.q, x.k, x.v, x.operands, x.ints, x.floats, x.q.dtype)[0]
+    dtype = torch.float32 if spec.far else x.q.dtype  # a mask in fp32 makes scores fp32
+    z = reference.attention(spec, x.q, x.k, x.v, x.operands, x.ints, x.floats, dtype)[0]
     return z.to(x.q.dtype)
 
 

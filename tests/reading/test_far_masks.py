@@ -1,0 +1,109 @@
+"""Masks that are data, with rows so low that nothing is left of their scores: finfo.min, -inf, and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equivalence import check, tensors
+from torch import Tensor
+
+LENGTH = 6
+KINDS = ("min", "inf", "1e20", "mixed", "near the minimum", "high", "row of 0")
+
+
+def far_mask(kind: str, dtype: torch.dtype) -> Tensor:
+    """[LENGTH, LENGTH]: its second row is far away as a whole, its third in part."""
+    low = torch.finfo(dtype).min
+    mask = torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask[2, 1:3] = low
+    if kind == "mixed":
+        mask[1] = low
+        mask[1, ::2] = -torch.inf
+    elif kind == "near the minimum":
+        mask[1] = low
+        mask[1, 2] = low * 0.99
+    else:
+        mask[1] = {"min": low, "inf": -torch.inf, "1e20": max(-1e20, low), "high": 1e4, "row of 0": 0.0}[kind]
+    return mask
+
+
+PROGRAMS: dict[str, Callable[..., Tensor]] = {
+    "added": lambda q, k, v, m: (q @ k.mT * 0.5 + m).softmax(-1) @ v,
+    "added by baddbmm": lambda q, k, v, m: (
+        torch.baddbmm(m.expand(6, -1, -1), q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1)
+    ),
+    "added twice": lambda q, k, v, m: (q @ k.mT + 0.5 * m + 0.25 * m).softmax(-1) @ v,
+    "to whole rows": lambda q, k, v, m: (q @ k.mT * 0.5 + m[:, 1:2]).softmax(-1) @ v,
+    "to whole rows, and a bias": lambda q, k, v, m: (q @ k.mT * 0.5 + m[:, 1:2] + q[..., :1].mT).softmax(-1) @ v,
+    "and a causal mask of -inf": lambda q, k, v, m: (
+        (q @ k.mT + m).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -torch.inf).softmax(-1) @ v
+    ),
+    "and a causal mask of finfo.min": lambda q, k, v, m: (
+        (q @ k.mT + m).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), torch.finfo(q.dtype).min).softmax(-1) @ v
+    ),
+    "after a causal mask of finfo.min": lambda q, k, v, m: (
+        (torch.where(torch.ones(LENGTH, LENGTH).tril().bool(), q @ k.mT, torch.finfo(q.dtype).min) + m).softmax(-1) @ v
+    ),
+    "and a causal mask of -1e9": lambda q, k, v, m: (
+        (q @ k.mT + m).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), -1e4).softmax(-1) @ v
+    ),
+    "capped": lambda q, k, v, m: ((q @ k.mT / 2).tanh() * 2 + m).softmax(-1) @ v,
+    "of every key": lambda q, k, v, m: (q @ k.mT * 0.5 + m[1]).softmax(-1) @ v,
+    "in a call of SDPA": lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+}
+
+
+def inputs(kind: str, dtype: torch.dtype, grad: bool = False) -> list[Tensor]:
+    q, k, v = tensors(*[(2, 3, LENGTH, 4)] * 3, dtype=dtype, grad=grad)
+    return [q, k, v, far_mask(kind, dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_far_mask(name: str, dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        if name == "in a call of SDPA" and kind == "inf":
+            continue  # torch's own kernels do not agree there
+        if dtype == torch.float64 and kind == "high":
+            continue  # what eager rounds away, and we do not, there is no wider dtype to see in
+        check(PROGRAMS[name], *inputs(kind, dtype))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_far_mask_in_training(name: str) -> None:
+    for kind in KINDS:
+        if name != "in a call of SDPA":
+            outcome = check(PROGRAMS[name], *inputs(kind, torch.float32, grad=True), grad=True)
+            assert [s.route for s in outcome.matched] == ["inductor"], "a mask that is data may be far in training"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_far_mask_in_our_kernel(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for kind in KINDS:
+        if name == "in a call of SDPA" and kind == "inf":
+            continue
+        outcome = check(PROGRAMS[name], *inputs(kind, dtype), routes={"attention": "triton"})
+        assert [s.route for s in outcome.matched] == ["triton"] or name == "in a call of SDPA"
+
+
+def test_a_learned_bias_is_not_far() -> None:
+    """What is trained, or may be, is no mask: it keeps the fast route."""
+
+    class Biased(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(3, LENGTH, LENGTH))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT + self.table).softmax(-1) @ v
+
+    with torch.no_grad():
+        outcome = check(Biased(), *inputs("min", torch.float32)[:3])
+    assert [s.route for s in outcome.matched] == ["sdpa"]
+    assert "masked_fill" not in outcome.graphs[0].code, "queries are cleared for far rows only"

@@ -1,0 +1,84 @@
+"""Whether a term of a score may be so large that nothing is left of what it is added to, or not be a number at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+
+from xfcompile.contraction import CONTRACTIONS
+from xfcompile.score import Load
+from xfcompile.values import Value
+
+ABSORBING = 1e18
+"""A number of at least this size leaves nothing of a score that is added to it: its ulp is 128 in fp64."""
+
+_BOUNDED = CONTRACTIONS | frozenset(
+    "tanh sigmoid softmax erf sin cos layer_norm native_layer_norm rms_norm group_norm native_group_norm batch_norm "
+    "linear conv1d conv2d convolution gelu silu relu".split()
+)
+"""What is of the size of a model's activations, or smaller. A product of matrices near 1e18 would not survive the
+next one."""
+
+_UNBOUNDED = frozenset("log log2 log10 log1p log_softmax logit reciprocal rsqrt pow exp exp2 expm1 empty".split())
+
+_POSITIONS = frozenset("slice narrow select".split())
+"""Operations whose numbers say where, not what."""
+
+
+def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = False) -> bool:
+    """Whether a formula contains a number, or loads from a tensor that may, of more than `ABSORBING` in size.
+
+    loads: the values that `Load(n, ...)` speaks of. finite: infinite numbers and NaN don't count.
+    """
+    if expr is None:
+        return False
+    for x in expr.atoms(sympy.Number):
+        if abs(x) >= ABSORBING and (x.is_finite or not finite):
+            return True
+    values = (loads[load.operand] for load in expr.atoms(Load))
+    return any(may_absorb(v) for v in values if not (finite and v.dtype == torch.float16))
+
+
+def may_absorb(value: Value) -> bool:
+    """Whether an element of a tensor may be of more than `ABSORBING` in size, or infinite, or NaN.
+
+    Parameters and what needs a gradient are taken to be smaller: no model trains with such weights. Any other tensor
+    that enters the program may hold anything.
+    """
+    known: dict[Value, bool] = {}
+    todo = [value]
+    while todo:
+        top = todo[-1]
+        verdict = known.get(top, _alone(top))
+        if verdict is None:
+            pending = [v for v in top.inputs() if v not in known]
+            if pending:
+                todo.extend(pending)
+                continue
+            verdict = any(known[v] for v in top.inputs())
+        known[todo.pop()] = verdict
+    return known[value]
+
+
+def _alone(value: Value) -> bool | None:
+    """The verdict where it does not depend on the inputs; None where it does."""
+    if not value.dtype.is_floating_point or value.op in _BOUNDED:
+        return False
+    if value.op == "leaf":
+        return value["why"] != "learned"
+    if value.op in _UNBOUNDED or (value.op == "div" and isinstance(value["other"], Value)):
+        return True
+    if value.op not in _POSITIONS and any(abs(x) >= ABSORBING or x != x for x in _numbers(tuple(value.args.values()))):
+        return True
+    return None
+
+
+def _numbers(x: Any) -> Iterator[float]:
+    if isinstance(x, tuple):
+        for y in x:
+            yield from _numbers(y)
+    elif isinstance(x, (int, float)) and not isinstance(x, bool):
+        yield x
