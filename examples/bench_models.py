@@ -178,7 +178,10 @@ def main() -> int:
 
 def _tolerant(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     try:
-        return compare(case, options.device, options.backends, warmup=options.warmup, rounds=options.rounds)
+        return compare(
+            case, options.device, options.backends, warmup=options.warmup, rounds=options.rounds,
+            errors=not options.no_errors,
+        )  # fmt: skip
     except Exception as error:
         traceback.print_exc()
         failed = {"model": case.name, "mode": case.mode, "attention": case.attention, "backends": {}}
@@ -292,6 +295,7 @@ def _options() -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--tiny", action="store_true", help="sizes for trying the script")
     add("--budget-s", type=float, default=float("inf"), help="start no case after so many seconds")
+    add("--no-errors", action="store_true", help="time only; do not compare with fp32")
     add("--warmup", type=int, default=3)
     add("--rounds", type=int, default=10)
     add("--out", help="the JSON file")

@@ -78,8 +78,10 @@ def compare(
     warmup: int = 3,
     rounds: int = 10,
     seconds: float = 20.0,
+    errors: bool = True,
 ) -> dict[str, Any]:
-    """A row of results: by backend the median, its spread, the first call's seconds, the peak memory and the errors.
+    """A row of results: by backend the median, its spread, the first call's seconds, the peak memory and the errors
+    (which take one eager run in fp32).
 
     A backend that fails has an "error" in place of times; the others are measured all the same.
     """
@@ -102,7 +104,7 @@ def compare(
                 row["sites"] = report.summary()
                 row["failures"] = list(report.failures)
             cell["peak_gb"] = _peak(step, device)
-            if not random:
+            if errors and not random:
                 results[name] = _results(model, step(), case.mode)
             steps[name] = step
         except Exception as error:

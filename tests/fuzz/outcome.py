@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 from equivalence import check, run, tensors
 from programs import Program
 
 
-def fate(program: Program) -> tuple[str, list[str]]:
+def fate(program: Program, route: str | None = None) -> tuple[str, list[str]]:
     """What became of a program, in a word ("invalid" where eager refuses it), and the reasons that its sites give.
 
-    Raises whatever the comparison or the compiler raises.
+    route: the one to force ("triton", interpreted). Raises whatever the comparison or the compiler raises.
     """
     fn = program.function()
     inputs = tensors(*program.shapes, dtype=program.dtype, grad=program.grad)
@@ -24,7 +27,9 @@ def fate(program: Program) -> tuple[str, list[str]]:
         except (RuntimeError, ValueError, IndexError, TypeError):
             return "invalid", []
         try:
-            outcome = check(fn, *inputs, grad=program.grad, dynamic=program.dynamic)
+            routes = {"attention": route} if route else None
+            with _interpreting(route == "triton"):
+                outcome = check(fn, *inputs, grad=program.grad, dynamic=program.dynamic, routes=routes)
         except Exception:
             if _fails_without_us(program):
                 return "wrong without us too", []
@@ -36,6 +41,14 @@ def fate(program: Program) -> tuple[str, list[str]]:
     if outcome.matched:
         return "left to Inductor", reasons
     return "declined" if outcome.sites else "without a candidate", reasons
+
+
+@contextmanager
+def _interpreting(on: bool) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if on:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
 
 
 def _fails_without_us(program: Program) -> bool:

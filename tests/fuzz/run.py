@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--route", choices=["sdpa", "triton", "inductor"], help="the route to force")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     given_args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -44,7 +45,7 @@ def main() -> None:
         if time.time() - start > given_args.seconds:
             return
         try:
-            word, why = fate(program)
+            word, why = fate(program, given_args.route)
             fates[word] += 1
             reasons.update(why)
         except Exception as error:
@@ -68,7 +69,15 @@ def main() -> None:
         print(f"{n:6d}  {reason}")
     counts = ", ".join(f"{n} {fate}" for fate, n in fates.most_common())
     seconds = f"{time.time() - start:.0f} s"
-    row = (date.today(), torch.__version__, given_args.seed, sum(fates.values()), counts, seconds)
+    row = (
+        date.today(),
+        torch.__version__,
+        given_args.route or "default",
+        given_args.seed,
+        sum(fates.values()),
+        counts,
+        seconds,
+    )
     print(f"\n| {' | '.join(map(str, row))} |")
     sys.exit(1 if failures else 0)
 

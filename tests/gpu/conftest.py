@@ -1,8 +1,9 @@
-"""Tests on GPUs share the cases of the interpreter's."""
+"""Tests on GPUs share the cases of the interpreter's, and the programs of the reading's and of the fuzz."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))  # attention_cases
+for name in ("kernels", "reading", "fuzz"):  # attention_cases; equivalence, test_far_masks; programs, outcome
+    sys.path.insert(0, str(Path(__file__).parents[1] / name))

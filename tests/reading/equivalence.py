@@ -111,7 +111,11 @@ def run(
         if not isinstance(x, torch.Tensor):
             return x
         # Strides are kept: a program may view its inputs, and layouts are part of what is compared.
-        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype) if 0 not in x.stride() else x.detach().clone()
+        y = (
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            if 0 not in x.stride()
+            else x.detach().clone()
+        )
         y.copy_(x.detach())
         y = y.double() if double and x.dtype in REAL else y
         return y.requires_grad_(grad and x.dtype in REAL and x.requires_grad)
@@ -200,7 +204,7 @@ def check(
 def tensors(
     *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, grad: bool = False, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Normal tensors of the given shapes."""
+    """Normal tensors of the given shapes, on the default device."""
     generator = torch.Generator().manual_seed(seed)
-    made = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    made = [torch.randn(s, generator=generator, device="cpu").to(torch.get_default_device(), dtype) for s in shapes]
     return [x.requires_grad_(grad) for x in made]

@@ -17,7 +17,7 @@ KINDS = ("min", "inf", "1e20", "mixed", "near the minimum", "high", "row of 0")
 def far_mask(kind: str, dtype: torch.dtype) -> Tensor:
     """[LENGTH, LENGTH]: its second row is far away as a whole, its third in part."""
     low = torch.finfo(dtype).min
-    mask = torch.randn(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (mask,) = tensors((LENGTH, LENGTH), dtype=dtype, seed=1)
     mask[2, 1:3] = low
     if kind == "mixed":
         mask[1] = low
