@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
-from xfcompile.elementwise import Elements, Index, as_boolean, as_number, broadcast, literal
+from xfcompile.elementwise import ROW, Elements, Index, as_boolean, as_number, broadcast, literal
 from xfcompile.indexing import integer, linear, unravel
 from xfcompile.magnitude import absorbs
 from xfcompile.masking import Masked, separate, without_row_shift
@@ -21,6 +21,9 @@ from xfcompile.values import Value, depends
 
 FAMILY = "attention"
 SDPA = "scaled_dot_product_attention"
+
+VANISHING = 1000
+"""exp(-1000 + s) is 0 in fp64 for all s below 254."""
 
 
 def anchors(values: list[Value]) -> Iterator[Value]:
@@ -175,6 +178,10 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         sympy.S.Zero if values.shape[n] == 1 and size[c] != 1 else axis[c] for n, c in enumerate(product.rhs_labels)
     )
     v = place(values, v_index, J, lead, walk)
+    if anchor.op == "div" and ROW not in score.free_symbols:
+        score = _vanishing(score)
+        if absorbs(score, elements.loads, finite=True):
+            raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0", anchor)
     score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
     return _site(
         root=product.value,
@@ -193,6 +200,15 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         score_dtype=scores.dtype,
         dead_bool="nan",
     )
+
+
+def _vanishing(score: sympy.Expr) -> sympy.Expr:
+    """A score of which exp is taken as it is: numbers that stand where keys are masked leave 0 of it, as -inf does."""
+
+    def fill(x: sympy.Expr) -> sympy.Expr:
+        return -sympy.oo if x.is_number and x <= -VANISHING else x
+
+    return score.replace(lambda x: isinstance(x, Where), lambda w: Where(w.args[0], fill(w.args[1]), fill(w.args[2])))
 
 
 def _sdpa(call: Value) -> AttentionSite:

@@ -100,6 +100,8 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return words
     if site.call is None and not torch.backends.cuda.math_sdp_enabled():
         return "SDPA's math backend is switched off, and the others may refuse"
+    if words.keep == sympy.false:
+        return "no key is kept at all"
     if site.dead == "unknown" and not site.alive:
         return "a row may see no key, and what it gets has no simple rule"
     if site.root.dtype not in (*HALF, torch.float32, torch.float64):

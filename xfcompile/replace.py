@@ -43,6 +43,25 @@ def _operands(emitter: Emitter, candidate: Candidate, dtype: torch.dtype, groupe
     return nodes
 
 
+ALIGNMENT = 16
+"""Bytes to which the rows of SDPA's operands must be aligned on GPUs: where they are not, some of its kernels refuse
+to run, and its choice among them does not look."""
+
+
+def _aligned(emitter: Emitter, x: fx.Node) -> fx.Node:
+    """The operand, copied if its rows do not begin at multiples of `ALIGNMENT`."""
+    example = x.meta.get("example_value")
+    if not isinstance(example, torch.Tensor) or example.device.type != "cuda":
+        return x
+    size = example.element_size()
+    steps = [*example.stride()[:-1], example.storage_offset()]
+    if example.stride(-1) == 1 and not any(isinstance(n, int) and n * size % ALIGNMENT for n in steps):
+        return x
+    if not isinstance(example.shape[-1], int) or example.shape[-1] * size % ALIGNMENT:
+        return x  # SDPA pads such head dims itself, into tensors of its own
+    return emitter.call("clone", x, memory_format=torch.contiguous_format)
+
+
 def _heads(candidate: Candidate) -> tuple[Any, Any]:
     """How many query heads share one head of k, and one of v."""
     site = candidate.site
@@ -87,6 +106,7 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     if mask is not None:
         mask = emitter.call("to", mask, dtype) if words.rest != 0 else mask
         kwargs["attn_mask"] = _four(emitter, mask, words)
+    q, k, v = (_aligned(emitter, x) for x in (q, k, v))
     out = emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs)
     return out if dead is None else _dead_rows(emitter, site, dead, v, out)
 

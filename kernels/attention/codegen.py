@@ -46,9 +46,11 @@ def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
     return scale if score == scale * S and scale.is_number and scale.is_positive else None
 
 
-def in_base_two(score: sympy.Expr) -> sympy.Expr:
-    """The score times log2(e), multiplied into each term so that it merges with the constants there."""
-    return sympy.Add(*(LOG2E * term for term in sympy.Add.make_args(score)))
+def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
+    """The score for exponents of base 2, or of base 4, in which finfo.min stays finite; the factor is multiplied into
+    each term so that it merges with the constants there."""
+    factor = LOG2E / 2 if spec.far else LOG2E
+    return sympy.Add(*(factor * term for term in sympy.Add.make_args(score)))
 
 
 def row_loads(*exprs: sympy.Basic) -> list[Load]:
@@ -99,9 +101,6 @@ def generate(spec: ScoreSpec) -> str:
         body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
         return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
 
-    def base(score: sympy.Expr) -> sympy.Expr:
-        return score if spec.far else in_base_two(score)
-
     position = ["b", "h", "i", "j"]
     functions = []
     if scale is None:
@@ -109,13 +108,15 @@ def generate(spec: ScoreSpec) -> str:
             function(
                 "score",
                 ["s", *position, *names.inside, *names.flag_parameters],
-                base(spec.score),
+                in_base(spec, spec.score),
                 hoisted,
             )
         )
     if spec.full is not None:
         functions.append(
-            function("full_score", ["s", *position, *names.inside, *names.flag_parameters], spec.full, hoisted)
+            function(
+                "full_score", ["s", *position, *names.inside, *names.flag_parameters], in_base(spec, spec.full), hoisted
+            )
         )
     if spec.keep != sympy.true:
         functions.append(function("keep", [*position, *names.inside, *names.flag_parameters], spec.keep, hoisted))
@@ -127,7 +128,7 @@ def generate(spec: ScoreSpec) -> str:
             function(
                 "sink",
                 ["b", "h", "i", *names.outside, *names.flag_parameters],
-                base(spec.sink),
+                in_base(spec, spec.sink),
                 {},
             )
         )

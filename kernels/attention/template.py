@@ -305,12 +305,13 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         lines += ["if MASKED:", f'    s = tl.where(keep({site}), s, float("-inf"))']
     lines += ["if EDGE:", '    s = tl.where(offs_n < lk, s, float("-inf"))']
     times = "" if scale is None else f" * {float(scale) * math.log2(math.e)!r}"
+    twice = "2.0 * ({})" if spec.far else "{}"  # in base 4
     lines += [
         f"m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max){times})",
         "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
         'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
-        f"p = tl.exp2({_in_base_two(f's{times} - m_safe[:, None]', spec)})  # [M, N]",
-        f"alpha = tl.exp2({_in_base_two('m - m_safe', spec)})",
+        f"p = tl.exp2({twice.format(f's{times} - m_safe[:, None]')})  # [M, N]",
+        f"alpha = tl.exp2({twice.format('m - m_safe')})",
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
     ]
     arguments = [
@@ -323,13 +324,8 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         *names.inside,
         *_constexprs([*CONSTANTS, *names.flags, "MASKED", "EDGE", *(["AGAIN"] if spec.full is not None else [])]),
     ]
-    base = "e" if spec.far else "2"
+    base = "4" if spec.far else "2"
     return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
-
-
-def _in_base_two(difference: str, spec: ScoreSpec) -> str:
-    """The scores of a far spec are in base e: there the difference to the maximum is multiplied, which is finite."""
-    return f"({difference}) * {math.log2(math.e)!r}" if spec.far else difference
 
 
 def _constexprs(names: Iterable[str]) -> list[str]:
@@ -417,7 +413,7 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
         return ""
     lines = [
         "# Rows whose scores are as low as those of masked keys see these too.",
-        f"low = m <= {float(spec.floor) + NEAR!r}",
+        f"low = m <= {(float(spec.floor) + NEAR) * math.log2(math.e) / 2!r}",
         "if tl.reduce(low.to(tl.int32), 0, tl.standard._elementwise_max) > 0:",
         "    acc_kept, m_kept, l_kept = acc, m, l",
         *(f"    {line}" for line in state),
@@ -458,5 +454,5 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str], scan_lines:
         again=_indented(_again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
         dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),
-        lse=f"m + tl.log2(l) * {math.log(2)}" if spec.far else f"(m + tl.log2(l)) * {math.log(2)}",
+        lse=f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}" if spec.far else f"(m + tl.log2(l)) * {math.log(2)}",
     )

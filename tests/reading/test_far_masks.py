@@ -107,3 +107,38 @@ def test_a_learned_bias_is_not_far() -> None:
         outcome = check(Biased(), *inputs("min", torch.float32)[:3])
     assert [s.route for s in outcome.matched] == ["sdpa"]
     assert "masked_fill" not in outcome.graphs[0].code, "queries are cleared for far rows only"
+
+
+UNSHIFTED: dict[str, Callable[..., Tensor]] = {
+    "masked by -1e9": lambda s, m: s.masked_fill(m > 0, -1e9),
+    "masked by finfo.min, and clamped": lambda s, m: s.masked_fill(m > 0, torch.finfo(s.dtype).min).clamp(max=80),
+    "-1e4 added": lambda s, m: s + torch.where(m > 0, -1e4, 0.0),
+    "a mask that is data": lambda s, m: s + m * 3e38,
+}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("route", ["sdpa", "triton"])
+@pytest.mark.parametrize("name", UNSHIFTED)
+def test_an_unshifted_softmax_has_no_far_rows(name: str, route: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(x) / sum(exp(x)) of a row of finfo.min is 0 / 0, where softmax is the mean."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def unshifted(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        e = UNSHIFTED[name](q @ k.mT, m).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    mask = -torch.ones(LENGTH, LENGTH)
+    mask[1], mask[2, 2:] = 1, 1
+    for m in (mask, -mask):
+        outcome = check(unshifted, *inputs("min", torch.float32)[:3], m, routes={"attention": route})
+        assert outcome.matched or "0 / 0" in outcome.reasons
+
+
+def test_masks_that_leave_nothing() -> None:
+    def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+        return (q @ k.mT).masked_fill(j <= i, -1e9).masked_fill(j > i, -1e9).softmax(-1) @ v
+
+    outcome = check(nothing, *inputs("min", torch.float32)[:3])
+    assert [s.route for s in outcome.matched] == ["inductor"]
