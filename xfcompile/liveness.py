@@ -9,8 +9,16 @@ from torch import fx
 from xfcompile.read import Memory, Reading
 
 
-def live_nodes(reading: Reading, without: Container[fx.Node] = (), needed: Collection[fx.Node] = ()) -> set[fx.Node]:
-    """The nodes that the outputs, any side effect or `needed` need, were the nodes `without` gone."""
+def live_nodes(
+    reading: Reading,
+    without: Container[fx.Node] = (),
+    needed: Collection[fx.Node] = (),
+    dispensable: Container[fx.Node] = (),
+) -> set[fx.Node]:
+    """The nodes that the outputs, any side effect or `needed` need, were the nodes `without` gone.
+
+    dispensable: nodes that draw random numbers for a result that need not be drawn if nothing uses it.
+    """
     live: set[fx.Node] = set()
     wanted: set[fx.Node] = set(needed)
     read_later: set[Memory] = set(reading.memories(needed))
@@ -19,7 +27,8 @@ def live_nodes(reading: Reading, without: Container[fx.Node] = (), needed: Colle
             continue
         effects = reading.effects[node]
         writes = any(m.external or m in read_later for m in effects.writes)
-        if not (node.op in ("placeholder", "output") or node in wanted or writes or effects.opaque or effects.random):
+        draws = effects.random and node not in dispensable
+        if not (node.op in ("placeholder", "output") or node in wanted or writes or effects.opaque or draws):
             continue
         live.add(node)
         wanted.update(node.all_input_nodes)

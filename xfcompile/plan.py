@@ -108,6 +108,8 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return f"SDPA has no kernel for {site.root.dtype}"
     if site.head_dim != site.value_dim:
         return "queries and values have different head dimensions, for which SDPA has no fused kernel"
+    if site.dropout == 1:
+        return "all weights are dropped out"
     if site.dropout and device == "cpu":
         return "SDPA drops no weights out on CPUs"
     if bias_grad and device == "cpu":

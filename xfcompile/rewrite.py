@@ -106,7 +106,8 @@ def _rewrite(reading: Reading, known: Known, options: Options, report: Report, *
         report.add(_matched(candidate))
     if replaced:
         needed = {n for new in inserted for n in new.all_input_nodes}
-        after = live_nodes(reading, without=replaced, needed=needed)
+        done = [c for c in candidates if c.node in replaced]
+        after = live_nodes(reading, without=replaced, needed=needed, dispensable=_dropouts(reading, done))
         erase_orphans(live, after, reading.gm.graph)
         reading.gm.graph.lint()
         reading.gm.recompile()
@@ -227,7 +228,7 @@ def _keep_shared(reading: Reading, candidates: list[Candidate]) -> None:
     """Leave a site to Inductor if something else needs its weights: they would be computed twice."""
     while True:
         taken = [c for c in candidates if c.route.name != "inductor"]
-        live = live_nodes(reading, without={c.node for c in taken})
+        live = live_nodes(reading, without={c.node for c in taken}, dispensable=_dropouts(reading, taken))
         shared = [
             c
             for c in taken
@@ -238,6 +239,11 @@ def _keep_shared(reading: Reading, candidates: list[Candidate]) -> None:
             return
         for c in shared:
             c.route = Route("inductor", "the attention weights are used elsewhere too")
+
+
+def _dropouts(reading: Reading, candidates: list[Candidate]) -> set[fx.Node]:
+    """The nodes that drop weights out, which the fused calls do themselves."""
+    return {reading.steps[v] for c in candidates for v in c.site.interior if v.op == "dropout" and c.site.call is None}
 
 
 def _weights(site: AttentionSite) -> list[Value]:
