@@ -48,6 +48,14 @@ ALIGNMENT = 16
 to run, and its choice among them does not look."""
 
 
+def _dense(emitter: Emitter, mask: fx.Node) -> fx.Node:
+    """The mask, copied if neighbouring keys are not neighbours in memory, which SDPA's kernels on GPUs refuse."""
+    example = mask.meta.get("example_value")
+    if not isinstance(example, torch.Tensor) or example.device.type != "cuda" or example.stride(-1) == 1:
+        return mask
+    return emitter.call("clone", mask, memory_format=torch.contiguous_format)
+
+
 def _aligned(emitter: Emitter, x: fx.Node) -> fx.Node:
     """The operand, copied if its rows do not begin at multiples of `ALIGNMENT`."""
     example = x.meta.get("example_value")
@@ -105,7 +113,7 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
             q = emitter.call("masked_fill", q, _four(emitter, absorbed, words), 0.0)
     if mask is not None:
         mask = emitter.call("to", mask, dtype) if words.rest != 0 else mask
-        kwargs["attn_mask"] = _four(emitter, mask, words)
+        kwargs["attn_mask"] = _dense(emitter, _four(emitter, mask, words))
     q, k, v = (_aligned(emitter, x) for x in (q, k, v))
     out = emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs)
     return out if dead is None else _dead_rows(emitter, site, dead, v, out)
@@ -120,18 +128,23 @@ def _mask(emitter: Emitter, site: AttentionSite, words: Told, dead: fx.Node | No
         keep = emitter.tensor(words.keep, site)
         if dead is not None:
             keep = emitter.call(torch.logical_or, keep, dead)
+    # Kernels read masks that have a stride along the keys.
+    constant = J not in words.rest.free_symbols | words.keep.free_symbols
     if words.rest == 0:
-        return keep
+        return _along_keys(emitter, keep, site, torch.bool) if constant else keep
     if site.full is not None:
         mask = emitter.tensor(site.full.xreplace({S: sympy.S.Zero}), site)
     else:
         mask = emitter.tensor(words.rest, site)
         if keep is not True:
             mask = emitter.call(torch.where, keep, mask, -float("inf"))
-    if J not in words.rest.free_symbols | words.keep.free_symbols:  # kernels read masks that have a stride
-        zeros = emitter.call(torch.zeros, emitter.size(site.keys), device=site.root.meta.device)
-        mask = emitter.call(operator.add, mask, zeros)
-    return mask
+    return _along_keys(emitter, mask, site, torch.float32) if constant else mask
+
+
+def _along_keys(emitter: Emitter, mask: fx.Node, site: AttentionSite, dtype: torch.dtype) -> fx.Node:
+    """A mask that is the same for all keys, once for each."""
+    zeros = emitter.call(torch.zeros, emitter.size(site.keys), dtype=dtype, device=site.root.meta.device)
+    return emitter.call(torch.logical_or if dtype == torch.bool else operator.add, mask, zeros)
 
 
 def _four(emitter: Emitter, mask: fx.Node, words: Told) -> fx.Node:

@@ -47,10 +47,23 @@ def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
 
 
 def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
-    """The score for exponents of base 2, or of base 4, in which finfo.min stays finite; the factor is multiplied into
-    each term so that it merges with the constants there."""
-    factor = LOG2E / 2 if spec.far else LOG2E
-    return sympy.Add(*(factor * term for term in sympy.Add.make_args(score)))
+    """The score for exponents of base 2, or of base 4, in which finfo.min stays finite."""
+    return times(LOG2E / 2 if spec.far else LOG2E, score)
+
+
+def times(factor: sympy.Expr, score: sympy.Expr) -> sympy.Expr:
+    """factor * score, for a factor above 0, multiplied into each term: it merges with the constants there, and s is not
+    added to as it is: triton would start the product of queries and keys from what is added, and round each step of it
+    to that number's size."""
+    if isinstance(score, (sympy.Add, sympy.Min, sympy.Max)):
+        return score.func(*(times(factor, term) for term in score.args))
+    if isinstance(score, Where):
+        condition, a, b = score.args
+        return Where(condition, times(factor, a), times(factor, b))
+    coefficient, rest = score.as_coeff_Mul()
+    if coefficient != 1 and coefficient.is_positive and rest != score:
+        return times(factor * coefficient, rest)
+    return factor * score
 
 
 def row_loads(*exprs: sympy.Basic) -> list[Load]:

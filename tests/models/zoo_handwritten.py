@@ -214,6 +214,26 @@ class DocumentsWindow(nn.Module):
         return torch.einsum("bhqk,bkhc->bqhc", torch.softmax(scores, -1), v).flatten(2)
 
 
+class EinxMasked(nn.Module):
+    """alphafold3-pytorch: einsums with spaces, a bias, and a mask by einx, one call to Dynamo, which the reading sees
+    through like any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_kv, self.to_out = nn.Linear(E, E), nn.Linear(E, 2 * E), nn.Linear(E, E)
+
+    def forward(self, x: Tensor, mask: Tensor, bias: Tensor) -> Tensor:
+        import einx
+
+        q, k, v = (
+            t.unflatten(-1, (H, D)).transpose(1, 2) for t in (self.to_q(x) * D**-0.5, *self.to_kv(x).chunk(2, -1))
+        )
+        sim = torch.einsum("b h i d, b h j d -> b h i j", q, k) + bias
+        sim = einx.where("b j, b h i j, -> b h i j", mask, sim, -torch.finfo(sim.dtype).max)
+        out = torch.einsum("b h i j, b h j d -> b h i d", sim.softmax(dim=-1), v)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
 def _with(module: Callable[[], nn.Module], *inputs: Callable[[], Any]) -> Callable[[], Program]:
     def make() -> Program:
         built = module()
@@ -256,5 +276,10 @@ ENTRIES = (
         _with(DocumentsWindow, _rows, lambda: (torch.arange(S)[None] // torch.tensor([[10], [7]]))), 1,
     ),
     Entry("msa_tied_rows", _with(TiedRows, lambda: torch.randn(3, S, B, E)), 0, declined=1, needs=()),
+    Entry(
+        "alphafold3_einx",
+        _with(EinxMasked, _rows, lambda: torch.ones(B, S, dtype=torch.bool), lambda: torch.randn(B, H, S, S)),
+        1, needs=("einx",),
+    ),
     Entry("talking_heads", _with(TalkingHeads, _rows), 0, declined=1, needs=()),
 )  # fmt: skip
