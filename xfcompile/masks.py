@@ -58,19 +58,30 @@ def conjuncts(keep: Any) -> tuple[Any, ...]:
 
 
 def band(keep: Any) -> Band:
-    """Closed bounds on the keys, from the conjuncts that are linear in j - i."""
-    lower: list[sympy.Expr] = []
-    upper: list[sympy.Expr] = []
-    exact = True
-    for term in conjuncts(keep):
-        bounds = _key_bound(term)
-        if bounds is None:
-            exact = False
-            continue
-        lower += [bounds[0]] if bounds[0] is not None else []
-        upper += [bounds[1]] if bounds[1] is not None else []
+    """Closed bounds on the keys: of the terms that are linear in j - i, and of what `and` and `or` make of them."""
+    if keep == sympy.true:
+        return Band()
+    if isinstance(keep, sympy.And):
+        parts = [band(term) for term in keep.args]
+        lower = [p.lower for p in parts if p.lower is not None]
+        upper = [p.upper for p in parts if p.upper is not None]
+        return Band(
+            sympy.Max(*lower) if lower else None, sympy.Min(*upper) if upper else None, all(p.exact for p in parts)
+        )
+    if isinstance(keep, sympy.Or):
+        return _hull([band(term) for term in keep.args])
+    bounds = _key_bound(keep)
+    return Band() if bounds is None else Band(*bounds, exact=bounds != (None, None))
+
+
+def _hull(parts: list[Band]) -> Band:
+    """Bounds of what lies in any of several bands; exact only where all are bounded on the same one side."""
+    lower, upper = ([getattr(p, side) for p in parts] for side in ("lower", "upper"))
+    one_sided = all(x is None for x in lower) or all(x is None for x in upper)
     return Band(
-        sympy.Max(*lower) if lower else None, sympy.Min(*upper) if upper else None, exact and bool(lower or upper)
+        None if None in lower else sympy.Min(*lower),
+        None if None in upper else sympy.Max(*upper),
+        one_sided and all(p.exact for p in parts),
     )
 
 

@@ -40,6 +40,10 @@ def canonical(spec: ScoreSpec) -> ScoreSpec:
     )
 
 
+FAR = sympy.Float(1e28)
+"""A number that is larger is no other number in a score than this one: see `template.HELPERS["clamped"]`."""
+
+
 def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
     """c > 0 where the score is c·s: its product with log2(e) then joins the exponent's multiply-add."""
     scale = sympy.sympify(score).coeff(S)
@@ -48,7 +52,9 @@ def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
 
 def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
     """The score for exponents of base 2, or of base 4, in which finfo.min stays finite."""
-    return times(LOG2E / 2 if spec.far else LOG2E, score)
+    if template.wide(spec):
+        return times(LOG2E / 2, score)
+    return times(LOG2E, score.xreplace({x: sympy.sign(x) * FAR for x in score.atoms(sympy.Float) if abs(x) > FAR}))
 
 
 def times(factor: sympy.Expr, score: sympy.Expr) -> sympy.Expr:
@@ -93,7 +99,8 @@ def generate(spec: ScoreSpec) -> str:
     helpers: set[str] = set()
 
     # What a row has for the whole loop is read once, by the kernel itself.
-    prologue = Printer(spec.operands, scope)
+    clamped = set() if template.wide(spec) else template.far_loads(spec)
+    prologue = Printer(spec.operands, scope, clamped=clamped)
     row_lines = []
     for n, load in enumerate(loads):
         term = prologue.print(load)
@@ -105,7 +112,7 @@ def generate(spec: ScoreSpec) -> str:
     hoisted = prologue.hoisted
 
     def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
-        printer = Printer(spec.operands, scope, hoisted)
+        printer = Printer(spec.operands, scope, hoisted, clamped)
         term = printer.float(expr) if name in ("score", "full_score", "sink") else printer.print(expr)
         helpers.update(printer.helpers)
         value = term.text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,7 +66,8 @@ def is_plain(load: Load) -> bool:
 class Printer:
     """Prints expressions over one scope of names; loads become statements, gathered in `lines`.
 
-    names: the text of each symbol in scope. hoisted: what has a name already.
+    names: the text of each symbol in scope. hoisted: what has a name already. clamped: loads that may be far from 0,
+    and are brought so near that their products stay finite.
     helpers: gathers the names of the functions that the text calls (see `codegen.HELPERS`).
     """
 
@@ -75,10 +76,12 @@ class Printer:
         operands: Sequence[Operand],
         names: Mapping[sympy.Symbol, str],
         hoisted: Mapping[sympy.Basic, Term] | None = None,
+        clamped: Container[Load] = (),
     ) -> None:
         self.operands = operands
         self.names = names
         self.hoisted = dict(hoisted or {})
+        self.clamped = clamped
         self.lines: list[str] = []
         self.helpers: set[str] = set()
         self._loaded: dict[tuple[Load, str], Term] = {}
@@ -134,6 +137,9 @@ class Printer:
                 value += ".to(tl.float32)"
             if kind == "int" and operand.dtype.itemsize < 4:
                 value += ".to(tl.int32)"  # sums and negatives of small or unsigned integers would wrap around
+            if expr in self.clamped:
+                self.helpers.add("clamped")
+                value = f"clamped({value})"
             self.lines.append(f"{name} = {value}")
             self._loaded[expr, mask] = Term(name, kind)
         return self._loaded[expr, mask]

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
+import torch
 
+from xfcompile.score import J, Load
 from xfcompile.site import Band, ScoreSpec
 
 
@@ -70,6 +72,12 @@ def tanh(x, x_log2, FAST: tl.constexpr):
         p = p * x2 - 0.33333324155150773
         y = tl.where(tl.abs(x) < 0.625, p * x2 * x + x, 1.0 - 2.0 / (tl.exp2(x_log2) + 1.0))
     return y
+""",
+    "clamped": """\
+@triton.jit
+def clamped(x):
+    # Nothing is left of a score beside 1e28 either, and its products with positions are finite. Infinity and NaN stay.
+    return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -1e28), 1e28), x)
 """,
     "floor_div": """\
 @triton.jit
@@ -201,6 +209,24 @@ if tl.reduce(none.to(tl.int32), 0, tl.standard._elementwise_max) > 0:
 }
 
 
+def far_loads(spec: ScoreSpec) -> set[Load]:
+    """Loads whose products with log2(e) may not be finite although they are."""
+    if not spec.far:
+        return set()
+    scores = [x for x in (spec.score, spec.full, spec.sink) if x is not None]
+    found = {load for x in scores for load in x.atoms(Load)}
+    return {x for x in found if spec.operands[x.operand].dtype in (torch.bfloat16, torch.float32, torch.float64)}
+
+
+def wide(spec: ScoreSpec) -> bool:
+    """Whether scores are computed in base 4, in which finfo.min stays finite. That takes an operation a score; what is
+    the same for a whole row is clamped instead, which takes one a row and tells no keys apart that eager does not."""
+    if spec.full is not None:
+        return True
+    compared = spec.keep.atoms(Load)
+    return any(J in load.free_symbols or load in compared for load in far_loads(spec))
+
+
 def module(
     spec: ScoreSpec,
     scale: sympy.Expr | None,
@@ -305,7 +331,7 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         lines += ["if MASKED:", f'    s = tl.where(keep({site}), s, float("-inf"))']
     lines += ["if EDGE:", '    s = tl.where(offs_n < lk, s, float("-inf"))']
     times = "" if scale is None else f" * {float(scale) * math.log2(math.e)!r}"
-    twice = "2.0 * ({})" if spec.far else "{}"  # in base 4
+    twice = "2.0 * ({})" if wide(spec) else "{}"  # in base 4
     lines += [
         f"m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max){times})",
         "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
@@ -324,7 +350,7 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         *names.inside,
         *_constexprs([*CONSTANTS, *names.flags, "MASKED", "EDGE", *(["AGAIN"] if spec.full is not None else [])]),
     ]
-    base = "4" if spec.far else "2"
+    base = "4" if wide(spec) else "2"
     return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
 
 
@@ -454,5 +480,7 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str], scan_lines:
         again=_indented(_again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
         dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),
-        lse=f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}" if spec.far else f"(m + tl.log2(l)) * {math.log(2)}",
+        lse=f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}"
+        if wide(spec)
+        else f"(m + tl.log2(l)) * {math.log(2)}",
     )

@@ -15,7 +15,7 @@ from xfcompile.elementwise import ROW
 from xfcompile.masking import separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, is_causal, prove
 from xfcompile.score import B, H, I, J, Load, S, Where
-from xfcompile.site import Miss
+from xfcompile.site import Band, Miss
 
 ALWAYS = settings(max_examples=60, deadline=None, derandomize=True)
 QUERIES, KEYS = 5, 7
@@ -162,3 +162,35 @@ def test_a_shift_of_the_row_vanishes() -> None:
 def test_a_row_statistic_that_does_more_is_refused(expr: Any) -> None:
     with pytest.raises(Miss):
         without_row_shift(expr)
+
+
+BANDS = {
+    "causal": (J <= I, Band(None, I + 1, True)),
+    "prefix": (sympy.Or(J <= I, J < 7), Band(None, sympy.Max(I + 1, 7), True)),
+    "causal or window": (
+        sympy.Or(sympy.And(J <= I, J > I - 4), J < 3), Band(None, sympy.Max(I + 1, 3), False),
+    ),
+    "two windows": (
+        sympy.Or(sympy.And(J <= I, J > I - 4), sympy.And(J <= I - 6, J > I - 9)), Band(I - 8, I + 1, False),
+    ),
+    "suffix or anti-causal": (sympy.Or(J >= I, J >= 5), Band(sympy.Min(I, 5), None, True)),
+    "both sides": (sympy.Or(J >= I, J < 5), Band(None, None, False)),
+    "causal prefix of a window": (
+        sympy.And(sympy.Or(J <= I, J < 7), J > I - 9), Band(I - 8, sympy.Max(I + 1, 7), True),
+    ),
+    "even keys": (sympy.Eq(sympy.Mod(J, 2), 0), Band(None, None, False)),
+    "causal even keys": (sympy.And(J <= I, sympy.Eq(sympy.Mod(J, 2), 0)), Band(None, I + 1, False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BANDS)
+def test_a_band_holds_what_is_kept(name: str) -> None:
+    keep, expected = BANDS[name]
+    found = band(keep)
+    assert found == expected
+    for i in range(12):
+        kept = {j for j in range(12) if keep.xreplace({I: i, J: j}) == sympy.true}
+        lower = 0 if found.lower is None else int(found.lower.xreplace({I: sympy.Integer(i)}))
+        upper = 12 if found.upper is None else int(found.upper.xreplace({I: sympy.Integer(i)}))
+        inside = {j for j in range(12) if lower <= j < upper}
+        assert kept == inside if found.exact else kept <= inside
