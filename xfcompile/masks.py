@@ -21,7 +21,18 @@ def prove(expr: Any, ranges: Ranges) -> Any:
         verdict = _decide(atom, ranges)
         if verdict is not None:
             decided[atom] = verdict
-    return expr.xreplace(decided) if decided else expr
+    return plainly(expr.xreplace(decided) if decided else expr)
+
+
+def plainly(expr: Any) -> Any:
+    """The same with no `not` before an `and` or an `or`: then the terms of a conjunction are all in sight."""
+    if isinstance(expr, (sympy.And, sympy.Or)):
+        return expr.func(*(plainly(x) for x in expr.args))
+    if isinstance(expr, sympy.Not) and isinstance(expr.args[0], (sympy.And, sympy.Or)):
+        inner = expr.args[0]
+        other = sympy.Or if isinstance(inner, sympy.And) else sympy.And
+        return other(*(plainly(sympy.Not(x)) for x in inner.args))
+    return expr
 
 
 def _decide(atom: Any, ranges: Ranges) -> Any:

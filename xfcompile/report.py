@@ -27,7 +27,8 @@ class SiteReport:
     family: "attention". route: what runs it ("triton", "sdpa", "inductor"), None where it is not matched.
     reason: why it is not matched, or why this route. source: the user's line, "file.py:123".
     expression: what was read, in sympy's notation. mask: what its mask was recognised as ("causal", "key padding").
-    module: the module that it stands in, "layers.3.attention".
+    module: the module that it stands in, "layers.3.attention". tiles: what was proved of the mask, the bounds of the
+    keys and the share of tiles: "i - 255 <= j < i + 1: 9% of 64x64 tiles run, 3% masked".
     """
 
     family: str
@@ -38,6 +39,7 @@ class SiteReport:
     expression: str | None = None
     mask: str | None = None
     module: str | None = None
+    tiles: str | None = None
 
     @property
     def kind(self) -> SiteReport:
@@ -137,6 +139,8 @@ def _read(site: SiteReport) -> list[Any]:
     lines = []
     if site.mask is not None:
         lines.append(Text(f"mask: {site.mask}"))
+    if site.tiles is not None:
+        lines.append(Text(site.tiles))
     if site.expression is not None:
         lines.append(Text(_elided(site.expression), style="cyan"))
     if site.reason is not None:

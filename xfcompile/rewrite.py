@@ -24,6 +24,7 @@ from xfcompile.replace import replace_attention
 from xfcompile.report import Report, SiteReport
 from xfcompile.score import S
 from xfcompile.site import AttentionSite, Miss, Placed
+from xfcompile.sparsity import describe
 from xfcompile.trace import Constant, Ref
 from xfcompile.values import Value
 
@@ -386,6 +387,7 @@ def _matched(candidate: Candidate) -> SiteReport:
         expression=expression(site, candidate.score),
         mask=site.mask,
         module=_module(candidate.node),
+        tiles=describe(site.keep, site.band, site.queries, site.keys),
     )
 
 

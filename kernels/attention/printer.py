@@ -11,6 +11,7 @@ from typing import Literal
 import sympy
 import torch
 
+from xfcompile.evaluate import Unsupported
 from xfcompile.score import POSITION, B, H, I, J, Load, S, Where
 from xfcompile.site import Operand
 
@@ -33,10 +34,6 @@ WIDE = 256
 
 
 LOG2E = sympy.Float(math.log2(math.e), 17)
-
-
-class Unsupported(Exception):
-    """A score that the kernel cannot express, and why."""
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention.printer import Unsupported, kind_of
-from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.evaluate import Evaluator, Value
+from xfcompile.score import B, H, I, J, S
 from xfcompile.site import ScoreSpec
-
-Value = Tensor | int | float | bool
 
 
 def attention(
@@ -72,139 +68,3 @@ def bind(scalars: Sequence[sympy.Symbol], ints: Sequence[int], floats: Sequence[
 
 def _full(value: Value, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.as_tensor(value, device=device).to(dtype).expand(shape)
-
-
-class Evaluator:
-    """Evaluates an expression over index tensors [B, 1, 1, 1] to [1, 1, 1, Lk]; real numbers in `dtype`."""
-
-    def __init__(
-        self,
-        scope: Mapping[sympy.Symbol, Value],
-        operands: Sequence[Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.scope = scope
-        self.operands = operands
-        self.dtype = dtype
-        self.device = device
-
-    def __call__(self, expr: sympy.Basic) -> Value:
-        if isinstance(expr, sympy.Symbol):
-            value = self.scope[expr]
-            return self._real(value) if isinstance(value, float) else value
-        if isinstance(expr, Load):
-            return self._load(expr)
-        if isinstance(expr, sympy.logic.boolalg.BooleanAtom):
-            return bool(expr)
-        if isinstance(expr, sympy.Integer):
-            return int(expr)
-        if expr.is_Number or isinstance(expr, sympy.NumberSymbol):
-            return self._real(float(expr))
-        if isinstance(expr, sympy.Piecewise):
-            return self._piecewise(expr)
-        name = type(expr).__name__
-        if name in ("floor", "ceiling"):
-            return self._floor(expr.args[0]) if name == "floor" else -self._floor(-expr.args[0])
-        if name not in FUNCTIONS:
-            raise Unsupported(f"the reference has no PyTorch form for {name} in {expr}")
-        args = [self(a) for a in expr.args]
-        if name in REAL or (name == "Pow" and not (expr.exp.is_Integer and expr.exp.is_nonnegative)):
-            args = [self._real(a) for a in args]
-        return FUNCTIONS[name](*args)
-
-    def _real(self, value: Value) -> Tensor:
-        """As a tensor of `dtype`: a Python float beside an integer tensor would compute in fp32."""
-        return torch.as_tensor(value, dtype=self.dtype, device=self.device)
-
-    def _floor(self, expr: sympy.Expr) -> Value:
-        a, b = (self(x) for x in sympy.fraction(sympy.together(expr)))
-        if any(isinstance(x, Tensor) and x.is_floating_point() for x in (a, b)):
-            return torch.floor(self._real(a) / self._real(b)).long()
-        return a // b
-
-    def _load(self, load: Load) -> Tensor:
-        operand = self.operands[load.operand]
-        index = []
-        for size, x in zip(operand.shape, load.indices, strict=True):
-            # Out of range only where a condition discards the value.
-            index.append(torch.as_tensor(self(x), device=operand.device).clamp(0, max(size - 1, 0)))
-        value = operand[tuple(index)] if index else operand
-        if kind_of(value.dtype) == "float":
-            return value.to(self.dtype)
-        return value.long()
-
-    def _piecewise(self, expr: sympy.Piecewise) -> Value:
-        value: Value = math.nan
-        for branch, condition in reversed(expr.args):
-            value = _where(self(condition), self(branch), value)
-        return value
-
-
-def _fold(function: Callable[[Value, Value], Value]) -> Callable[..., Value]:
-    return lambda *args: functools.reduce(function, args)
-
-
-def _where(condition: Value, a: Value, b: Value) -> Value:
-    if not isinstance(condition, Tensor):
-        return a if condition else b
-    return torch.where(condition, a, b)
-
-
-def _tensors(function: Callable[..., Tensor]) -> Callable[..., Value]:
-    return lambda *args: function(*(torch.as_tensor(a) for a in args))
-
-
-def _not(a: Value) -> Value:
-    return ~a if isinstance(a, Tensor) else not a
-
-
-def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]:
-    return lambda a, b: function(a, b)
-
-
-# Functions of real numbers: whatever they are given is a real number first.
-REAL = frozenset(["tanh", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"])
-
-FUNCTIONS: dict[str, Callable[..., Value]] = {
-    "Add": _fold(operator.add),
-    "Mul": _fold(operator.mul),
-    "Pow": operator.pow,
-    "PowByNatural": operator.pow,
-    "FloatPow": operator.pow,
-    "Min": _fold(_tensors(torch.minimum)),
-    "Max": _fold(_tensors(torch.maximum)),
-    "Abs": abs,
-    "tanh": torch.tanh,
-    "exp": torch.exp,
-    "log": torch.log,
-    "erf": torch.erf,
-    "sin": torch.sin,
-    "cos": torch.cos,
-    "sign": _tensors(torch.sign),
-    "FloorToInt": lambda x: torch.floor(torch.as_tensor(x)).long(),
-    "CeilToInt": lambda x: torch.ceil(torch.as_tensor(x)).long(),
-    "TruncToInt": lambda x: torch.trunc(torch.as_tensor(x)).long(),
-    "FloorDiv": operator.floordiv,
-    "CleanDiv": operator.floordiv,
-    "Mod": operator.mod,
-    "PythonMod": operator.mod,
-    "ModularIndexing": lambda a, b, m: (a // b) % m,
-    "IntTrueDiv": operator.truediv,
-    "FloatTrueDiv": operator.truediv,
-    "ToFloat": lambda x: x,
-    "Identity": lambda x: x,
-    "Where": _where,
-    "Equality": _relation(operator.eq),
-    "Unequality": _relation(operator.ne),
-    "StrictLessThan": _relation(operator.lt),
-    "LessThan": _relation(operator.le),
-    "StrictGreaterThan": _relation(operator.gt),
-    "GreaterThan": _relation(operator.ge),
-    "And": _fold(operator.and_),
-    "Or": _fold(operator.or_),
-    "Xor": _fold(operator.xor),
-    "Not": _not,
-    "ITE": _where,
-}
-assert Where.__name__ in FUNCTIONS

@@ -13,8 +13,8 @@ import sympy
 import torch
 from attention_cases import CASES, Case, Inputs, Sizes, call, check, error, inputs, named, normal
 
+from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import attention, cache, codegen, launch, prepare, reference
-from xfcompile.kernels.attention.printer import Unsupported
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
