@@ -37,7 +37,7 @@ def certain(predicate: Any, box: Box, load: Callable[[Load], Bounds] | None = No
 
 
 def _verdict(p: Any, ranges: _Ranges, some: bool) -> Any:
-    if p in (sympy.true, sympy.false):
+    if p in (sympy.true, sympy.false) or ranges.settles(p):
         return p
     if isinstance(p, (sympy.And, sympy.Or)):
         return p.func(*(_verdict(x, ranges, some) for x in p.args))
@@ -91,6 +91,11 @@ class _Ranges:
         self.box = box
         self.load = load
         self.known: dict[sympy.Expr, Bounds] = {}
+
+    def settles(self, p: Any) -> bool:
+        """Whether a predicate is the same within the whole box."""
+        exact = self.load is not None and all(self.load(x) == (x, x) for x in p.atoms(Load))
+        return not p.free_symbols & self.box.keys() and (exact or not p.atoms(Load))
 
     def of(self, x: sympy.Expr) -> Bounds:
         if x not in self.known:

@@ -9,7 +9,7 @@ import sympy
 
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, is_plain
-from xfcompile.kernels.attention.reach import bounds, reach
+from xfcompile.kernels.attention.reach import reach
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
 
@@ -157,11 +157,11 @@ def generate(spec: ScoreSpec) -> str:
     if found is not None:
         rows = Printer(spec.operands, {**scope, I: "row"})
         ends: dict[sympy.Basic, Term] = {}
-        for n, side in enumerate(found.sides):
+        for side, symbols in found.sides.items():
             term = rows.number(side)
-            scan_lines += [*rows.lines, *template.extremes(bounds(n), term.text)]
+            scan_lines += [*rows.lines, *template.extremes(symbols, term.text)]
             rows.lines.clear()
-            ends |= {symbol: Term(symbol.name, term.kind) for symbol in bounds(n)}
+            ends |= {symbol: Term(symbol.name, term.kind) for symbol in symbols}
         helpers |= rows.helpers
         arguments = ["b", "h", "j", *names.outside, *(symbol.name for symbol in ends)]
         functions.append(function("reachable", [*arguments, *names.flag_parameters], found.keys, ends))

@@ -1,11 +1,13 @@
-"""Which keys a block of query rows may see at all: the mask with its rows replaced by their bounds over the block."""
+"""Which keys a block of query rows may see at all: the mask in interval arithmetic, its rows bounded over the block."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
 
+from xfcompile.intervals import UNKNOWN, Bounds, possible
 from xfcompile.kernels.attention.printer import is_plain
 from xfcompile.score import I, J, Load
 from xfcompile.site import Band, ScoreSpec
@@ -15,68 +17,35 @@ from xfcompile.site import Band, ScoreSpec
 class Reach:
     """A necessary condition on a key, tested once for all rows of a block.
 
-    keys: over J, scalars and the symbols `low0`, `high0` …; sides: for each such pair, what of a row it bounds.
+    keys: over J, scalars and symbols `low0`, `high0` …; sides: what of a row each pair of these bounds.
     """
 
     keys: sympy.Basic
-    sides: tuple[sympy.Expr, ...]
+    sides: Mapping[sympy.Expr, tuple[sympy.Symbol, sympy.Symbol]]
 
 
 def reach(spec: ScoreSpec) -> Reach | None:
     """None where the condition says nothing, or nothing beyond the band."""
     if spec.keep == sympy.true or spec.band.exact:
         return None
-    sides: list[sympy.Expr] = []
-    keys = _possible(spec.keep, sides, alone=True)
+    # A load may be out of range where its neighbours do not hold.
+    alone = isinstance(spec.keep, sympy.core.relational.Relational)
+    sides: dict[sympy.Expr, tuple[sympy.Symbol, sympy.Symbol]] = {I: _ends(0, whole=True)}
+
+    def load(x: Load) -> Bounds:
+        if not (alone or is_plain(x)) or x.free_symbols >= {I, J}:
+            return UNKNOWN
+        if I not in x.free_symbols:
+            return x, x
+        whole = not spec.operands[x.operand].dtype.is_floating_point
+        return sides.setdefault(x, _ends(len(sides), whole))
+
+    keys = possible(spec.keep, {I: sides[I]}, load)
     if keys == sympy.true or (spec.band != Band() and not keys.has(Load)):
         return None
-    return Reach(keys, tuple(sides))
+    return Reach(keys, {side: ends for side, ends in sides.items() if keys.has(*ends)})
 
 
-FLIPPED = {sympy.Le: sympy.Ge, sympy.Ge: sympy.Le, sympy.Lt: sympy.Gt, sympy.Gt: sympy.Lt}
-
-
-def bounds(n: int) -> tuple[sympy.Symbol, sympy.Symbol]:
-    return sympy.Symbol(f"low{n}", real=True), sympy.Symbol(f"high{n}", real=True)
-
-
-def _possible(condition: sympy.Basic, sides: list[sympy.Expr], alone: bool) -> sympy.Basic:
-    """What holds of a key wherever `condition` holds for some row of the block; true where nothing is known."""
-    if isinstance(condition, (sympy.And, sympy.Or)):
-        return condition.func(*(_possible(x, sides, alone=False) for x in condition.args))
-    if not isinstance(condition, sympy.core.relational.Relational):
-        return sympy.true
-    if not alone and not all(is_plain(load) for load in condition.atoms(Load)):
-        return sympy.true  # it may be out of range where its neighbours do not hold
-    if I not in condition.free_symbols:
-        return condition
-    split = _split(condition.lhs - condition.rhs)
-    if split is None:
-        return sympy.true
-    key, row = split
-    relation = type(condition)
-    if key.could_extract_minus_sign():
-        key, row, relation = -key, -row, FLIPPED.get(relation, relation)
-    low, high = bounds(len(sides))
-    meaning: dict[type, sympy.Basic] = {
-        sympy.Le: sympy.Le(key, high, evaluate=False),
-        sympy.Lt: sympy.Lt(key, high, evaluate=False),
-        sympy.Ge: sympy.Ge(key, low, evaluate=False),
-        sympy.Gt: sympy.Gt(key, low, evaluate=False),
-        sympy.Eq: sympy.And(sympy.Ge(key, low, evaluate=False), sympy.Le(key, high, evaluate=False)),
-    }
-    if relation not in meaning:
-        return sympy.true
-    sides.append(-row)
-    return meaning[relation]
-
-
-def _split(difference: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """key + row, the first free of I and the second free of J; None where a term has both."""
-    key = row = sympy.S.Zero
-    for term in sympy.Add.make_args(difference):
-        if not term.free_symbols >= {I, J}:
-            key, row = (key, row + term) if I in term.free_symbols else (key + term, row)
-            continue
-        return None
-    return key, row
+def _ends(n: int, whole: bool) -> tuple[sympy.Symbol, sympy.Symbol]:
+    about = {"integer": True} if whole else {"real": True}
+    return sympy.Symbol(f"low{n}", **about), sympy.Symbol(f"high{n}", **about)

@@ -160,6 +160,24 @@ CASES: list[Case] = [
         ScoreSpec(SCALE, keep=Eq(Load(0, B, I), Load(0, B, J)), operands=(Operand(torch.uint8, 2),)),
         lambda z: [(documents(z)[0] // 2**33).to(torch.uint8)],
     ),
+    Case(
+        "neighbourhood",
+        ScoreSpec(
+            SCALE,
+            keep=sympy.And(
+                sympy.Abs(FloorDiv(I, 8) - FloorDiv(J, 8)) <= 1, sympy.Abs(PythonMod(I, 8) - PythonMod(J, 8)) <= 2
+            ),
+        ),
+    ),
+    Case(
+        "near_in_documents",
+        ScoreSpec(
+            SCALE,
+            keep=sympy.And(Eq(Load(0, B, I), Load(0, B, J)), sympy.Abs(I - J) <= 9, Ne(PythonMod(J, 4), 1)),
+            operands=(Operand(LONG, 2),),
+        ),
+        documents,
+    ),
     Case("padding_zero", ScoreSpec(SCALE, Ne(Load(0, B, J), 0), "zero", (Operand(BOOL, 2),)), padding),
     Case("padding_mean", ScoreSpec(SCALE, Ne(Load(0, B, J), 0), "mean", (Operand(BOOL, 2),)), padding),
     Case("padding_nan", ScoreSpec(SCALE, Eq(Load(0, B, J), 1), "nan", (Operand(BOOL, 2),)), padding),

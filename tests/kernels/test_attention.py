@@ -118,7 +118,9 @@ def test_empty_outputs(sizes: Sizes) -> None:
     assert lse.numel() == 0
 
 
-@pytest.mark.parametrize("name", ["documents", "documents_of_bytes", "chunks", "padding_zero"])
+@pytest.mark.parametrize("name", [
+    "documents", "documents_of_bytes", "chunks", "padding_zero", "neighbourhood", "near_in_documents",
+])  # fmt: skip
 def test_keys_out_of_reach_are_not_read(name: str) -> None:
     """Values that no row of a block may see are NaN here, which a weight of 0 would not hide."""
     case = named(name)
