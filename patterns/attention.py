@@ -73,7 +73,7 @@ def _softmax_of(anchor: Value) -> tuple[Value, int]:
     return written if written is not None else (anchor["self"], anchor["dim"])
 
 
-_CARRIES = frozenset({"to", "dropout", "reshape", "permute", "expand", "slice", "detach"})
+_CARRIES = frozenset({"to", "dropout", "reshape", "permute", "expand", "slice", "detach", "nan_to_num"})
 
 
 def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[Contraction]:
@@ -157,7 +157,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     # From the weights back to the softmax: casts and views only, so that the index alone changes.
     walk = Walk(ranges)
     at = tuple(axis[c] for c in product.lhs_labels)
-    index, dropout = _back_to(anchor, weights, at, walk)
+    index, dropout, zeroed = _back_to(anchor, weights, at, walk)
     scores, softmax_axis = _softmax_of(anchor)
     if index[softmax_axis] != J:
         raise Miss("softmax runs over another axis than the one that meets the values", anchor)
@@ -198,7 +198,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         interior=tuple(_interior(product.value, dot.value)),
         ranges=_flat_ranges(lead, sizes),
         score_dtype=scores.dtype,
-        dead_bool="nan",
+        dead_bool="zero" if zeroed else "nan",
     )
 
 
@@ -303,8 +303,7 @@ def _site(
         full = Where(keep, without_row_shift(score), -sympy.oo)
     alive = has_live_key(predicate, ranges)
     dead = masked.dead() if masked.fills and full is None else dead_bool
-    if call is not None and dead == "nan":
-        dead = "zero"  # SDPA's own softmax gives 0 where every score is -inf
+    dead = dead_bool if dead == "nan" else dead  # SDPA gives 0 where every score is -inf
     if masked.fills and keep != sympy.true and dead == "mean" and not alive:
         dead = "unknown"
     if sink is not None and not alive:
@@ -313,7 +312,12 @@ def _site(
         # Rows without keys can't be excluded, and what they get is no simple rule: keep the fills as numbers.
         if any(not fill.is_finite for fill, _ in masked.fills):
             raise Miss("a row may see no key, and the fills of its masks do not agree", root)
-        masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
+        masked, predicate, dead, alive = (
+            _separate_nothing(score),
+            keep,
+            dead_bool,
+            keep == sympy.true,
+        )
     bounds = band(predicate) if predicate != sympy.true else Band()
     had = describe(predicate, ranges)
     told = masked.fills or any(v.op == "where" or (v.op == "add" and not _number(v["other"])) for v in interior)
@@ -391,23 +395,25 @@ def _label_sizes(product: Contraction) -> dict[str, Any]:
     return sizes
 
 
-def _back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index, float]:
-    """The index into the softmax of an element of the weights, and the dropout on the way."""
-    value, index, dropout = weights, at, 0.0
+def _back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index, float, bool]:
+    """The index into the softmax of an element of the weights, the dropout on the way, and whether NaN becomes 0."""
+    value, index, dropout, zeroed = weights, at, 0.0, False
     while value is not anchor:
         if value.op == "dropout":
             if dropout:
                 raise Miss("the weights are dropped out twice", value)
             dropout = float(value["p"])
             value = value["self"]
-        elif value.op in ("to",):
+        elif value.op == "to":
             value = value["self"]
+        elif value.op == "nan_to_num" and value.args.get("nan") in (None, 0):  # weights are never infinite
+            value, zeroed = value["self"], True
         else:
             step = walk.back(value, index)
             if step is None:
                 raise Miss(f"{value.op} stands between the softmax and the values", value)
             value, index = step
-    return index, dropout
+    return index, dropout, zeroed
 
 
 def _score(

@@ -108,7 +108,7 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     dead = _dead(emitter, site, words)
     mask = _mask(emitter, site, words, dead)
     if mask is not None and site.call is None and _far(words.rest, site):
-        mask, absorbed = _near(emitter, mask, site.floor)
+        mask, absorbed = _near(emitter, mask, site)
         if site.full is not None or absorbs(words.rest, site.loads, finite=True):
             q = emitter.call("masked_fill", q, _four(emitter, absorbed, words), 0.0)
     if mask is not None:
@@ -163,22 +163,26 @@ def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
     return loads or any(x <= -FAR for x in rest.atoms(sympy.Number))
 
 
-def _near(emitter: Emitter, mask: fx.Node, floor: sympy.Expr | None) -> tuple[fx.Node, fx.Node]:
+def _near(emitter: Emitter, mask: fx.Node, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
     """The mask, each far row of it moved up to 0, which softmax does not see; NaN where it is -inf for a whole row, for
-    there softmax gives NaN and SDPA 0. And the rows that were so far away that nothing was left of their scores: beyond
-    `ABSORBING`, or as low as a number that stands where keys are masked."""
-    key = ("near", mask)
+    there softmax gives NaN and SDPA 0 (which is right where the program takes 0 for NaN). And the rows that were so far
+    away that nothing was left of their scores: beyond `ABSORBING`, or as low as a number that stands where keys are
+    masked."""
+    floor, zero = site.floor, site.dead == "zero"
+    key = ("near", mask, floor, zero)
     if key not in emitter.shared:
         top = emitter.call("amax", emitter.call("detach", mask), -1, True)
         distance = emitter.call(torch.abs, top)
         far = emitter.call(operator.gt, distance, FAR)
+        if zero:
+            far = emitter.call(torch.logical_and, far, emitter.call(operator.gt, top, -float("inf")))
         emitter.shared[key] = emitter.call(operator.sub, mask, emitter.call(torch.where, far, top, 0.0))
         absorbed = emitter.call(operator.ge, distance, ABSORBING)
         if floor is not None:
             low = emitter.call(operator.le, top, float(floor) + FAR)
             absorbed = emitter.call(torch.logical_or, absorbed, low)
-        emitter.shared["absorbed", mask] = absorbed
-    return emitter.shared[key], emitter.shared["absorbed", mask]
+        emitter.shared["absorbed", key] = absorbed
+    return emitter.shared[key], emitter.shared["absorbed", key]
 
 
 def _axes(words: Told) -> tuple[sympy.Symbol, ...]:

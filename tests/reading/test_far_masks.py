@@ -142,3 +142,45 @@ def test_masks_that_leave_nothing() -> None:
 
     outcome = check(nothing, *inputs("min", torch.float32)[:3])
     assert [s.route for s in outcome.matched] == ["inductor"]
+
+
+ZEROED: dict[str, Callable[..., Tensor]] = {
+    "masked by -inf": lambda s, m: s.masked_fill(m < 0, -torch.inf).softmax(-1).nan_to_num(),
+    "masked by -inf, 0.0 given": lambda s, m: torch.nan_to_num(s.masked_fill(m < 0, -torch.inf).softmax(-1), 0.0),
+    "masked by finfo.min": lambda s, m: s.masked_fill(m < 0, torch.finfo(s.dtype).min).softmax(-1).nan_to_num(nan=0.0),
+    "a mask that is data": lambda s, m: (s + m).softmax(-1).nan_to_num(),
+    "data, and causal by finfo.min": lambda s, m: (
+        (s + m).masked_fill(torch.ones(LENGTH, LENGTH).triu(1).bool(), torch.finfo(s.dtype).min)
+        .softmax(-1).nan_to_num()
+    ),
+    "causal, nothing for the first": lambda s, m: (
+        s.masked_fill(torch.ones(LENGTH, LENGTH).triu().bool(), -torch.inf)
+        .softmax(-1, dtype=torch.float32).nan_to_num().to(s.dtype)
+    ),
+    "nothing dead": lambda s, m: s.softmax(-1).nan_to_num(),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ["sdpa", "triton"])
+@pytest.mark.parametrize("name", ZEROED)
+def test_nan_of_a_row_without_keys_becomes_0(
+    name: str, route: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def zeroed(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return ZEROED[name](q @ k.mT * 0.5, m) @ v
+
+    for kind in KINDS:
+        outcome = check(zeroed, *inputs(kind, dtype), routes={"attention": route})
+        assert [s.matched for s in outcome.sites] == [True], outcome.reasons
+
+
+def test_another_number_for_nan_is_not_0() -> None:
+    def other(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(m < 0, -torch.inf).softmax(-1).nan_to_num(0.5) @ v
+
+    outcome = check(other, *inputs("inf", torch.float32))
+    assert "nan_to_num" in outcome.reasons
