@@ -28,10 +28,11 @@ _POSITIONS = frozenset("slice narrow select".split())
 """Operations whose numbers say where, not what."""
 
 
-def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = False) -> bool:
+def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = False, strict: bool = False) -> bool:
     """Whether a formula contains a number, or loads from a tensor that may, of more than `ABSORBING` in size.
 
-    loads: the values that `Load(n, ...)` speaks of. finite: infinite numbers and NaN don't count.
+    loads: the values that `Load(n, ...)` speaks of. finite: infinite numbers and NaN don't count. strict: as in
+    `may_absorb`.
     """
     if expr is None:
         return False
@@ -39,20 +40,23 @@ def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = 
         if abs(x) >= ABSORBING and (x.is_finite or not finite):
             return True
     values = (loads[load.operand] for load in expr.atoms(Load))
-    return any(may_absorb(v) for v in values if not (finite and v.dtype == torch.float16))
+    return any(may_absorb(v, strict=strict) for v in values if not (finite and v.dtype == torch.float16))
 
 
-def may_absorb(value: Value) -> bool:
+def may_absorb(value: Value, *, strict: bool = False) -> bool:
     """Whether an element of a tensor may be of more than `ABSORBING` in size, or infinite, or NaN.
 
-    Parameters and what needs a gradient are taken to be smaller: no model trains with such weights. Any other tensor
-    that enters the program may hold anything.
+    Parameters and what needs a gradient are taken to be smaller: no model trains with such weights. So is what is made
+    of small numbers and positions alone (ALiBi's slopes), but where `strict` it may divide by 0. Any other tensor that
+    enters the program may hold anything.
     """
     known: dict[Value, bool] = {}
     todo = [value]
     while todo:
         top = todo[-1]
         verdict = known.get(top, _alone(top))
+        if verdict and not strict and top.op in _UNBOUNDED | {"div"} and not _enters(top):
+            verdict = None
         if verdict is None:
             pending = [v for v in top.inputs() if v not in known]
             if pending:
@@ -74,6 +78,19 @@ def _alone(value: Value) -> bool | None:
     if value.op not in _POSITIONS and any(abs(x) >= ABSORBING or x != x for x in _numbers(tuple(value.args.values()))):
         return True
     return None
+
+
+def _enters(value: Value) -> bool:
+    """Whether a tensor that enters the program is part of a value."""
+    seen: set[Value] = set()
+    todo = [value]
+    while todo:
+        top = todo.pop()
+        if top.op in ("leaf", "empty"):
+            return True
+        todo.extend(v for v in top.inputs() if v not in seen)
+        seen.update(top.inputs())
+    return False
 
 
 def _numbers(x: Any) -> Iterator[float]:

@@ -60,7 +60,7 @@ def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
         return "the scale depends on the key"
     # What is the same for a whole row is a shift that softmax does not see, as long as the scores survive it.
     terms = sympy.Add.make_args(rest)
-    rest = sympy.Add(*(t for t in terms if J in t.free_symbols or absorbs(t, site.loads)))
+    rest = sympy.Add(*(t for t in terms if J in t.free_symbols or absorbs(t, site.loads, strict=True)))
     causal = rest == 0 and is_causal(site.keep) and sympy.expand(site.queries - site.keys) == 0
     return Told(coefficient, rest, causal, sympy.true if causal else site.keep)
 
