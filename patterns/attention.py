@@ -257,7 +257,8 @@ def _sdpa(call: Value) -> AttentionSite:
         operands=(
             place(q, at(q, I), I, lead, walk),
             place(k, at(k, J), J, lead, walk),
-            place(v, at(v, J), J, lead, walk),
+            # With dynamic shapes keys and values may have a symbol each for the length that SDPA holds them to.
+            place(v, at(v, J), J, lead, Walk({**ranges, J: integer(v.shape[-2])})),
         ),
         head_dim=integer(q.shape[-1]),
         score=score.xreplace(substitution),

@@ -13,7 +13,7 @@ from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from xfcompile.operands import D
 from xfcompile.read import Reading
-from xfcompile.score import B, H, I, J, Load, Where
+from xfcompile.score import POSITION, B, H, I, J, Load, Where
 from xfcompile.site import AttentionSite, Miss, Placed
 from xfcompile.values import Value
 
@@ -72,6 +72,8 @@ class Emitter:
             return total
         if isinstance(expr, FloorDiv):
             return self.call(operator.floordiv, self.size(expr.args[0]), self.size(expr.args[1]))
+        if _is_extremum(expr):
+            return self._chain(torch.sym_min if _is_least(expr) else torch.sym_max, [self.size(a) for a in expr.args])
         return self._size_of_input(expr)
 
     def _size_of_input(self, expr: sympy.Expr) -> fx.Node:
@@ -219,6 +221,8 @@ class Emitter:
             return self._position(expr, site)
         if expr.is_Symbol:
             return self.size(expr) if expr.is_integer else self.number(expr)
+        if _is_extremum(expr) and expr.is_integer and not expr.has(Load, *POSITION):
+            return self.size(expr)
         if isinstance(expr, Load):
             return self._load(expr, site)
         if isinstance(expr, Where):
@@ -243,8 +247,8 @@ class Emitter:
             return self.call(op, sub(expr.args[0]), sub(expr.args[1]))
         if isinstance(expr, sympy.Abs):
             return self.call(torch.abs, sub(expr.args[0]))
-        if isinstance(expr, (sympy.Min, sympy.Max)):
-            extreme = torch.minimum if isinstance(expr, sympy.Min) else torch.maximum
+        if _is_extremum(expr):
+            extreme = torch.minimum if _is_least(expr) else torch.maximum
             return self._chain(extreme, self._tensors(expr.args, site))
         raise Miss(f"{expr.func.__name__} has no tensor form here")
 
@@ -322,6 +326,15 @@ class Emitter:
         if axis == H:
             return site.sizes[-1]
         return sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0]
+
+
+def _is_extremum(expr: sympy.Basic) -> bool:
+    """Whether it is sympy's Min or Max, or that of torch's sizes."""
+    return type(expr).__name__ in ("Min", "Max")
+
+
+def _is_least(expr: sympy.Basic) -> bool:
+    return type(expr).__name__ == "Min"
 
 
 def _width(x: Any) -> torch.dtype:

@@ -91,9 +91,9 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     k = emitter.whole_batch(k, site, candidate.k, heads=not grouped)
     v = emitter.whole_batch(v, site, candidate.v, heads=not grouped)
     scale: Any = words.coefficient
-    if not scale.has(Load, *POSITION):
+    if all(x.is_integer for x in scale.free_symbols) and not scale.has(Load, *POSITION):
         scale = emitter.number(scale)
-    else:
+    else:  # a number that is known at run time would be compiled anew for each value
         q = emitter.call("to", emitter.call(operator.mul, q, emitter.tensor(scale, site)), dtype)
         scale = 1.0
     if isinstance(scale, float) and scale < 0:
