@@ -226,8 +226,8 @@ def test_static_cache_is_compiled_as_often_for_many_tokens_as_for_few(name: str,
     assert len(many.modules) == ATTENTIONS[name]
     assert len(many.report.sites) == ATTENTIONS[name] * many.compilations
     assert {(site.matched, site.route) for site in many.report.sites} == {(True, "sdpa")}
-    # transformers makes the mask outside of the graph: booleans for SDPA, floats, which are a bias, for eager. T5's eager
-    # masks are read as padding all the same.
+    # transformers makes the mask outside of the graph: booleans for SDPA, floats, which are a bias, for eager. T5's
+    # eager masks are read as padding all the same.
     read = "key padding" if attention == "sdpa" or name == "t5" else "none"
     assert {site.mask for site in many.report.sites} == {read}
 
