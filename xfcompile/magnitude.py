@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from xfcompile.contraction import CONTRACTIONS
-from xfcompile.score import Load
+from xfcompile.score import Load, Where
 from xfcompile.values import Value
 
 ABSORBING = 1e18
@@ -36,11 +36,20 @@ def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = 
     """
     if expr is None:
         return False
-    for x in expr.atoms(sympy.Number):
-        if abs(x) >= ABSORBING and (x.is_finite or not finite):
-            return True
-    values = (loads[load.operand] for load in expr.atoms(Load))
+    found = set(_numerals(expr))
+    if any(abs(x) >= ABSORBING and (x.is_finite or not finite) for x in found if not isinstance(x, Load)):
+        return True
+    values = (loads[x.operand] for x in found if isinstance(x, Load))
     return any(may_absorb(v, strict=strict) for v in values if not (finite and v.dtype == torch.float16))
+
+
+def _numerals(expr: sympy.Basic) -> Iterator[sympy.Expr]:
+    """The numbers and the loads that a formula computes with, and not those that it only compares."""
+    if isinstance(expr, Load) or expr.is_Number:
+        yield expr
+    elif not isinstance(expr, sympy.logic.boolalg.Boolean) or isinstance(expr, sympy.Symbol):
+        for arg in expr.args[1:] if isinstance(expr, Where) else expr.args:
+            yield from _numerals(arg)
 
 
 def may_absorb(value: Value, *, strict: bool = False) -> bool:

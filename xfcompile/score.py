@@ -56,5 +56,8 @@ class Where(sympy.Function):
     def _eval_is_real(self) -> bool | None:
         return True if self.args[1].is_real and self.args[2].is_real else None
 
+    def _eval_is_extended_real(self) -> bool | None:
+        return True if self.args[1].is_extended_real and self.args[2].is_extended_real else None
+
     def _eval_is_integer(self) -> bool | None:
         return True if self.args[1].is_integer and self.args[2].is_integer else None

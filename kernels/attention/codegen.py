@@ -40,10 +40,6 @@ def canonical(spec: ScoreSpec) -> ScoreSpec:
     )
 
 
-FAR = sympy.Float(1e28)
-"""A number that is larger is no other number in a score than this one: see `template.HELPERS["clamped"]`."""
-
-
 def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
     """c > 0 where the score is c·s: its product with log2(e) then joins the exponent's multiply-add."""
     scale = sympy.sympify(score).coeff(S)
@@ -52,9 +48,7 @@ def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
 
 def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
     """The score for exponents of base 2, or of base 4, in which finfo.min stays finite."""
-    if template.wide(spec):
-        return times(LOG2E / 2, score)
-    return times(LOG2E, score.xreplace({x: sympy.sign(x) * FAR for x in score.atoms(sympy.Float) if abs(x) > FAR}))
+    return times(LOG2E / 2 if template.wide(spec) else LOG2E, score)
 
 
 def times(factor: sympy.Expr, score: sympy.Expr) -> sympy.Expr:

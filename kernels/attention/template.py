@@ -53,6 +53,9 @@ class Names:
 
 WIDTH = 116
 
+FAR = 1e28
+"""A number that is larger may not be finite once it is multiplied by log2(e) and a position."""
+
 NEAR = 128.0
 """Beside a score that is higher by this, in base e, one has a weight of 0 in fp32."""
 
@@ -221,7 +224,8 @@ def far_loads(spec: ScoreSpec) -> set[Load]:
 def wide(spec: ScoreSpec) -> bool:
     """Whether scores are computed in base 4, in which finfo.min stays finite. That takes an operation a score; what is
     the same for a whole row is clamped instead, which takes one a row and tells no keys apart that eager does not."""
-    if spec.full is not None:
+    numbers = {x for score in (spec.score, spec.sink) if score is not None for x in score.atoms(sympy.Number)}
+    if spec.full is not None or any(x.is_finite and abs(x) > FAR for x in numbers):
         return True
     compared = spec.keep.atoms(Load)
     return any(J in load.free_symbols or load in compared for load in far_loads(spec))

@@ -135,6 +135,33 @@ def test_an_unshifted_softmax_has_no_far_rows(name: str, route: str, monkeypatch
         assert outcome.matched or "0 / 0" in outcome.reasons
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_two_masks_of_different_low_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a row that both mask, the keys of the higher number are left."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        s = q @ k.mT + torch.where(a > 0, 0.0, torch.finfo(q.dtype).min)
+        return s.where(b > 0, torch.tensor(-1e30)).softmax(-1) @ v
+
+    a, b = tensors((1, LENGTH), (LENGTH, LENGTH), seed=3)
+    b[1] = a[:, 0] = -1
+    for route in ("sdpa", "triton"):
+        check(masked, *inputs("min", torch.float32)[:3], a, b, routes={"attention": route})
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_unshifted_softmax_of_clamped_scores_under_two_masks() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        near = torch.arange(LENGTH)[None, :] // 2 == torch.arange(LENGTH)[:, None] // 2
+        s = q @ k.mT + (1.0 - near.to(q.dtype)) * -1e4
+        e = s.masked_fill(m == 0, -torch.inf).clamp(max=80).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    outcome = check(masked, *inputs("high", torch.float32))
+    assert outcome.matched
+
+
 def test_masks_that_leave_nothing() -> None:
     def nothing(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
