@@ -313,12 +313,7 @@ def _site(
         # Rows without keys can't be excluded, and what they get is no simple rule: keep the fills as numbers.
         if any(not fill.is_finite for fill, _ in masked.fills):
             raise Miss("a row may see no key, and the fills of its masks do not agree", root)
-        masked, predicate, dead, alive = (
-            _separate_nothing(score),
-            keep,
-            dead_bool,
-            keep == sympy.true,
-        )
+        masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
     bounds = band(predicate) if predicate != sympy.true else Band()
     had = describe(predicate, ranges)
     told = masked.fills or any(v.op == "where" or (v.op == "add" and not _number(v["other"])) for v in interior)

@@ -65,6 +65,11 @@ def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
     return Told(coefficient, rest, causal, sympy.true if causal else site.keep)
 
 
+def swallows(site: AttentionSite, words: Told | None) -> bool:
+    """Whether nothing may be left of a row's scores beside its masks and biases."""
+    return site.full is not None or (words is not None and absorbs(words.rest, site.loads, finite=True))
+
+
 def choose(
     site: AttentionSite, score: sympy.Expr, *, training: bool, bias_grad: bool, forced: Mapping[str, str]
 ) -> tuple[Route, Told | None]:
@@ -75,8 +80,7 @@ def choose(
     sayable = words if isinstance(words, Told) else None
     kernel = _why_no_kernel(site, training)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
-    swallows = site.full is not None or (sayable is not None and absorbs(sayable.rest, site.loads, finite=True))
-    if training and site.call is None and (site.leaks or swallows):
+    if training and site.call is None and (site.leaks or swallows(site, sayable)):
         sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"
     if wanted == "inductor":
         return Route("inductor", "asked for"), None

@@ -12,7 +12,7 @@ from torch import fx
 
 from xfcompile.emit import Emitter
 from xfcompile.magnitude import ABSORBING, absorbs
-from xfcompile.plan import Told, operand_dtype
+from xfcompile.plan import Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
 
@@ -109,7 +109,7 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     mask = _mask(emitter, site, words, dead)
     if mask is not None and site.call is None and _far(words.rest, site):
         mask, absorbed = _near(emitter, mask, site)
-        if site.full is not None or absorbs(words.rest, site.loads, finite=True):
+        if swallows(site, words):
             q = emitter.call("masked_fill", q, _four(emitter, absorbed, words), 0.0)
     if mask is not None:
         mask = emitter.call("to", mask, dtype) if words.rest != 0 else mask

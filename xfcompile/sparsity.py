@@ -37,7 +37,7 @@ def verdicts(keep: Any, queries: int, keys: int, tile: int = TILE) -> tuple[torc
 
 @functools.lru_cache(maxsize=256)
 def describe(keep: Any, band: Band, queries: Any, keys: Any) -> str | None:
-    """In words: "j < i + 1: 51 % of 64x64 tiles run, 2 % of them masked"."""
+    """In words: "j < i + 1: 51% of 64x64 tiles run, 2% masked"."""
     if keep in (sympy.true, sympy.false):
         return None
     found = None

@@ -115,37 +115,19 @@ def generate(spec: ScoreSpec) -> str:
         body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
         return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
 
-    position = ["b", "h", "i", "j"]
+    site = ["b", "h", "i", "j", *names.inside, *names.flag_parameters]
     functions = []
-    if scale is None:
-        functions.append(
-            function(
-                "score",
-                ["s", *position, *names.inside, *names.flag_parameters],
-                in_base(spec, spec.score),
-                hoisted,
-            )
-        )
-    if spec.full is not None:
-        functions.append(
-            function(
-                "full_score", ["s", *position, *names.inside, *names.flag_parameters], in_base(spec, spec.full), hoisted
-            )
-        )
+    for name, score in (("score", spec.score if scale is None else None), ("full_score", spec.full)):
+        if score is not None:
+            functions.append(function(name, ["s", *site], in_base(spec, score), hoisted))
     if spec.keep != sympy.true:
-        functions.append(function("keep", [*position, *names.inside, *names.flag_parameters], spec.keep, hoisted))
+        functions.append(function("keep", site, spec.keep, hoisted))
     for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
         if bound is not None:
             functions.append(function(side, ["i", *names.scalars], bound, {}))
     if spec.sink is not None:
-        functions.append(
-            function(
-                "sink",
-                ["b", "h", "i", *names.outside, *names.flag_parameters],
-                in_base(spec, spec.sink),
-                {},
-            )
-        )
+        arguments = ["b", "h", "i", *names.outside, *names.flag_parameters]
+        functions.append(function("sink", arguments, in_base(spec, spec.sink), {}))
     scan_lines: list[str] = []
     found = reach(spec)
     if found is not None:

@@ -76,11 +76,11 @@ def tanh(x, x_log2, FAST: tl.constexpr):
         y = tl.where(tl.abs(x) < 0.625, p * x2 * x + x, 1.0 - 2.0 / (tl.exp2(x_log2) + 1.0))
     return y
 """,
-    "clamped": """\
+    "clamped": f"""\
 @triton.jit
 def clamped(x):
-    # Nothing is left of a score beside 1e28 either, and its products with positions are finite. Infinity and NaN stay.
-    return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, -1e28), 1e28), x)
+    # Nothing is left of a score beside {FAR} either, and its products with positions are finite. Infinity and NaN stay.
+    return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, {-FAR}), {FAR}), x)
 """,
     "floor_div": """\
 @triton.jit
