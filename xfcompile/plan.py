@@ -17,6 +17,11 @@ from xfcompile.site import AttentionSite
 HALF = (torch.float16, torch.bfloat16)
 
 
+BIAS_KEYS = 256
+"""More keys than this, and SDPA's backward for a bias that needs a gradient is slower than Inductor's: it makes that of
+every batch, of the size of all scores, before it is added up. Measured on an H200 (examples/results/models_h200.json):
+with 144 keys both take as long (Swin), with 1024 SDPA loses (T5)."""
+
 FEW_QUERIES = 32
 """Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys."""
 
@@ -118,6 +123,9 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "SDPA drops no weights out on CPUs"
     if bias_grad and device == "cpu":
         return "a term of the score needs a gradient, which SDPA on CPUs has only unfused"
+    keys = sympy.sympify(site.keys)
+    if bias_grad and site.call is None and not (keys.is_Integer and keys <= BIAS_KEYS):
+        return f"a term of the score needs a gradient, for which SDPA is slower beyond {BIAS_KEYS} keys"
     if device == "cpu" and _materialised(site, words) > 4:
         return "SDPA would need a bias of the size of all scores"
     return None

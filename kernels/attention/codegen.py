@@ -52,9 +52,12 @@ def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
 
 
 def times(factor: sympy.Expr, score: sympy.Expr) -> sympy.Expr:
-    """factor * score, for a factor above 0, multiplied into each term: it merges with the constants there, and s is not
-    added to as it is: triton would start the product of queries and keys from what is added, and round each step of it
-    to that number's size."""
+    """factor * score, for a factor above 0. Of a sum with s in it each term is multiplied: it merges with the constants
+    there, and s is not added to as it is: triton would start the product of queries and keys from what is added, and
+    round each step of it to that number's size. Other sums are multiplied as a whole: many terms, each with a constant
+    that is rounded by itself, lose digits."""
+    if isinstance(score, sympy.Add) and not any(term.as_independent(S)[1] == S for term in score.args):
+        return factor * score
     if isinstance(score, (sympy.Add, sympy.Min, sympy.Max)):
         return score.func(*(times(factor, term) for term in score.args))
     if isinstance(score, Where):
