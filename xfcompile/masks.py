@@ -192,7 +192,7 @@ def _word(term: Any, ranges: Ranges) -> str:
         width = sympy.expand(gap + (I - J))
         if not width.free_symbols & {I, J, B, H}:
             return f"after {width + 1}"
-        if gap.free_symbols & {I, J} == {J}:
+        if gap.free_symbols & {I, J} == {J} and J not in sympy.expand(gap + J).free_symbols:
             return f"prefix({sympy.expand(gap + J) + 1})"
     if isinstance(term, sympy.Or):
         return "(" + " | ".join(_word(t, ranges) for t in term.args) + ")"
