@@ -117,11 +117,14 @@ def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTar
     for name in kernel.arg_names:  # last dimensions are contiguous: Triton makes a stride of 1 a constant
         if name in ("stride_qd", "stride_kd", "stride_vd"):
             constants[name] = 1
+    if prepared.mask is not None:
+        constants |= {"LISTED": True, "PARTS_M": 1, "PARTS_N": 1}
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(prepared.spec.operands)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, dtype, prepared.spec) if name not in constants else "constexpr"
-        if name not in constants and name not in ("group", *(x.name for x in prepared.spec.scalars)):
+        unaligned = ("group", "list_b", "list_h", *(x.name for x in prepared.spec.scalars))
+        if name not in constants and name not in unaligned:
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
@@ -130,6 +133,8 @@ def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTar
 def _type(name: str, dtype: torch.dtype, spec: ScoreSpec) -> str:
     if name == "lse_ptr":
         return "*fp32"
+    if name == "list_ptr":
+        return "*i32"
     if match := re.fullmatch(r"t(\d+)_ptr", name):
         return f"*{TRITON_DTYPES[spec.operands[int(match[1])].dtype]}"
     if name.endswith("_ptr"):

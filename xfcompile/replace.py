@@ -12,12 +12,16 @@ from torch import fx
 
 from xfcompile.emit import Emitter
 from xfcompile.magnitude import ABSORBING, absorbs
-from xfcompile.plan import Told, operand_dtype, swallows
+from xfcompile.plan import FEW_QUERIES, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
 
 if TYPE_CHECKING:
     from xfcompile.rewrite import Candidate
+
+
+MANY = 4096
+"""How many queries there are taken to be where that is not known."""
 
 
 def replace_attention(emitter: Emitter, candidate: Candidate) -> fx.Node:
@@ -226,8 +230,38 @@ def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.No
     v = emitter.whole_batch(v, site, candidate.v, heads=group_k != group_v)
     spec, operands, ints, floats = score_spec(emitter, candidate)
     key = prepare(spec)
-    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, floats, key)
+    tiles = _tiles(emitter, site, dtype, q, (operands, ints, floats), key)
+    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, floats, key, *tiles)
     return emitter.call(operator.getitem, made, 0)
+
+
+def _tiles(
+    emitter: Emitter, site: AttentionSite, dtype: torch.dtype, like: fx.Node, loaded: tuple[Any, Any, Any], key: str
+) -> tuple[Any, ...]:
+    """The lists of the tiles under the site's mask, made once for all attentions under it, and the sizes of the tiles;
+    nothing where the kernel needs none, or makes them by itself."""
+    from xfcompile.kernels.attention import FEW_TILES, mask_arguments, mask_of, tile_sizes
+
+    mask = mask_of(key)
+    queries = sympy.sympify(site.queries)
+    device = site.root.meta.device
+    if mask is None or (queries.is_Integer and queries < FEW_QUERIES):
+        return ()
+    many = int(queries) if queries.is_Integer else MANY
+    block_m, block_n = tile_sizes(device, dtype, int(site.head_dim), int(site.value_dim), many)
+    keys = sympy.sympify(site.keys)
+    if keys.is_Integer and keys <= FEW_TILES * block_n:
+        return ()
+    operands, ints, floats = mask_arguments(key, *loaded)
+    batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else sympy.S.One
+    heads = site.sizes[-1] if len(site.lead) >= 2 else sympy.S.One
+    sizes = (batch, heads, site.queries, site.keys)
+    name = ("tiles", mask, tuple(operands), tuple(ints), tuple(floats), sizes, block_m, block_n, device)
+    if name not in emitter.shared:
+        shape = [emitter.size(n) for n in sizes]
+        op = torch.ops.xfcompile.attention_tiles.default
+        emitter.shared[name] = emitter.call(op, like, operands, ints, floats, shape, block_m, block_n, mask)
+    return emitter.shared[name], block_m, block_n
 
 
 def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any], list[Any]]:

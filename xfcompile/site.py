@@ -74,6 +74,21 @@ class ScoreSpec:
 
 
 @dataclass(frozen=True)
+class MaskSpec:
+    """What is known of a tile of scores before they are computed: everything that lists of tiles are made from.
+
+    keep: as in `ScoreSpec`, and with it that what is added to the score is not -inf.
+    even: loads of the score that may be one number for a whole tile.
+    operands, scalars: as in `ScoreSpec`.
+    """
+
+    keep: sympy.Basic
+    even: tuple[sympy.Expr, ...] = ()
+    operands: tuple[Operand, ...] = ()
+    scalars: tuple[sympy.Symbol, ...] = ()
+
+
+@dataclass(frozen=True)
 class Placed:
     """A tensor of an attention, and what each of its dimensions is.
 

@@ -1,6 +1,16 @@
-"""Attention with any score: generated Triton forward kernels behind one op, `torch.ops.xfcompile.attention`."""
+"""Attention with any score: Triton forward kernels, generated, behind `torch.ops.xfcompile.attention`."""
 
-from xfcompile.kernels.attention.op import attention, prepare
+from xfcompile.kernels.attention.launch import FEW_TILES, mask_arguments, mask_of, tile_sizes
+from xfcompile.kernels.attention.op import attention, attention_tiles, prepare
 from xfcompile.kernels.attention.tiles import supports
 
-__all__ = ["attention", "prepare", "supports"]
+__all__ = [
+    "FEW_TILES",
+    "attention",
+    "attention_tiles",
+    "mask_arguments",
+    "mask_of",
+    "prepare",
+    "supports",
+    "tile_sizes",
+]

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +18,7 @@ import torch.utils._sympy.functions as torch_functions
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from xfcompile.score import Load, Where
-from xfcompile.site import Band, Operand, ScoreSpec
+from xfcompile.site import Band, MaskSpec, Operand, ScoreSpec
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,31 @@ def find(key: str) -> str | None:
     return source if key_of(source) == key else None
 
 
+def read_back(key: str, op: str, prepare: str) -> tuple[str, ScoreSpec | MaskSpec]:
+    """The source that another process has stored, and its spec."""
+    source = find(key)
+    if source is None:
+        raise RuntimeError(
+            f"xfcompile::{op}: no kernel {key!r} was prepared in this process and none is stored in "
+            f"{directory()}; call xfcompile.kernels.attention.{prepare}(spec) first"
+        )
+    return source, parse(load(store(source), f"xfcompile_{op}_{key}_spec").SPEC)
+
+
+def canonical_names(scalars: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, sympy.Symbol]:
+    """Names that do not depend on the program: n0, n1 … for integers, a0, a1 … for reals. The text of a kernel is then
+    its identity."""
+    names: dict[sympy.Symbol, sympy.Symbol] = {}
+    for x in scalars:
+        stem = "n" if x.is_integer else "a"
+        number = sum(new.name.startswith(stem) for new in names.values())
+        assumptions = {"integer": True} if x.is_integer else {"real": True}
+        # What is known of signs is kept: it makes divisions and scales cheaper.
+        assumptions |= {fact: True for fact in ("positive", "nonnegative") if getattr(x, f"is_{fact}")}
+        names[x] = sympy.Symbol(f"{stem}{number}", **assumptions)
+    return names
+
+
 def load(path: Path, name: str) -> ModuleType:
     """Imports a stored file under a name of its own; `triton.jit` decides here whether it will be interpreted."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -95,7 +120,7 @@ def load(path: Path, name: str) -> ModuleType:
     return module
 
 
-def parse(fields: Mapping[str, object]) -> ScoreSpec:
+def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
     """The spec that a generated module carries as `SPEC`."""
     scope = {**vars(torch_functions), **vars(sympy), "Load": Load, "Where": Where}
     # Min, Max and Mod are names of torch's functions and of sympy's: sympy's, which mean the same, win.
@@ -103,12 +128,18 @@ def parse(fields: Mapping[str, object]) -> ScoreSpec:
     def expression(text: object) -> sympy.Basic | None:
         return None if text is None else eval(str(text), scope)  # the text is sympy.srepr's, of a file with our hash
 
+    def many(name: str) -> tuple[sympy.Basic | None, ...]:
+        return tuple(expression(x) for x in fields[name])  # type: ignore[attr-defined]
+
+    operands = tuple(Operand(getattr(torch, dtype), ndim) for dtype, ndim in fields["operands"])  # type: ignore
+    if "even" in fields:
+        return MaskSpec(expression(fields["keep"]), many("even"), operands, many("scalars"))
     return ScoreSpec(
         score=expression(fields["score"]),
         keep=expression(fields["keep"]),
         dead=fields["dead"],  # type: ignore[arg-type]
-        operands=tuple(Operand(getattr(torch, dtype), ndim) for dtype, ndim in fields["operands"]),  # type: ignore
-        scalars=tuple(expression(x) for x in fields["scalars"]),  # type: ignore
+        operands=operands,
+        scalars=many("scalars"),
         sink=expression(fields["sink"]),
         band=Band(expression(fields["lower"]), expression(fields["upper"]), bool(fields["exact"])),
         far=bool(fields["far"]),

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import sympy
 
-from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, is_plain
-from xfcompile.kernels.attention.reach import reach
+from xfcompile.kernels.attention import blocks, cache, template
+from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
 
 
 def canonical(spec: ScoreSpec) -> ScoreSpec:
     """The same spec with scalars named n0, n1 … (integers) and a0, a1 … (reals): its text is then its identity."""
-    names: dict[sympy.Symbol, sympy.Symbol] = {}
-    for x in spec.scalars:
-        stem = "n" if x.is_integer else "a"
-        number = sum(new.name.startswith(stem) for new in names.values())
-        assumptions = {"integer": True} if x.is_integer else {"real": True}
-        # What is known of signs is kept: it makes divisions and scales cheaper.
-        assumptions |= {fact: True for fact in ("positive", "nonnegative") if getattr(x, f"is_{fact}")}
-        names[x] = sympy.Symbol(f"{stem}{number}", **assumptions)
+    names = cache.canonical_names(spec.scalars)
 
     def rename(expr: sympy.Basic | None) -> sympy.Basic | None:
         return None if expr is None else sympy.sympify(expr).xreplace(names)
@@ -38,12 +29,6 @@ def canonical(spec: ScoreSpec) -> ScoreSpec:
         scalars=tuple(names.values()),
         band=band,
     )
-
-
-def constant_scale(score: sympy.Expr) -> sympy.Expr | None:
-    """c > 0 where the score is c·s: its product with log2(e) then joins the exponent's multiply-add."""
-    scale = sympy.sympify(score).coeff(S)
-    return scale if score == scale * S and scale.is_number and scale.is_positive else None
 
 
 def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
@@ -73,26 +58,34 @@ def row_loads(*exprs: sympy.Basic) -> list[Load]:
     """Loads that do not vary along keys, and are in range wherever they stand: read once, before the loop."""
     found: dict[Load, None] = {}
     for expr in exprs:
-        for load, guarded in _loads(expr, False):
+        for load, guarded in guarded_loads(expr):
             if not load.free_symbols & {S, J} and (is_plain(load) or not guarded):
                 found[load] = None
     return list(found)
 
 
-def _loads(expr: sympy.Basic, guarded: bool) -> Iterator[tuple[Load, bool]]:
-    guards = isinstance(expr, (Where, sympy.And, sympy.Or, sympy.Piecewise, sympy.ITE))
-    for arg in expr.args:
-        yield from _loads(arg, guarded or guards)
-    if isinstance(expr, Load):
-        yield expr, guarded
+def form(spec: ScoreSpec, score: sympy.Expr) -> tuple[template.Form, sympy.Expr]:
+    """How a step computes such a score, and the number that it adds, if it is one."""
+    unit = float(LOG2E / 2 if template.wide(spec) else LOG2E)
+    scale = sympy.sympify(score).coeff(S)
+    shift = score - scale * S
+    plain = spec.full is None and scale.is_number and scale.is_positive and not shift.free_symbols & {S, I, J}
+    if not plain or any(extent(load) for load in shift.atoms(Load)):
+        return template.Form(), sympy.S.Zero
+    return template.Form(float(scale) * unit, shift != 0), shift
 
 
 def generate(spec: ScoreSpec) -> str:
     """The module's text. `spec` must be canonical; raises Unsupported for what has no Triton form."""
-    scale = constant_scale(spec.score)
-    loads = row_loads(*([] if scale is not None else [spec.score]), spec.keep)
-    scope = NAMES | {x: x.name for x in spec.scalars}
-    names = template.Names.of(spec, len(loads))
+    found = blocks.summary(spec)
+    evens = blocks.even_loads(spec) if found is not None else ()
+    even_names = {load: sympy.Symbol(f"even{n}", real=True) for n, load in enumerate(evens)}
+    even_score = spec.score.xreplace(even_names)
+    usual, shift = form(spec, spec.score)
+    even, even_shift = form(spec, even_score)
+    loads = row_loads(*([] if usual.scale is not None and not usual.shifted else [spec.score]), spec.keep)
+    scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values())}
+    names = template.Names.of(spec, len(loads), bool(evens))
     helpers: set[str] = set()
 
     # What a row has for the whole loop is read once, by the kernel itself.
@@ -110,19 +103,23 @@ def generate(spec: ScoreSpec) -> str:
 
     def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
         printer = Printer(spec.operands, scope, hoisted, clamped)
-        term = printer.float(expr) if name in ("score", "full_score", "sink") else printer.print(expr)
+        real = name in ("score", "full_score", "even_score", "sink", "shift", "even_shift")
+        term = printer.float(expr) if real else printer.print(expr)
         helpers.update(printer.helpers)
         value = term.text
-        if name in ("score", "full_score") and extent(expr) != {I, J}:
+        if name.endswith("score") and extent(expr) != {I, J}:
             value = f"tl.full(s.shape, 0.0, tl.float32) + {term.at(PRODUCT)}"
         body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
         return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
 
     site = ["b", "h", "i", "j", *names.inside, *names.flag_parameters]
     functions = []
-    for name, score in (("score", spec.score if scale is None else None), ("full_score", spec.full)):
-        if score is not None:
-            functions.append(function(name, ["s", *site], in_base(spec, score), hoisted))
+    if usual.scale is None:
+        functions.append(function("score", ["s", *site], in_base(spec, spec.score), hoisted))
+    elif usual.shifted:
+        functions.append(function("shift", site, in_base(spec, shift), hoisted))
+    if spec.full is not None:
+        functions.append(function("full_score", ["s", *site], in_base(spec, spec.full), hoisted))
     if spec.keep != sympy.true:
         functions.append(function("keep", site, spec.keep, hoisted))
     for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
@@ -131,18 +128,20 @@ def generate(spec: ScoreSpec) -> str:
     if spec.sink is not None:
         arguments = ["b", "h", "i", *names.outside, *names.flag_parameters]
         functions.append(function("sink", arguments, in_base(spec, spec.sink), {}))
-    scan_lines: list[str] = []
-    found = reach(spec)
-    if found is not None:
-        rows = Printer(spec.operands, {**scope, I: "row"})
-        ends: dict[sympy.Basic, Term] = {}
-        for side, symbols in found.sides.items():
-            term = rows.number(side)
-            scan_lines += [*rows.lines, *template.extremes(symbols, term.text)]
-            rows.lines.clear()
-            ends |= {symbol: Term(symbol.name, term.kind) for symbol in symbols}
-        helpers |= rows.helpers
-        arguments = ["b", "h", "j", *names.outside, *(symbol.name for symbol in ends)]
-        functions.append(function("reachable", [*arguments, *names.flag_parameters], found.keys, ends))
-        scan_lines += template.scan([*arguments, *names.flags])
-    return template.module(spec, scale, names, row_lines, scan_lines, functions, helpers)
+    if not evens:
+        return template.module(spec, template.Forms(usual), names, row_lines, functions, helpers)
+
+    with_evens = [*site, *(x.name for x in even_names.values())]
+    if even.scale is None:
+        functions.append(function("even_score", ["s", *with_evens], in_base(spec, even_score), hoisted))
+    elif even.shifted:
+        functions.append(function("even_shift", with_evens, in_base(spec, even_shift), hoisted))
+    corner = Printer(spec.operands, {**scope, I: "first", J: "start"}, clamped=clamped)
+    text: list[str] = []
+    for load, name in even_names.items():
+        term = corner.print(load)
+        text += [*corner.lines, f"{name} = {term.text}"]
+        corner.lines.clear()
+    helpers |= corner.helpers
+    forms = template.Forms(usual, replace(even, loads=evens, loads_text=tuple(text)))
+    return template.module(spec, forms, names, row_lines, functions, helpers)

@@ -6,13 +6,14 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, reference
+from xfcompile.kernels.attention import cache, codegen, lists, reference
+from xfcompile.kernels.attention.blocks import Summary, summary
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
     INTERPRETED,
@@ -32,11 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Program:
-    """A generated kernel in this process: its spec, its file, and what was learned about tiles that fit."""
+    """A generated kernel in this process: its spec, its file, what lists of tiles it takes (of the mask that
+    `lists.program(mask)` has), and what was learned about tiles that fit."""
 
     key: str
     spec: ScoreSpec
     source: str
+    summary: Summary | None
+    mask: str | None
     fitting: dict[tuple[object, ...], Tiles] = field(default_factory=dict)
 
     def kernel(self, interpreted: bool) -> Any:
@@ -64,22 +68,52 @@ def prepare(spec: ScoreSpec) -> str:
     key = cache.key_of(source)
     if key not in _programs:
         log.info("attention kernel %s: score %s, keep %s", cache.store(source), spec.score, spec.keep)
-        _programs[key] = Program(key, spec, source)
+        _programs[key] = _program(key, spec, source)
     return key
+
+
+def _program(key: str, spec: ScoreSpec, source: str) -> Program:
+    found = summary(spec)
+    return Program(key, spec, source, found, None if found is None else lists.prepare(found.mask))
 
 
 def program(key: str) -> Program:
     """The prepared kernel; one that another process prepared is read back from the cache directory."""
     if key not in _programs:
-        source = cache.find(key)
-        if source is None:
-            raise RuntimeError(
-                f"xfcompile::attention: no kernel {key!r} was prepared in this process and none is stored in "
-                f"{cache.directory()}; call xfcompile.kernels.attention.prepare(spec) first"
-            )
-        fields = cache.load(cache.store(source), f"xfcompile_attention_{key}_spec").SPEC
-        _programs[key] = Program(key, cache.parse(fields), source)
+        source, spec = cache.read_back(key, "attention", "prepare")
+        assert isinstance(spec, ScoreSpec)
+        _programs[key] = _program(key, spec, source)
     return _programs[key]
+
+
+FEW_TILES = 4
+"""So many tiles a row are visited without a list: making one takes as long."""
+
+
+def tile_sizes(device: torch.device, dtype: torch.dtype, dq: int, dv: int, lq: int) -> tuple[int, int]:
+    """Queries and keys of the tiles that lists are made of."""
+    if device.type == "cpu":
+        return INTERPRETED.block_m, INTERPRETED.block_n
+    tiles = choose(device_generation(device), dtype, dq, dv, lq)
+    return tiles.block_m, tiles.block_n
+
+
+def mask_of(key: str) -> str | None:
+    """The key of the lists of tiles that a kernel takes."""
+    return program(key).mask
+
+
+def mask_arguments(
+    key: str, operands: Sequence[Any], ints: Sequence[Any], floats: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Of the operands and the numbers of a score, those that its mask has."""
+    prepared = program(key)
+    found = prepared.summary
+    assert found is not None
+    numbers = reference.bind(prepared.spec.scalars, ints, floats)
+    chosen = [(x, numbers[x]) for x in found.scalars]
+    whole, real = ([n for x, n in chosen if bool(x.is_integer) == integer] for integer in (True, False))
+    return [operands[n] for n in found.operands], whole, real
 
 
 def run(
@@ -90,6 +124,9 @@ def run(
     ints: Sequence[int],
     floats: Sequence[float],
     key: str,
+    tiles: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The kernel on a GPU, or interpreted on a CPU."""
     prepared = program(key)
@@ -105,12 +142,12 @@ def run(
     kernel = prepared.kernel(interpreted)
     strides = [stride for operand in operands for stride in operand.stride()]
     scalars = reference.bind(prepared.spec.scalars, ints, floats).values()
-    arguments = (
+    arguments = [
         q, k, v, out, lse, *operands, *q.stride(), *k.stride(), *v.stride(),
         heads, heads // kv_heads, lq, lk, *strides, *scalars,
-    )  # fmt: skip
+    ]  # fmt: skip
     wide_q, wide_v = columns(dq, dv, interpreted=interpreted)
-    constants = {
+    constants: dict[str, Any] = {
         "DQ": dq,
         "DV": dv,
         "BLOCK_DQ": wide_q,
@@ -119,43 +156,68 @@ def run(
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }
-
     if "FAST" in kernel.arg_names:
         constants["FAST"] = q.dtype.itemsize == 2
+    if prepared.mask is not None:
+        if tiles is None:
+            block_m, block_n = tile_sizes(q.device, q.dtype, dq, dv, lq)
+            if -(-lk // block_n) > FEW_TILES:
+                shape = (batch, heads, lq, lk)
+                found = mask_arguments(key, operands, ints, floats)
+                tiles = lists.run(q, *found, shape, block_m, block_n, prepared.mask)
+        constants["LISTED"] = tiles is not None
+        listed = q if tiles is None else tiles  # a pointer that is not looked at
+        own_b, own_h = (0, 0) if tiles is None else tiles.shape[:2]
+        arguments += [listed, own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
 
-    def launch(tiles: Tiles) -> Any:
-        return kernel[(batch * heads * -(-lq // tiles.block_m),)](
+    def launch(sizes: Tiles) -> Any:
+        parts = {}
+        if prepared.mask is not None:
+            parts = {"PARTS_M": max(block_m // sizes.block_m, 1), "PARTS_N": max(block_n // sizes.block_n, 1)}
+        return kernel[(batch * heads * -(-lq // sizes.block_m),)](
             *arguments,
             **constants,
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
+            **parts,
+            BLOCK_M=sizes.block_m,
+            BLOCK_N=sizes.block_n,
+            num_warps=sizes.num_warps,
+            num_stages=sizes.num_stages,
         )
 
     if interpreted:
-        launch(INTERPRETED)
+        launch(INTERPRETED if tiles is None else replace(INTERPRETED, block_m=block_m, block_n=block_n))
         return out, lse
     with torch.cuda.device(q.device):
-        _launch_fitting(prepared, q, dv, launch)
+        _launch_fitting(prepared, q, dv, launch, (block_m, block_n) if tiles is not None else None)
     return out, lse
 
 
-def _launch_fitting(prepared: Program, q: Tensor, dv: int, launch: Callable[[Tiles], Any]) -> None:
-    """Launches with the tiles that this kernel was found to fit in; at first, finds them by launching."""
-    kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)))
+def _launch_fitting(
+    prepared: Program, q: Tensor, dv: int, launch: Callable[[Tiles], Any], listed: tuple[int, int] | None
+) -> None:
+    """Launches with the tiles that this kernel was found to fit in; at first, finds them by launching.
+
+    listed: the sizes of the tiles in a list, which those of the kernel must divide.
+    """
+    kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
     if kind in prepared.fitting:
         launch(prepared.fitting[kind])
         return
     first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
+    if listed is not None:
+        first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+
+    def divides(tiles: Tiles) -> bool:
+        return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
+
     faults: dict[Tiles, tuple[int, bool]] = {}
-    for tiles in alternatives(first):
+    for tiles in filter(divides, alternatives(first)):
         found = _try(launch, tiles, q.device)
         if found is not None:
             faults[tiles] = found
             if found == FAULTLESS:
                 break
-    for tiles in () if faults else smaller(first):
+    for tiles in () if faults else filter(divides, smaller(first)):
         found = _try(launch, tiles, q.device)
         if found is not None:
             faults[tiles] = found

@@ -7,23 +7,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import launch, reference
+from xfcompile.kernels.attention import launch, lists, reference
 from xfcompile.kernels.attention.launch import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
 
-__all__ = ["attention", "prepare"]
+__all__ = ["attention", "attention_tiles", "prepare"]
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 
 # needs_exact_strides: Inductor must pass q, k and v as they are (transposed, expanded, slices of a packed projection).
 LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel)"
-    " -> (Tensor out, Tensor lse)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel,"
+    " Tensor? tiles=None, int block_m=0, int block_n=0) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], key: str) -> None:
+# Made once for a mask, and given to every attention under it. `like` says where: on its device.
+LIBRARY.define(
+    "attention_tiles(Tensor like, Tensor[] operands, SymInt[] ints, float[] floats, SymInt[] shape, int block_m,"
+    " int block_n, str kernel) -> Tensor",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    key: str,
+    tiles: Tensor | None,
+    block_m: int,
+    block_n: int,
+) -> None:
     """Shapes, dtypes and devices; an error says what was expected and what was found."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -46,6 +63,23 @@ def check(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], key: str)
     found = [(x.dtype, x.ndim) for x in operands]
     if found != [(x.dtype, x.ndim) for x in expected]:
         raise ValueError(f"xfcompile::attention: kernel {key} loads from operands {list(expected)}, not {found}")
+    if tiles is not None:
+        _check_tiles(q, k, tiles, block_m, block_n, key)
+
+
+def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int, key: str) -> None:
+    prepared = launch.program(key)
+    if prepared.mask is None:
+        raise ValueError(f"xfcompile::attention: kernel {key} takes no lists of tiles")
+    if block_m < 1 or block_n < 1:
+        raise ValueError(f"xfcompile::attention: tiles are listed by their sizes, not of {block_m} by {block_n}")
+    shape = (*q.shape[:3], k.shape[2])
+    wanted = lists.output(q, lists.program(prepared.mask).mask, shape, block_m, block_n)
+    if tiles.shape != wanted.shape or tiles.dtype != torch.int32 or not tiles.is_contiguous():
+        raise ValueError(
+            f"xfcompile::attention: lists of tiles of {block_m} by {block_n} are contiguous int32 of "
+            f"{list(wanted.shape)}, not {tiles.dtype} of {list(tiles.shape)}"
+        )
 
 
 def _attention_cuda(
@@ -56,12 +90,15 @@ def _attention_cuda(
     ints: Sequence[int],
     floats: Sequence[float],
     kernel: str,
+    tiles: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, operands, kernel)
+    check(q, k, v, operands, kernel, tiles, block_m, block_n)
     reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
     if reason is not None:
         raise NotImplementedError(f"xfcompile::attention: {reason}")
-    return launch.run(q, k, v, operands, ints, floats, kernel)
+    return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n)
 
 
 def _attention_cpu(
@@ -72,10 +109,13 @@ def _attention_cpu(
     ints: Sequence[int],
     floats: Sequence[float],
     kernel: str,
+    tiles: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, operands, kernel)
+    check(q, k, v, operands, kernel, tiles, block_m, block_n)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
-        return launch.run(q, k, v, operands, ints, floats, kernel)
+        return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n)
     spec = launch.program(kernel).spec
     dtype = torch.promote_types(q.dtype, torch.float32)
     value, logsumexp = reference.attention(spec, q, k, v, operands, ints, floats, dtype)
@@ -91,13 +131,47 @@ def _attention_fake(
     ints: Sequence[int],
     floats: Sequence[float],
     kernel: str,
+    tiles: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, operands, kernel)
+    check(q, k, v, operands, kernel, tiles, block_m, block_n)
     return launch.outputs(q, v)
+
+
+def _tiles_cpu(
+    like: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    shape: Sequence[int],
+    block_m: int,
+    block_n: int,
+    kernel: str,
+) -> Tensor:
+    make = lists.run if interpreting() else lists.reference
+    return make(like, operands, ints, floats, shape, block_m, block_n, kernel)
+
+
+def _tiles_fake(
+    like: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    shape: Sequence[int],
+    block_m: int,
+    block_n: int,
+    kernel: str,
+) -> Tensor:
+    return lists.output(like, lists.program(kernel).mask, shape, block_m, block_n)
 
 
 LIBRARY.impl("attention", _attention_cuda, "CUDA")
 LIBRARY.impl("attention", _attention_cpu, "CPU")
 torch.library.register_fake("xfcompile::attention", _attention_fake, lib=LIBRARY)
+LIBRARY.impl("attention_tiles", lists.run, "CUDA")
+LIBRARY.impl("attention_tiles", _tiles_cpu, "CPU")
+torch.library.register_fake("xfcompile::attention_tiles", _tiles_fake, lib=LIBRARY)
 
 attention = torch.ops.xfcompile.attention
+attention_tiles = torch.ops.xfcompile.attention_tiles

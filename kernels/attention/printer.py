@@ -60,6 +60,15 @@ def is_plain(load: Load) -> bool:
     return all(x == 0 or x in POSITION for x in load.indices)
 
 
+def guarded_loads(expr: sympy.Basic, guarded: bool = False) -> Iterator[tuple[Load, bool]]:
+    """Every load, and whether it stands under a condition, outside of which its indices may be out of range."""
+    guards = isinstance(expr, (Where, sympy.And, sympy.Or, sympy.Piecewise, sympy.ITE))
+    for arg in expr.args:
+        yield from guarded_loads(arg, guarded or guards)
+    if isinstance(expr, Load):
+        yield expr, guarded
+
+
 class Printer:
     """Prints expressions over one scope of names; loads become statements, gathered in `lines`.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -24,9 +24,11 @@ class Names:
     scalars: list[str]
     rows: list[str]
     flags: list[str]
+    listed: bool
+    even: bool
 
     @staticmethod
-    def of(spec: ScoreSpec, rows: int) -> Names:
+    def of(spec: ScoreSpec, rows: int, even: bool) -> Names:
         return Names(
             pointers=[f"t{n}_ptr" for n in range(len(spec.operands))],
             strides=[f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)],
@@ -36,6 +38,8 @@ class Names:
             flags=["FAST"]
             if any(x is not None and x.has(sympy.tanh) for x in (spec.score, spec.keep, spec.sink))
             else [],
+            listed=listed(spec),
+            even=even,
         )
 
     @property
@@ -49,6 +53,11 @@ class Names:
     @property
     def flag_parameters(self) -> list[str]:
         return [f"{flag}: tl.constexpr" for flag in self.flags]
+
+    @property
+    def common(self) -> list[str]:
+        """What every step of the loop is given of its program."""
+        return [*COMMON, *(["first"] if self.even else [])]
 
 
 WIDTH = 116
@@ -96,14 +105,15 @@ def remainder(a, b):
 """,
 }
 
-PREAMBLE = '''\
+HEAD = """\
 import triton
 import triton.language as tl
 
 # What this kernel was made from: `xfcompile.kernels.attention.cache` reads it back.
 SPEC = {spec}
+"""
 
-
+FUNCTIONS = '''\
 @triton.jit
 def load_rows(ptr, start, end, stride_n, stride_d, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
               EDGE: tl.constexpr):
@@ -184,18 +194,6 @@ KERNEL = '''\
     tl.store(out_ptr + out_row * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=mask)
 '''
 
-SCAN = """\
-# Tiles before the first and after the last key that some row of the block may see are skipped.
-first_key = tl.cast(lk, tl.int32)
-end_key = tl.cast(0, tl.int32)
-for start in tl.range(lo, hi, 512):
-    j = tl.minimum(start + tl.arange(0, 512), lk - 1)
-{call}
-    first_key = tl.minimum(first_key, tl.reduce(tl.where(seen, j, lk), 0, tl.standard._elementwise_min))
-    end_key = tl.maximum(end_key, tl.reduce(tl.where(seen, j + 1, 0), 0, tl.standard._elementwise_max))
-lo = tl.maximum(lo, first_key) // BLOCK_N * BLOCK_N
-hi = tl.minimum(hi, end_key)"""
-
 DEAD = {
     "nan": "",  # 0 / 0
     "zero": "l = tl.where(l == 0.0, 1.0, l)",
@@ -231,26 +229,57 @@ def wide(spec: ScoreSpec) -> bool:
     return any(J in load.free_symbols or load in compared for load in far_loads(spec))
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a step computes the scores of a tile.
+
+    scale, shifted: they are scale * s, in the base of the exponents, or with `shifted` a number more; None: they are
+    what a function of the site's own gives. score: "s" if they are there already. loads, loads_text: what is one number
+    for the tile, and the lines that read it.
+    """
+
+    scale: float | None = None
+    shifted: bool = False
+    score: str = ""
+    loads: tuple[Load, ...] = ()
+    loads_text: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Of any tile, and of an even one (None: there are none)."""
+
+    usual: Form
+    even: Form | None = None
+
+
+def listed(spec: ScoreSpec) -> bool:
+    """Whether the kernel takes lists of tiles."""
+    from xfcompile.kernels.attention.blocks import summary
+
+    return summary(spec) is not None
+
+
 def module(
     spec: ScoreSpec,
-    scale: sympy.Expr | None,
+    forms: Forms,
     names: Names,
     row_lines: Sequence[str],
-    scan_lines: Sequence[str],
     functions: Sequence[str],
     helpers: Iterable[str],
 ) -> str:
     """The whole text.
 
-    scale: of a score that is scale·s. row_lines: read what a row has for the whole loop. scan_lines: narrow the loop to
-    keys within reach. functions, helpers: the site's own functions, and the names of those in HELPERS that they call.
+    row_lines: read what a row has for the whole loop. functions, helpers: the site's own functions, and the names of
+    those in HELPERS that they call.
     """
     parts = [
-        _docstring(spec) + PREAMBLE.format(spec=_literal(spec)),
+        _docstring(spec) + HEAD.format(spec=_literal(spec)),
+        FUNCTIONS,
         *(HELPERS[name] for name in sorted(helpers)),
         *functions,
-        _tile(spec, scale, names),
-        _kernel(spec, names, row_lines, scan_lines),
+        _tile(spec, forms, names),
+        _kernel(spec, names, row_lines),
     ]
     return "\n\n".join(parts)
 
@@ -276,7 +305,7 @@ def _literal(spec: ScoreSpec) -> str:
     def text(expr: sympy.Basic | None) -> str | None:
         return None if expr is None else sympy.srepr(expr)
 
-    fields = {
+    fields: dict[str, object] = {
         "score": text(spec.score),
         "keep": text(spec.keep),
         "dead": spec.dead,
@@ -290,6 +319,11 @@ def _literal(spec: ScoreSpec) -> str:
         "full": text(spec.full),
         "floor": text(spec.floor),
     }
+    return literal(fields)
+
+
+def literal(fields: Mapping[str, object]) -> str:
+    """A dict, a line an entry."""
     return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in fields.items()) + "}"
 
 
@@ -319,7 +353,7 @@ COMMON = ["b", "h", "i", "lk", "k_ptr", "v_ptr", "stride_kn", "stride_kd", "stri
 CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_N", "PRECISION", "UPCAST"]
 
 
-def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
+def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     site = ", ".join(["b", "h", "i", "j", *names.inside, *names.flags])
     lines = [
         "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
@@ -327,76 +361,134 @@ def _tile(spec: ScoreSpec, scale: sympy.Expr | None, names: Names) -> str:
         "if EDGE:",
         "    j = tl.minimum(j, lk - 1)",
     ]
-    if spec.full is not None:
-        lines += ["if AGAIN:", f"    s = full_score(s, {site})", "else:", f"    s = score(s, {site})"]
-    elif scale is None:
-        lines.append(f"s = score(s, {site})")
-    if spec.keep != sympy.true:
-        lines += ["if MASKED:", f'    s = tl.where(keep({site}), s, float("-inf"))']
-    lines += ["if EDGE:", '    s = tl.where(offs_n < lk, s, float("-inf"))']
-    times = "" if scale is None else f" * {float(scale) * math.log2(math.e)!r}"
-    twice = "2.0 * ({})" if wide(spec) else "{}"  # in base 4
+    if forms.even is not None:
+        even, evens = forms.even, [f"even{n}" for n in range(len(forms.even.loads))]
+        lines += ["if EVEN:", *(f"    {line}" for line in forms.even.loads_text)]
+        lines += [f"    {line}" for line in _softmax(spec, even, ", ".join([site, *evens]), "even_")]
+        lines += ["else:", *(f"    {line}" for line in _scores(spec, forms.usual, site, names))]
+    else:
+        lines += _scores(spec, forms.usual, site, names)
     lines += [
-        f"m_new = tl.maximum(m, tl.reduce(s, 1, tl.standard._elementwise_max){times})",
-        "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
-        'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
-        f"p = tl.exp2({twice.format(f's{times} - m_safe[:, None]')})  # [M, N]",
-        f"alpha = tl.exp2({twice.format('m - m_safe')})",
+        f"alpha = tl.exp2({'2.0 * (m - m_safe)' if wide(spec) else 'm - m_safe'})",
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
     ]
-    arguments = [
-        "acc",
-        "m",
-        "l",
-        "q",
-        "start",
-        *COMMON,
-        *names.inside,
-        *_constexprs([*CONSTANTS, *names.flags, "MASKED", "EDGE", *(["AGAIN"] if spec.full is not None else [])]),
-    ]
+    flags = ["MASKED", "EDGE", *_more_flags(spec, names)]
+    arguments = ["acc", "m", "l", "q", "start", *names.common, *names.inside]
+    arguments += _constexprs([*CONSTANTS, *names.flags, *flags])
     base = "4" if wide(spec) else "2"
     return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
+
+
+def _scores(spec: ScoreSpec, form: Form, site: str, names: Names) -> list[str]:
+    """Scores, masked, and what the online softmax makes of them."""
+    lines: list[str] = []
+    masked = 's = tl.where({}, s, float("-inf"))'
+    masks = [] if spec.keep == sympy.true else ["if MASKED:", f"    {masked.format(f'keep({site})')}"]
+    masks += ["if EDGE:", f"    {masked.format('offs_n < lk')}"]
+    if form.scale is not None:
+        return [*masks, *_softmax(spec, form, site, "")]
+    if spec.full is not None:
+        lines += ["if AGAIN:", f"    s = full_score(s, {site})", "else:", f"    s = score(s, {site})"]
+    else:
+        lines.append(f"s = score(s, {site})")
+    return [*lines, *masks, *_softmax(spec, replace(form, score="s"), site, "")]
+
+
+def _softmax(spec: ScoreSpec, form: Form, site: str, prefix: str) -> list[str]:
+    """The maximum m_new and the weights p. Of a score that is scale * s + shift, with a shift that is one number, the
+    scale joins the exponent's multiply-add, and the shift the maximum that is subtracted there."""
+    twice = 2.0 if wide(spec) else 1.0  # in base 4 numbers are half as large
+    safe = [
+        "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
+        'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
+    ]
+    if form.scale is None:
+        lines = [] if form.score == "s" else [f"s = {prefix}score(s, {site})"]
+        weights = "2.0 * (s - m_safe[:, None])" if wide(spec) else "s - m_safe[:, None]"
+        highest = "tl.reduce(s, 1, tl.standard._elementwise_max)"
+        return [*lines, f"m_new = tl.maximum(m, {highest})", *safe, f"p = tl.exp2({weights})  # [M, N]"]
+    highest = f"tl.reduce(s, 1, tl.standard._elementwise_max) * {form.scale!r}"
+    if not form.shifted:
+        below = "m_safe" if twice == 1.0 else "2.0 * m_safe"
+        lines = [f"m_new = tl.maximum(m, {highest})", *safe]
+        return [
+            *lines,
+            f"p = tl.exp2(s * {twice * form.scale!r} - ({below})[:, None])  # [M, N]".replace("(m_safe)", "m_safe"),
+        ]
+    below = "added - m_safe" if twice == 1.0 else "2.0 * (added - m_safe)"
+    return [
+        f"added = {prefix}shift({site})",
+        f"m_new = tl.maximum(m, {highest} + added)",
+        *safe,
+        f"p = tl.exp2(s * {twice * form.scale!r} + ({below})[:, None])  # [M, N]",
+    ]
+
+
+def _more_flags(spec: ScoreSpec, names: Names) -> list[str]:
+    """Those of a step's compile-time flags that not every kernel has."""
+    return [*(["AGAIN"] if spec.full is not None else []), *(["EVEN"] if names.even else [])]
 
 
 def _constexprs(names: Iterable[str]) -> list[str]:
     return [f"{name}: tl.constexpr" for name in names]
 
 
-def _loop(names: Names, start: str, end: str, *, masked: bool, edge: bool, again: bool | None) -> str:
-    """A loop over tiles. again: whether it is the second one, None where there is none."""
-    arguments = [
-        "acc",
-        "m",
-        "l",
-        "q",
-        "start",
-        *COMMON,
-        *names.inside,
-        *CONSTANTS,
-        *names.flags,
-        *(str(flag) for flag in (masked, edge, again) if flag is not None),
-    ]
-    return f"for start in tl.range({start}, {end}, BLOCK_N):\n{wrapped('    acc, m, l = tile', arguments)}"
+def _loop(
+    names: Names,
+    start: str,
+    end: str,
+    *,
+    masked: bool,
+    edge: bool,
+    again: bool | None,
+    even: bool = False,
+    listed: str | None = None,
+) -> str:
+    """A loop over tiles. again: whether it is the second one, None where there is none. listed: the place in the list
+    of the tile number n; `start` and `end` are places then."""
+    flags = [masked, edge, *([] if again is None else [again]), *([even] if names.even else [])]
+    arguments = ["acc", "m", "l", "q", "start", *names.common, *names.inside, *CONSTANTS, *names.flags]
+    step = wrapped("    acc, m, l = tile", [*arguments, *map(str, flags)])
+    if listed is None:
+        return f"for start in tl.range({start}, {end}, BLOCK_N):\n{step}"
+    return "\n".join(
+        [
+            f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):",
+            f"    start = (tl.load(list_ptr + {listed}) * PARTS_N + n % PARTS_N) * BLOCK_N",
+            step,
+        ]
+    )
 
 
-def extremes(ends: tuple[sympy.Symbol, sympy.Symbol], value: str) -> list[str]:
-    """The least and the greatest value over the block's rows."""
-    return [
-        f"side = {value}",
-        f"{ends[0]} = tl.reduce(side, 0, tl.standard._elementwise_min)",
-        f"{ends[1]} = tl.reduce(side, 0, tl.standard._elementwise_max)",
-    ]
-
-
-def scan(arguments: Sequence[str]) -> list[str]:
-    """Narrows lo and hi to the keys for which `reachable` holds: one cheap test a key instead of one a score."""
-    return SCAN.format(call=wrapped("    seen = reachable", arguments)).splitlines()
-
-
-def _loops(spec: ScoreSpec, names: Names, scan_lines: Sequence[str]) -> str:
+def _loops(spec: ScoreSpec, names: Names) -> str:
     """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
-    again = None if spec.full is None else False
-    loop = functools.partial(_loop, names, again=again)
+    bounded = _bounded_loops(spec, names)
+    if not names.listed:
+        return bounded
+    loop = functools.partial(_loop, names, again=None if spec.full is None else False)
+    front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"
+    lines = [
+        "if LISTED:",
+        "    # Lists of the tiles to visit: `xfcompile.kernels.attention.blocks`.",
+        "    tiles = (lk + BLOCK_N * PARTS_N - 1) // (BLOCK_N * PARTS_N)",
+        "    rows = (lq + BLOCK_M * PARTS_M - 1) // (BLOCK_M * PARTS_M)",
+        "    place = (b * list_b + h * list_h) * rows + block // PARTS_M",
+        "    list_ptr += tl.cast(place, tl.int64) * (tiles + 3)",
+        "    evens = tl.load(list_ptr)",
+        "    wholes = tl.load(list_ptr + 1)",
+        "    masked = tl.load(list_ptr + 2)",
+        *([_indented(loop("0", "evens", masked=False, edge=False, even=True, listed=front))] if names.even else []),
+        _indented(loop("evens" if names.even else "0", "wholes", masked=False, edge=False, listed=front)),
+        _indented(loop("0", "masked", masked=True, edge=True, listed=back)),
+        "else:",
+        _indented(bounded),
+    ]
+    return "\n".join(lines)
+
+
+def _bounded_loops(spec: ScoreSpec, names: Names) -> str:
+    """Loops between closed bounds on the keys."""
+    loop = functools.partial(_loop, names, again=None if spec.full is None else False)
     if spec.keep == sympy.true:
         return "\n".join(
             [
@@ -415,15 +507,7 @@ def _loops(spec: ScoreSpec, names: Names, scan_lines: Sequence[str]) -> str:
     last = ["last = tl.minimum(first + BLOCK_M, lq) - 1"] if spec.band != Band() else []
     lines = [*last, f"lo = {bound('lower', 'first')}{tiles}", f"hi = {bound('upper', 'last')}"]
     if not spec.band.exact:
-        return "\n".join(
-            [
-                *lines,
-                *scan_lines,
-                "full = tl.minimum(lk // BLOCK_N * BLOCK_N, hi)",
-                loop("lo", "full", masked=True, edge=False),
-                loop("tl.maximum(lo, full)", "hi", masked=True, edge=True),
-            ]
-        )
+        return "\n".join([*lines, loop("lo", "hi", masked=True, edge=True)])
     lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1) // BLOCK_N * BLOCK_N, hi)"
     lines += [
         "# Every row of the block sees every key from lo_full to hi_full.",
@@ -448,7 +532,7 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
         "    acc_kept, m_kept, l_kept = acc, m, l",
         *(f"    {line}" for line in state),
         "    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)",
-        textwrap.indent(_loop(names, "0", "lk", masked=False, edge=True, again=True), "    "),
+        _indented(_loop(names, "0", "lk", masked=False, edge=True, again=True)),
         "    acc = tl.where(low[:, None], acc, acc_kept)",
         "    m = tl.where(low, m, m_kept)",
         "    l = tl.where(low, l, l_kept)",
@@ -456,7 +540,7 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str], scan_lines: Sequence[str]) -> str:
+def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
     state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
@@ -467,20 +551,21 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str], scan_lines:
             f"m = sink({', '.join(arguments)}) + tl.full([BLOCK_M], 0.0, tl.float32)",
             'l = tl.where(m == float("-inf"), 0.0, 1.0)',
         ]
-    arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars]
+    lists = ["list_ptr", "list_b", "list_h"] if names.listed else []
+    arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists]
+    constants = [*CONSTANTS, *names.flags, "BLOCK_M", *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]
+    unspecialized = [*names.scalars, *lists[1:]]
     heavy_last = spec.keep != sympy.true and spec.band.upper is not None
     block = "block = pid % blocks"
     if heavy_last:
         block = "block = blocks - 1 - pid % blocks  # the last rows see most keys: start with them"
     return KERNEL.format(
-        jit_options=f"(do_not_specialize={names.scalars!r})" if names.scalars else "",
-        signature=wrapped(
-            "def attention_forward", [*arguments, *_constexprs([*CONSTANTS, *names.flags, "BLOCK_M"])], ":"
-        ),
+        jit_options=f"(do_not_specialize={unspecialized!r})" if unspecialized else "",
+        signature=wrapped("def attention_forward", [*arguments, *_constexprs(constants)], ":"),
         block=_indented(block),
         rows=_indented("\n".join(row_lines)),
         state=_indented("\n".join(state)),
-        loops=_indented(_loops(spec, names, scan_lines)),
+        loops=_indented(_loops(spec, names)),
         again=_indented(_again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
         dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),

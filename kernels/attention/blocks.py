@@ -1,0 +1,377 @@
+"""Which tiles of scores a block of queries visits: a verdict a tile, gathered into the lists that the kernel walks.
+
+A verdict comes from interval arithmetic over the bounds of a tile's positions and of the data in it, or, where a tensor
+has a value of its own for each score, from all of the tile's elements. Lists are made once for a mask, whatever the
+scores are, and shared by all attentions under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from xfcompile.intervals import UNKNOWN, Bounds, certain, possible
+from xfcompile.kernels.attention.printer import NAMES, Printer, Term, guarded_loads, is_plain
+from xfcompile.kernels.attention.template import HEAD, HELPERS, literal, wrapped
+from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.site import MaskSpec, ScoreSpec
+
+SKIP, MASKED, WHOLE, EVEN = 0, 1, 2, 3
+"""A tile's verdicts: no score is kept; some are; all are; all are, and the loads of `MaskSpec.even` do not vary."""
+
+HEADER = 3
+"""What a list begins with: how many tiles are even, how many are even or whole, how many are masked. The tiles follow,
+in this order but for the masked ones, which stand at the end, the first of them last."""
+
+LEAST = sympy.Float(torch.finfo(torch.float32).min, 17)
+"""Only -inf is less."""
+
+I0, I1, J0, J1 = sympy.symbols("i0 i1 j0 j1", integer=True, nonnegative=True)
+DISTANCE = sympy.Symbol("distance", integer=True)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The mask of a score, and where it finds its own: operand and scalar n of `mask` are `operands[n]`, `scalars[n]`
+    of the score's spec."""
+
+    mask: MaskSpec
+    operands: tuple[int, ...]
+    scalars: tuple[sympy.Symbol, ...]
+
+
+def summary(spec: ScoreSpec) -> Summary | None:
+    """What lists of tiles depend on; None where closed bounds say as much."""
+    even = even_loads(spec)
+    if not even and (spec.keep == sympy.true or spec.band.exact):
+        return None
+    keep = sympy.And(spec.keep, *(sympy.Ge(load, LEAST) for load in even if load in _added(spec.score)))
+    used = sorted({load.operand for x in (keep, *even) for load in sympy.sympify(x).atoms(Load)})
+    numbers = {n: k for k, n in enumerate(used)}
+
+    def renumber(x: sympy.Basic) -> sympy.Basic:
+        return x.replace(lambda y: isinstance(y, Load), lambda y: Load(numbers[y.operand], *y.indices))
+
+    symbols = set().union(*(sympy.sympify(x).free_symbols for x in (keep, *even)))
+    scalars = tuple(x for x in spec.scalars if x in symbols)
+    mask = MaskSpec(
+        renumber(sympy.sympify(keep)),
+        tuple(renumber(load) for load in even),
+        tuple(spec.operands[n] for n in used),
+        scalars,
+    )
+    return Summary(mask, tuple(used), scalars)
+
+
+def even_loads(spec: ScoreSpec) -> tuple[Load, ...]:
+    """The loads of a score that lists of tiles tell apart: see `MaskSpec.even`."""
+    return tuple(dict.fromkeys(_summarised(spec)))
+
+
+def _summarised(spec: ScoreSpec) -> Iterator[Load]:
+    """Loads of the score that may be one number for many tiles, and whose bounds are cheap to find: they vary along
+    keys or along a diagonal; or along queries and keys for all heads alike, as masks do and biases do not."""
+    for load, guarded in guarded_loads(spec.score):
+        if J not in load.free_symbols or S in load.free_symbols or (guarded and not is_plain(load)):
+            continue
+        if I not in load.free_symbols or along_diagonal(load) is not None or H not in load.free_symbols:
+            yield load
+
+
+def _added(score: sympy.Expr) -> set[Load]:
+    """Loads that are added to the score as they are, or a positive number of times: -inf leaves nothing of it."""
+    terms = (term.as_coeff_Mul() for term in sympy.Add.make_args(score))
+    return {rest for coefficient, rest in terms if coefficient.is_positive and isinstance(rest, Load)}
+
+
+def along_diagonal(load: Load) -> Load | None:
+    """The load as a function of j - i, if it is one of nothing else."""
+    moved = load.func(load.args[0], *(sympy.expand(x.xreplace({J: I + DISTANCE})) for x in load.indices))
+    return moved if I not in moved.free_symbols and {I, J} <= load.free_symbols else None
+
+
+def elementwise(mask: MaskSpec) -> bool:
+    """Whether some tensor has a value of its own for each score."""
+    loads = mask.keep.atoms(Load).union(mask.even)
+    return any({I, J} <= load.free_symbols and along_diagonal(load) is None for load in loads)
+
+
+# -- the text -----------------------------------------------------------------------------------------------------
+
+
+TEXT = '''\
+@triton.jit
+{signature}
+    """Verdicts on TILES tiles of one block of queries: 0 is skipped, 1 masked, 2 whole, 3 whole and even."""
+    tiles = (lk + BLOCK_N - 1) // BLOCK_N
+    blocks = (lq + BLOCK_M - 1) // BLOCK_M
+    chunks = (tiles + TILES - 1) // TILES
+    pid = tl.program_id(0)
+    row = pid // chunks
+    h = row // blocks % heads
+    b = row // blocks // heads
+    i0 = row % blocks * BLOCK_M
+    i1 = tl.minimum(i0 + BLOCK_M, lq) - 1
+    verdict_ptr += tl.cast(row, tl.int64) * tiles
+{body}
+'''
+
+CHUNK_BODY = """\
+    t = pid % chunks * TILES + tl.arange(0, TILES)
+    j0 = tl.minimum(t * BLOCK_N, lk - 1)
+    j1 = tl.minimum(t * BLOCK_N + BLOCK_N, lk) - 1
+{bounds}
+    some = tl.full([TILES], True, tl.int1)
+    every = t * BLOCK_N + BLOCK_N <= lk  # the last tile may be ragged
+    even = tl.full([TILES], True, tl.int1)
+{verdicts}
+    verdict = tl.where(some, tl.where(every, tl.where(even, 3, 2), 1), 0)
+    tl.store(verdict_ptr + t, verdict.to(tl.int8), mask=t < tiles)
+"""
+
+TILE_BODY = """\
+    t = pid % chunks
+    j0 = t * BLOCK_N
+    j1 = tl.minimum(j0 + BLOCK_N, lk) - 1
+    verdict = 0
+    if {possible}:
+        i = tl.minimum(i0 + tl.arange(0, BLOCK_M), i1)[:, None]
+        j = tl.minimum(j0 + tl.arange(0, BLOCK_N), j1)[None, :]
+        some = True
+        every = j0 + BLOCK_N <= lk  # the last tile may be ragged
+        even = True
+{verdicts}
+        if some:
+            verdict = 1
+            if every:
+                verdict = 2
+                if even:
+                    verdict = 3
+    tl.store(verdict_ptr + t, tl.cast(verdict, tl.int8))
+"""
+
+LISTS = '''\
+@triton.jit
+def tile_lists(list_ptr, verdict_ptr, tiles, CHUNK: tl.constexpr):
+    """The list of one block of queries, from its verdicts."""
+    row = tl.cast(tl.program_id(0), tl.int64)
+    verdict_ptr += row * tiles
+    list_ptr += row * (tiles + 3)
+    evens, wholes = 0, 0
+    for first in tl.range(0, tiles, CHUNK):
+        t = first + tl.arange(0, CHUNK)
+        verdict = tl.load(verdict_ptr + t, mask=t < tiles, other=0).to(tl.int32)
+        evens += tl.reduce((verdict == 3).to(tl.int32), 0, tl.standard._sum_combine)
+        wholes += tl.reduce((verdict >= 2).to(tl.int32), 0, tl.standard._sum_combine)
+    at_even, at_whole, at_masked = 0, evens, 0
+    for first in tl.range(0, tiles, CHUNK):
+        t = first + tl.arange(0, CHUNK)
+        verdict = tl.load(verdict_ptr + t, mask=t < tiles, other=0).to(tl.int32)
+        even, whole, masked = (verdict == 3).to(tl.int32), (verdict == 2).to(tl.int32), (verdict == 1).to(tl.int32)
+        nth_even = at_even + tl.associative_scan(even, 0, tl.standard._sum_combine)
+        nth_whole = at_whole + tl.associative_scan(whole, 0, tl.standard._sum_combine)
+        nth_masked = at_masked + tl.associative_scan(masked, 0, tl.standard._sum_combine)
+        tl.store(list_ptr + 2 + nth_even, t, mask=even > 0)
+        tl.store(list_ptr + 2 + nth_whole, t, mask=whole > 0)
+        tl.store(list_ptr + 3 + tiles - nth_masked, t, mask=masked > 0)
+        at_even += tl.reduce(even, 0, tl.standard._sum_combine)
+        at_whole += tl.reduce(whole, 0, tl.standard._sum_combine)
+        at_masked += tl.reduce(masked, 0, tl.standard._sum_combine)
+    tl.store(list_ptr, evens)
+    tl.store(list_ptr + 1, wholes)
+    tl.store(list_ptr + 2, at_masked)
+'''
+
+
+def generate(mask: MaskSpec) -> str:
+    """The module's text. Raises Unsupported for what has no Triton form."""
+    scope = NAMES | {x: x.name for x in mask.scalars} | {x: x.name for x in (I0, I1, J0, J1)}
+    body, helpers = (_tile if elementwise(mask) else _chunk)(mask, scope)
+    arguments = [
+        "verdict_ptr",
+        *(f"t{n}_ptr" for n in range(len(mask.operands))),
+        "heads",
+        "lq",
+        "lk",
+        *(f"t{n}_stride{d}" for n, operand in enumerate(mask.operands) for d in range(operand.ndim)),
+        *(x.name for x in mask.scalars),
+        "BLOCK_M: tl.constexpr",
+        "BLOCK_N: tl.constexpr",
+        "TILES: tl.constexpr",
+        "SPAN: tl.constexpr",
+    ]
+    text = TEXT.format(signature=wrapped("def tile_verdicts", arguments, ":"), body=body.rstrip("\n"))
+    head = _docstring(mask) + HEAD.format(spec=_literal(mask))
+    return "\n\n".join([head, *(HELPERS[x] for x in sorted(helpers)), text, LISTS])
+
+
+def _docstring(mask: MaskSpec) -> str:
+    lines = [f"keep   {mask.keep}"]
+    lines += [f"even   {load}" for load in mask.even]
+    lines += [
+        f"t{n}     {str(x.dtype).removeprefix('torch.')}, {x.ndim} dimensions" for n, x in enumerate(mask.operands)
+    ]
+    return '"""Lists of the tiles under a mask, generated by xfcompile.\n\n' + "\n".join(lines) + '\n"""\n\n'
+
+
+def _literal(mask: MaskSpec) -> str:
+    return literal(
+        {
+            "keep": sympy.srepr(mask.keep),
+            "even": [sympy.srepr(load) for load in mask.even],
+            "operands": [(str(x.dtype).removeprefix("torch."), x.ndim) for x in mask.operands],
+            "scalars": [sympy.srepr(x) for x in mask.scalars],
+        }
+    )
+
+
+def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[str]]:
+    """Many tiles at once, by interval arithmetic."""
+    printer = Printer(mask.operands, scope)
+    lines: list[str] = []
+    ends: dict[Load, Bounds] = {}
+    # A load may be out of range where its neighbours in a conjunction do not hold.
+    alone = isinstance(mask.keep, sympy.core.relational.Relational)
+
+    def load(x: Load) -> Bounds:
+        if x not in ends:
+            ends[x] = _bounds(x, mask, printer, lines, len(ends)) if alone or is_plain(x) or x in mask.even else UNKNOWN
+        return ends[x]
+
+    box = {I: (I0, I1), J: (J0, J1)}
+    some, every = possible(mask.keep, box, load), certain(mask.keep, box, load)
+    even = sympy.And(*(sympy.Eq(*load(x), evaluate=False) for x in mask.even))
+    verdicts: list[str] = []
+    for name, condition in (("some", some), ("every", every), ("even", even)):
+        if condition != sympy.true:
+            term = printer.print(condition)
+            verdicts += [*printer.lines, f"{name} = {name} & ({term.text})"]
+            printer.lines.clear()
+    body = CHUNK_BODY.format(
+        bounds="\n".join(f"    {line}" for line in lines), verdicts="\n".join(f"    {line}" for line in verdicts)
+    )
+    return body, printer.helpers
+
+
+def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int) -> Bounds:
+    """The least and the greatest element that a tile loads, as names of what the lines compute."""
+    symbols = x.free_symbols & {I, J}
+    if not symbols:
+        return x, x
+    whole = not mask.operands[x.operand].dtype.is_floating_point
+    low, high = (sympy.Symbol(f"{side}{n}", **{"integer" if whole else "real": True}) for side in ("low", "high"))
+    axis, moved = 1, x
+    if symbols == {I}:
+        axis = 0
+        lines += ["i = tl.minimum(i0 + tl.arange(0, BLOCK_M), i1)"]
+    elif symbols == {J}:
+        lines += ["j = tl.minimum(j0[:, None] + tl.arange(0, BLOCK_N)[None, :], j1[:, None])"]
+    else:
+        diagonal = along_diagonal(x)
+        assert diagonal is not None
+        moved = diagonal
+        lines += ["distance = tl.minimum((j0 - i1)[:, None] + tl.arange(0, SPAN)[None, :], (j1 - i0)[:, None])"]
+    inner = Printer(mask.operands, {**printer.names, DISTANCE: "distance"})
+    term = inner.print(moved)
+    printer.helpers |= inner.helpers
+    value = f"tl.cast({term.text}, tl.int32)" if term.kind == "bool" else term.text
+    lines += [*inner.lines, f"x = {value}"]
+    lines += [
+        f"{low} = tl.reduce(x, {axis}, tl.standard._elementwise_min)",
+        f"{high} = tl.reduce(x, {axis}, tl.standard._elementwise_max)",
+    ]
+    if not whole:
+        lines += [
+            f"unordered = tl.reduce((x != x).to(tl.int32), {axis}, tl.standard._elementwise_max) > 0",
+            f'{low} = tl.where(unordered, float("-inf"), {low})',
+            f'{high} = tl.where(unordered, float("inf"), {high})',
+        ]
+    printer.hoisted |= {end: Term(end.name, "int" if whole else "float") for end in (low, high)}
+    return low, high
+
+
+def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[str]]:
+    """One tile, element by element, unless its positions alone say that nothing is kept."""
+    printer = Printer(mask.operands, scope)
+    reachable = possible(mask.keep, {I: (I0, I1), J: (J0, J1)})
+    if reachable.atoms(Load):
+        reachable = sympy.true
+    test = printer.print(reachable).text
+    lines: list[str] = []
+    if mask.keep != sympy.true:
+        term = printer.print(mask.keep)
+        lines += [
+            *printer.lines,
+            f"cells = ({term.text}) & (i >= 0) & (j >= 0)",
+            "cells = tl.reshape(cells.to(tl.int32), [BLOCK_M * BLOCK_N])",
+            "some = tl.reduce(cells, 0, tl.standard._elementwise_max) > 0",
+            "every = every & (tl.reduce(cells, 0, tl.standard._elementwise_min) > 0)",
+        ]
+        printer.lines.clear()
+    for load in mask.even:
+        value = printer._to_float(printer.print(load)).text
+        lines += [
+            *printer.lines,
+            f"x = {value} + tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)",
+            "x = tl.reshape(x, [BLOCK_M * BLOCK_N])",
+            "even = even & (tl.reduce((x != x).to(tl.int32), 0, tl.standard._elementwise_max) == 0)",
+            "low = tl.reduce(x, 0, tl.standard._elementwise_min)",
+            "even = even & (low == tl.reduce(x, 0, tl.standard._elementwise_max))",
+        ]
+        printer.lines.clear()
+    return TILE_BODY.format(possible=test, verdicts="\n".join(f"        {line}" for line in lines)), printer.helpers
+
+
+# -- what it means ------------------------------------------------------------------------------------------------
+
+
+def reference(
+    mask: MaskSpec, operands: Sequence[torch.Tensor], scalars: Mapping[sympy.Symbol, object], shape: Sequence[int],
+    block_m: int, block_n: int,
+) -> torch.Tensor:  # fmt: skip
+    """The tightest verdicts, [B', H', blocks, tiles], element by element in plain PyTorch: the definition.
+
+    shape: batch, heads, queries and keys, where the first two are 1 if the mask does not depend on them.
+    """
+    from xfcompile.evaluate import Evaluator
+
+    device = operands[0].device if operands else torch.device("cpu")
+    positions = {
+        x: torch.arange(n, device=device).view([-1 if a == axis else 1 for a in range(4)])
+        for axis, (x, n) in enumerate(zip((B, H, I, J), shape, strict=True))
+    }
+    evaluate = Evaluator({**positions, **scalars}, operands, torch.float32, device)  # type: ignore[dict-item]
+
+    def tiles(x: object, value: float) -> torch.Tensor:
+        full = torch.as_tensor(x, device=device).expand(tuple(shape))
+        pad = (0, -shape[3] % block_n, 0, -shape[2] % block_m)
+        padded = torch.nn.functional.pad(full, pad, value=value)
+        return padded.unflatten(3, (-1, block_n)).unflatten(2, (-1, block_m)).transpose(3, 4).flatten(4)
+
+    keep = torch.as_tensor(evaluate(mask.keep), device=device).expand(tuple(shape))
+    some = tiles(keep, False).any(-1)
+    every = tiles(keep, True).all(-1)
+    if shape[3] % block_n:
+        every[..., -1] = False
+    even = torch.ones_like(every)
+    for load in mask.even:
+        x = evaluate(load)
+        low, high = tiles(x, float("inf")).amin(-1), tiles(x, float("-inf")).amax(-1)
+        even &= low == high
+    return torch.where(some, torch.where(every, torch.where(even, EVEN, WHOLE), MASKED), SKIP).to(torch.int8)
+
+
+def lists(verdicts: torch.Tensor) -> torch.Tensor:
+    """The lists [..., 3 + tiles] of verdicts [..., tiles]; the places of tiles that are skipped hold 0."""
+    tiles = verdicts.shape[-1]
+    found = torch.zeros((*verdicts.shape[:-1], HEADER + tiles), dtype=torch.int32, device=verdicts.device)
+    for row, made in zip(verdicts.reshape(-1, tiles), found.view(-1, HEADER + tiles), strict=True):
+        even, whole, masked = ((row == verdict).nonzero()[:, 0] for verdict in (EVEN, WHOLE, MASKED))
+        made[:HEADER] = torch.tensor([len(even), len(even) + len(whole), len(masked)])
+        front = torch.cat([even, whole])
+        made[HEADER : HEADER + len(front)] = front
+        made[HEADER + tiles - len(masked) :] = masked.flip(0)
+    return found

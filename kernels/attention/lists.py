@@ -1,0 +1,146 @@
+"""Makes the lists of tiles under a mask: one launch for the verdicts, one for the lists, whatever the scores are."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from xfcompile.kernels.attention import blocks, cache
+from xfcompile.score import B, H
+from xfcompile.site import MaskSpec
+
+log = logging.getLogger(__name__)
+
+TILES_A_PROGRAM = 16
+"""Verdicts that one program makes by interval arithmetic."""
+
+
+@dataclass(frozen=True)
+class MaskProgram:
+    """Generated kernels in this process: what of, and their file."""
+
+    key: str
+    mask: MaskSpec
+    source: str
+
+
+_programs: dict[str, MaskProgram] = {}
+
+
+def prepare(mask: MaskSpec) -> str:
+    """Generates the kernels of a mask and stores their source; returns the key that the op is called with.
+
+    Raises printer.Unsupported where the mask has no Triton form.
+    """
+    mask = canonical(mask)
+    source = blocks.generate(mask)
+    key = cache.key_of(source)
+    if key not in _programs:
+        log.info("lists of tiles %s: keep %s", cache.store(source), mask.keep)
+        _programs[key] = MaskProgram(key, mask, source)
+    return key
+
+
+def canonical(mask: MaskSpec) -> MaskSpec:
+    """The same with scalars named n0, n1 … (integers) and a0, a1 … (reals)."""
+    names = cache.canonical_names(mask.scalars)
+    return replace(
+        mask,
+        keep=sympy.sympify(mask.keep).xreplace(names),
+        even=tuple(x.xreplace(names) for x in mask.even),
+        scalars=tuple(names.values()),
+    )
+
+
+def program(key: str) -> MaskProgram:
+    """The prepared kernels; ones that another process prepared are read back from the cache directory."""
+    if key not in _programs:
+        source, mask = cache.read_back(key, "attention_tiles", "prepare_mask")
+        assert isinstance(mask, MaskSpec)
+        _programs[key] = MaskProgram(key, mask, source)
+    return _programs[key]
+
+
+@functools.cache
+def _kernels(key: str, interpreted: bool) -> Any:
+    name = f"xfcompile_tiles_{key}{'_interpreted' if interpreted else ''}"
+    return cache.load(cache.store(program(key).source), name)
+
+
+def extents(mask: MaskSpec, batch: Any, heads: Any) -> tuple[Any, Any]:
+    """For how many batches and heads there are lists of their own."""
+    symbols = set().union(*(x.free_symbols for x in (mask.keep, *mask.even)))
+    return (batch if B in symbols else 1), (heads if H in symbols else 1)
+
+
+def output(like: Tensor, mask: MaskSpec, shape: Sequence[Any], block_m: int, block_n: int) -> Tensor:
+    """Lists [B', H', blocks of queries, 3 + tiles], int32: see `blocks.HEADER`."""
+    batch, heads, lq, lk = shape
+    size = (*extents(mask, batch, heads), -(-lq // block_m), blocks.HEADER + -(-lk // block_n))
+    return like.new_empty(size, dtype=torch.int32)
+
+
+def run(
+    like: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    shape: Sequence[int],
+    block_m: int,
+    block_n: int,
+    key: str,
+) -> Tensor:
+    """The lists, on the device of `like`, by the kernels: on a GPU, or interpreted on a CPU."""
+    prepared = program(key)
+    mask = prepared.mask
+    lq, lk = shape[2:]
+    made = output(like, mask, shape, block_m, block_n)
+    if made.numel() == 0 or lk == 0:
+        return made.zero_()
+    batch, heads, rows, _ = made.shape
+    tiles = made.shape[3] - blocks.HEADER
+    verdicts = made.new_empty((batch, heads, rows, tiles), dtype=torch.int8)
+    strides = [stride for operand in operands for stride in operand.stride()]
+    whole, real = iter(ints), iter(floats)
+    scalars = [next(whole) if x.is_integer else next(real) for x in mask.scalars]
+    kernels = _kernels(key, like.device.type == "cpu")
+    single = blocks.elementwise(mask)
+    together = 1 if single else TILES_A_PROGRAM
+    with torch.cuda.device(like.device if like.device.type == "cuda" else -1):
+        kernels.tile_verdicts[(batch * heads * rows * -(-tiles // together),)](
+            verdicts, *operands, heads, lq, lk, *strides, *scalars,
+            BLOCK_M=block_m, BLOCK_N=block_n, TILES=together, SPAN=_power(block_m + block_n), num_warps=4,
+        )  # fmt: skip
+        kernels.tile_lists[(batch * heads * rows,)](made, verdicts, tiles, CHUNK=min(256, _power(tiles)), num_warps=1)
+    return made
+
+
+def reference(
+    like: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    shape: Sequence[int],
+    block_m: int,
+    block_n: int,
+    key: str,
+) -> Tensor:
+    """The same in plain PyTorch, with the tightest verdicts there are."""
+    mask = program(key).mask
+    whole, real = iter(ints), iter(floats)
+    scalars = {x: next(whole) if x.is_integer else next(real) for x in mask.scalars}
+    own = (*extents(mask, shape[0], shape[1]), shape[2], shape[3])
+    if 0 in own:
+        return output(like, mask, shape, block_m, block_n).zero_()
+    return blocks.lists(blocks.reference(mask, operands, scalars, own, block_m, block_n)).to(like.device)
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
