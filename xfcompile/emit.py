@@ -257,14 +257,15 @@ class Emitter:
         made = [self.tensor(a, site) for a in args]
         return [
             x
-            if isinstance(x, fx.Node) and self._is_tensor(x)
+            if isinstance(x, fx.Node) and self.is_tensor(x)
             else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=_width(x))
             if not (k == 0 and isinstance(x, bool))
             else self.call(torch.scalar_tensor, x, device=self._device(site), dtype=torch.bool)
             for k, x in enumerate(made)
         ]
 
-    def _is_tensor(self, node: fx.Node) -> bool:
+    def is_tensor(self, node: fx.Node) -> bool:
+        """Whether a node holds a tensor, and not a number."""
         return node not in self.reading.numbers.values()
 
     def _device(self, site: AttentionSite) -> torch.device:
@@ -300,7 +301,7 @@ class Emitter:
         axes: list[sympy.Symbol] = []
         simple = True
         for index, n in zip(load.indices, value.shape, strict=True):
-            if index in (B, H, I, J) and index not in axes and sympy.sympify(n) == self._full(index, site):
+            if index in (B, H, I, J) and index not in axes and sympy.sympify(n) == self.full_size(index, site):
                 axes.append(index)
             elif index.is_Integer:
                 pass
@@ -320,7 +321,8 @@ class Emitter:
                 axes.append(a)
         return x
 
-    def _full(self, axis: sympy.Symbol, site: AttentionSite) -> sympy.Expr:
+    def full_size(self, axis: sympy.Symbol, site: AttentionSite) -> sympy.Expr:
+        """How many positions the program has along an axis."""
         if axis in (I, J):
             return site.queries if axis == I else site.keys
         if axis == H:

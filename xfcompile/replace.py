@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from xfcompile.diagonal import vector
 from xfcompile.emit import Emitter
 from xfcompile.magnitude import ABSORBING, absorbs
 from xfcompile.plan import FEW_QUERIES, Told, operand_dtype, swallows
@@ -270,7 +271,10 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
     full = site.full
     if full is not None:
         full = full.xreplace({S: candidate.q.factor * candidate.k.factor * S})
-    formulas = [candidate.score, site.keep, *(x for x in (site.sink, full) if x is not None)]
+    vectors, made = _vectors(emitter, site, candidate.score)
+    score = candidate.score.xreplace(vectors)
+    full = None if full is None else full.xreplace(vectors)
+    formulas = [score, site.keep, *(x for x in (site.sink, full) if x is not None)]
     formulas += [x for x in (site.band.lower, site.band.upper) if x is not None]
     used = sorted({load.operand for f in formulas for load in f.atoms(Load)})
     renumbered = {n: k for k, n in enumerate(used)}
@@ -281,16 +285,20 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
         return f.replace(lambda x: isinstance(x, Load), lambda x: Load(renumbered[x.operand], *x.indices))
 
     loads = [load for f in formulas for load in f.atoms(Load)]
-    operands = [_coalesced(emitter, site, n, [x for x in loads if x.operand == n]) for n in used]
+    operands = [
+        made[n] if n in made else _coalesced(emitter, site, n, [x for x in loads if x.operand == n]) for n in used
+    ]
     position = {S, *POSITION}
     scalars = sorted({s for f in formulas for s in f.free_symbols} - position, key=str)
     ints = [emitter.size(s) for s in scalars if s.is_integer]
     floats = [emitter.number(s) for s in scalars if not s.is_integer]
     spec = ScoreSpec(
-        score=renumber(candidate.score),
+        score=renumber(score),
         keep=renumber(site.keep),
         dead=site.dead if site.dead != "unknown" else "zero",
-        operands=tuple(Operand(site.loads[n].dtype, site.loads[n].ndim) for n in used),
+        operands=tuple(
+            Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used
+        ),
         scalars=tuple(scalars),
         sink=renumber(site.sink),
         band=site.band,
@@ -299,6 +307,19 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
         floor=site.floor,
     )
     return spec, operands, ints, floats
+
+
+def _vectors(emitter: Emitter, site: AttentionSite, score: sympy.Expr) -> tuple[dict[Load, Load], dict[int, fx.Node]]:
+    """Loads of a score that become loads from vectors, and these: operand n + len(site.loads) is the vector of n."""
+    instead: dict[Load, Load] = {}
+    made: dict[int, fx.Node] = {}
+    for load in sorted(score.atoms(Load), key=str):
+        found = vector(emitter, site, load)
+        number = load.operand + len(site.loads)
+        if found is not None and number not in made:
+            made[number], at = found
+            instead[load] = Load(number, *at.indices)
+    return instead, made
 
 
 def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load]) -> fx.Node:
