@@ -118,19 +118,17 @@ def test_a_bias_of_distances_is_a_vector(program: Callable[..., Tensor], queries
 
 @pytest.mark.parametrize("program", [embedded, masked], ids=lambda f: f.__name__)
 def test_lengths_that_are_symbols(program: Callable[..., Tensor]) -> None:
-    q, k, v = tensors((2, HEADS, 70, 16), (2, HEADS, 170, 16), (2, HEADS, 170, 16))
-    (table,) = tensors((BUCKETS, HEADS), seed=1)
-    for x in (q, k, v):
-        torch._dynamo.mark_dynamic(x, 2)
+    def projected(x: Tensor, y: Tensor, table: Tensor) -> Tensor:
+        q, k, v = (t.view(*t.shape[:2], HEADS, 16).transpose(1, 2) for t in (x, y, y.flip(0)))
+        return program(q, k, v, table)
+
+    x, y, table = tensors((2, 70, HEADS * 16), (2, 170, HEADS * 16), (BUCKETS, HEADS))
     with torch.no_grad():
-        outcome = check(program, q, k, v, table, routes={"attention": "triton"}, dynamic=None)
+        outcome = check(projected, x, y, table, routes={"attention": "triton"}, dynamic=True)
     assert [site.route for site in outcome.sites] == ["triton"], outcome.sites
     (gm,) = outcome.programs
     (gather,) = (n for n in gm.graph.nodes if "embedding" in str(n.target) or "aten.index" in str(n.target))
-    rows, columns = q.shape[2], k.shape[2]
-    assert gather.meta["val"].numel() < rows * columns
-    lengths = {str(s) for n in gm.graph.nodes if n.op == "placeholder" and isinstance(s := n.meta["val"], torch.SymInt)}
-    assert {str(s) for s in gather.meta["val"].shape[-1].node.expr.free_symbols} == lengths
+    assert len(gather.meta["val"].shape[-1].node.expr.free_symbols) == 2, "queries + keys - 1"
 
 
 @pytest.mark.parametrize("program", DENSE, ids=lambda f: f.__name__)
