@@ -184,7 +184,7 @@ def programs(dtype: torch.dtype) -> list[Program]:
     """The twelve, for q, k and v of this dtype (biases have it too)."""
 
     def spec(score: sympy.Expr, keep: sympy.Basic = sympy.true, *operands: Operand, band: Band = NO_BAND) -> ScoreSpec:
-        return ScoreSpec(score, keep, "nan", operands, band=band)
+        return ScoreSpec(score, keep, "nan", operands, band=band, coarse=dtype == torch.bfloat16)
 
     def cap(z: Sizes) -> sympy.Expr:
         return CAP * sympy.tanh(scale(z) / CAP)

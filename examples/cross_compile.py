@@ -113,7 +113,9 @@ def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTar
         "BLOCK_N": tiles.block_n,
     }
     if "FAST" in kernel.arg_names:
-        constants["FAST"] = dtype.itemsize == 2
+        constants["FAST"] = (
+            (2 if prepared.spec.coarse and target.backend == "cuda" else 1) if dtype.itemsize == 2 else 0
+        )
     for name in kernel.arg_names:  # last dimensions are contiguous: Triton makes a stride of 1 a constant
         if name in ("stride_qd", "stride_kd", "stride_vd"):
             constants[name] = 1

@@ -305,6 +305,7 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
         far=full is not None or any(absorbs(f, site.loads, finite=True) for f in (candidate.score, site.sink)),
         full=renumber(full),
         floor=site.floor,
+        coarse=site.product_dtype == torch.bfloat16,
     )
     return spec, operands, ints, floats
 

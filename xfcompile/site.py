@@ -59,6 +59,7 @@ class ScoreSpec:
         mask that is data. Kernels then clamp it, or compute in base 4.
     full, floor: where a key that is kept may score as low as one that is masked by a finite number: the score with its
         masks, and the greatest of those numbers. Rows whose maximum is not above it have the softmax of `full`.
+    coarse: whether the program itself rounds q·k to bf16, before anything else happens to it.
     """
 
     score: sympy.Expr
@@ -71,6 +72,7 @@ class ScoreSpec:
     far: bool = False
     full: sympy.Expr | None = None
     floor: sympy.Expr | None = None
+    coarse: bool = False
 
 
 @dataclass(frozen=True)

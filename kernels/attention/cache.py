@@ -145,4 +145,5 @@ def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
         far=bool(fields["far"]),
         full=expression(fields["full"]),
         floor=expression(fields["floor"]),
+        coarse=bool(fields["coarse"]),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -64,15 +64,35 @@ def row_loads(*exprs: sympy.Basic) -> list[Load]:
     return list(found)
 
 
-def form(spec: ScoreSpec, score: sympy.Expr) -> tuple[template.Form, sympy.Expr]:
-    """How a step computes such a score, and the number that it adds, if it is one."""
+@dataclass(frozen=True)
+class Parts:
+    """A score as scale * core + shift: a number above 0, what depends on s, and one number for all keys and rows."""
+
+    scale: float
+    core: sympy.Expr
+    shift: sympy.Expr
+
+
+def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
+    """The score taken apart, in the base of the exponents; None where it is more than that."""
+    terms = sympy.Add.make_args(sympy.sympify(score))
+    cores = [term for term in terms if S in term.free_symbols]
+    if spec.full is not None or len(cores) != 1:
+        return None
+    shift = sympy.Add(*(term for term in terms if term is not cores[0]))
+    if shift.free_symbols & {I, J} or any(extent(load) for load in shift.atoms(Load)):
+        return None
+    scale, core = cores[0].as_coeff_Mul()
+    if scale < 0:
+        scale, core = -scale, -core
     unit = float(LOG2E / 2 if template.wide(spec) else LOG2E)
-    scale = sympy.sympify(score).coeff(S)
-    shift = score - scale * S
-    plain = spec.full is None and scale.is_number and scale.is_positive and not shift.free_symbols & {S, I, J}
-    if not plain or any(extent(load) for load in shift.atoms(Load)):
-        return template.Form(), sympy.S.Zero
-    return template.Form(float(scale) * unit, shift != 0), shift
+    return Parts(float(scale) * unit, core, in_base(spec, shift) if shift != 0 else sympy.S.Zero)
+
+
+def form(found: Parts | None) -> template.Form:
+    if found is None:
+        return template.Form()
+    return template.Form(found.scale, found.core != S, found.shift != 0)
 
 
 def generate(spec: ScoreSpec) -> str:
@@ -81,9 +101,8 @@ def generate(spec: ScoreSpec) -> str:
     evens = blocks.even_loads(spec) if found is not None else ()
     even_names = {load: sympy.Symbol(f"even{n}", real=True) for n, load in enumerate(evens)}
     even_score = spec.score.xreplace(even_names)
-    usual, shift = form(spec, spec.score)
-    even, even_shift = form(spec, even_score)
-    loads = row_loads(*([] if usual.scale is not None and not usual.shifted else [spec.score]), spec.keep)
+    usual, even = parts(spec, spec.score), parts(spec, even_score)
+    loads = row_loads(*([spec.score] if usual is None else [usual.core, usual.shift]), spec.keep)
     scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values())}
     names = template.Names.of(spec, len(loads), bool(evens))
     helpers: set[str] = set()
@@ -103,21 +122,28 @@ def generate(spec: ScoreSpec) -> str:
 
     def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
         printer = Printer(spec.operands, scope, hoisted, clamped)
-        real = name in ("score", "full_score", "even_score", "sink", "shift", "even_shift")
+        real = name == "sink" or name.endswith(("score", "core", "shift"))
         term = printer.float(expr) if real else printer.print(expr)
         helpers.update(printer.helpers)
         value = term.text
-        if name.endswith("score") and extent(expr) != {I, J}:
+        if name.endswith(("score", "core")) and extent(expr) != {I, J}:
             value = f"tl.full(s.shape, 0.0, tl.float32) + {term.at(PRODUCT)}"
         body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
         return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
 
     site = ["b", "h", "i", "j", *names.inside, *names.flag_parameters]
-    functions = []
-    if usual.scale is None:
-        functions.append(function("score", ["s", *site], in_base(spec, spec.score), hoisted))
-    elif usual.shifted:
-        functions.append(function("shift", site, in_base(spec, shift), hoisted))
+    functions: list[str] = []
+
+    def score_functions(prefix: str, score: sympy.Expr, found: Parts | None, arguments: list[str]) -> None:
+        if found is None:
+            functions.append(function(f"{prefix}score", ["s", *arguments], in_base(spec, score), hoisted))
+            return
+        if found.core != S:
+            functions.append(function(f"{prefix}core", ["s", *arguments], found.core, hoisted))
+        if found.shift != 0:
+            functions.append(function(f"{prefix}shift", arguments, found.shift, hoisted))
+
+    score_functions("", spec.score, usual, site)
     if spec.full is not None:
         functions.append(function("full_score", ["s", *site], in_base(spec, spec.full), hoisted))
     if spec.keep != sympy.true:
@@ -129,13 +155,9 @@ def generate(spec: ScoreSpec) -> str:
         arguments = ["b", "h", "i", *names.outside, *names.flag_parameters]
         functions.append(function("sink", arguments, in_base(spec, spec.sink), {}))
     if not evens:
-        return template.module(spec, template.Forms(usual), names, row_lines, functions, helpers)
+        return template.module(spec, template.Forms(form(usual)), names, row_lines, functions, helpers)
 
-    with_evens = [*site, *(x.name for x in even_names.values())]
-    if even.scale is None:
-        functions.append(function("even_score", ["s", *with_evens], in_base(spec, even_score), hoisted))
-    elif even.shifted:
-        functions.append(function("even_shift", with_evens, in_base(spec, even_shift), hoisted))
+    score_functions("even_", even_score, even, [*site, *(x.name for x in even_names.values())])
     corner = Printer(spec.operands, {**scope, I: "first", J: "start"}, clamped=clamped)
     text: list[str] = []
     for load, name in even_names.items():
@@ -143,5 +165,5 @@ def generate(spec: ScoreSpec) -> str:
         text += [*corner.lines, f"{name} = {term.text}"]
         corner.lines.clear()
     helpers |= corner.helpers
-    forms = template.Forms(usual, replace(even, loads=evens, loads_text=tuple(text)))
+    forms = template.Forms(form(usual), replace(form(even), loads=evens, loads_text=tuple(text)))
     return template.module(spec, forms, names, row_lines, functions, helpers)

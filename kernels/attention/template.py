@@ -6,12 +6,12 @@ import functools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import sympy
 import torch
 
-from xfcompile.score import J, Load
+from xfcompile.score import B, I, J, Load
 from xfcompile.site import Band, ScoreSpec
 
 
@@ -34,7 +34,8 @@ class Names:
             strides=[f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)],
             scalars=[x.name for x in spec.scalars],
             rows=[f"row{n}" for n in range(rows)],
-            # Inputs of 16 bits allow a faster tanh: the rounding of the weights to them is 10000 times its error.
+            # Inputs of 16 bits allow a faster tanh: the rounding of the weights to them is 10000 times its error. One
+            # instruction will do where the program itself rounds q·k to bf16, which errs by 2**-9 (`launch.speed`).
             flags=["FAST"]
             if any(x is not None and x.has(sympy.tanh) for x in (spec.score, spec.keep, spec.sink))
             else [],
@@ -73,9 +74,12 @@ HELPERS = {
 @triton.jit
 def tanh(x, x_log2, FAST: tl.constexpr):
     # x_log2 = 2 log2(e) x; r * r is 1 / (1 + exp(2x)) in one instruction less than a division takes.
-    r = tl.rsqrt(tl.exp2(x_log2) + 1.0)
-    y = 1.0 - 2.0 * r * r
-    if not FAST:
+    if FAST == 2:  # one instruction, with a relative error of 2**-11
+        y = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        r = tl.rsqrt(tl.exp2(x_log2) + 1.0)
+        y = 1.0 - 2.0 * r * r
+    if FAST == 0:
         # Near 0 that is off by 2e-7, which is much for a small y; this polynomial is exact to 2 ulp there.
         x2 = x * x
         p = -0.006094488908823051 * x2 + 0.02098278814222448
@@ -163,9 +167,7 @@ KERNEL = '''\
     """One program: BLOCK_M query rows of one head."""
     blocks = (lq + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
-{block}
-    b = pid // blocks // heads
-    h = pid // blocks % heads
+{place}
     first = block * BLOCK_M
     offs_m = first + tl.arange(0, BLOCK_M)
     row = tl.minimum(offs_m, lq - 1)  # rows past the end repeat the last one, and are not stored
@@ -233,14 +235,14 @@ def wide(spec: ScoreSpec) -> bool:
 class Form:
     """How a step computes the scores of a tile.
 
-    scale, shifted: they are scale * s, in the base of the exponents, or with `shifted` a number more; None: they are
-    what a function of the site's own gives. score: "s" if they are there already. loads, loads_text: what is one number
-    for the tile, and the lines that read it.
+    scale, core, shifted: they are scale * s, in the base of the exponents; with `core`, s is what a function of the
+    site's own makes of it, and with `shifted` another gives a number that is added. None: a function gives all of it.
+    loads, loads_text: what is one number for the tile, and the lines that read it.
     """
 
     scale: float | None = None
+    core: bool = False
     shifted: bool = False
-    score: str = ""
     loads: tuple[Load, ...] = ()
     loads_text: tuple[str, ...] = ()
 
@@ -290,6 +292,8 @@ def _docstring(spec: ScoreSpec) -> str:
         lines.append(f"sink   {spec.sink}")
     if spec.far:
         lines.append("far    scores may be finite and beyond what base 2 can hold")
+    if spec.coarse:
+        lines.append("coarse the program itself rounds q·k to bf16")
     if spec.full is not None:
         lines.append(f"full   {spec.full}, for rows not above {spec.floor}")
     if spec.band != Band():
@@ -318,6 +322,7 @@ def _literal(spec: ScoreSpec) -> str:
         "far": spec.far,
         "full": text(spec.full),
         "floor": text(spec.floor),
+        "coarse": spec.coarse,
     }
     return literal(fields)
 
@@ -361,13 +366,14 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
         "if EDGE:",
         "    j = tl.minimum(j, lk - 1)",
     ]
+    usual = [*_scores(spec, forms.usual, site), *_masks(spec, site), *_softmax(spec, forms.usual, site)]
     if forms.even is not None:
-        even, evens = forms.even, [f"even{n}" for n in range(len(forms.even.loads))]
-        lines += ["if EVEN:", *(f"    {line}" for line in forms.even.loads_text)]
-        lines += [f"    {line}" for line in _softmax(spec, even, ", ".join([site, *evens]), "even_")]
-        lines += ["else:", *(f"    {line}" for line in _scores(spec, forms.usual, site, names))]
+        with_evens = ", ".join([site, *(f"even{n}" for n in range(len(forms.even.loads)))])
+        even = [*forms.even.loads_text, *_scores(spec, forms.even, with_evens, "even_")]
+        even += _softmax(spec, forms.even, with_evens, "even_")
+        lines += ["if EVEN:", *(f"    {line}" for line in even), "else:", *(f"    {line}" for line in usual)]
     else:
-        lines += _scores(spec, forms.usual, site, names)
+        lines += usual
     lines += [
         f"alpha = tl.exp2({'2.0 * (m - m_safe)' if wide(spec) else 'm - m_safe'})",
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
@@ -379,48 +385,44 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
 
 
-def _scores(spec: ScoreSpec, form: Form, site: str, names: Names) -> list[str]:
-    """Scores, masked, and what the online softmax makes of them."""
-    lines: list[str] = []
+def _scores(spec: ScoreSpec, form: Form, site: str, prefix: str = "") -> list[str]:
+    """The scores that the online softmax takes: all of them, or what is scaled and shifted later."""
+    if form.scale is not None:
+        return [f"s = {prefix}core(s, {site})"] if form.core else []
+    if spec.full is not None and not prefix:
+        return ["if AGAIN:", f"    s = full_score(s, {site})", "else:", f"    s = score(s, {site})"]
+    return [f"s = {prefix}score(s, {site})"]
+
+
+def _masks(spec: ScoreSpec, site: str) -> list[str]:
     masked = 's = tl.where({}, s, float("-inf"))'
     masks = [] if spec.keep == sympy.true else ["if MASKED:", f"    {masked.format(f'keep({site})')}"]
-    masks += ["if EDGE:", f"    {masked.format('offs_n < lk')}"]
-    if form.scale is not None:
-        return [*masks, *_softmax(spec, form, site, "")]
-    if spec.full is not None:
-        lines += ["if AGAIN:", f"    s = full_score(s, {site})", "else:", f"    s = score(s, {site})"]
-    else:
-        lines.append(f"s = score(s, {site})")
-    return [*lines, *masks, *_softmax(spec, replace(form, score="s"), site, "")]
+    return [*masks, "if EDGE:", f"    {masked.format('offs_n < lk')}"]
 
 
-def _softmax(spec: ScoreSpec, form: Form, site: str, prefix: str) -> list[str]:
-    """The maximum m_new and the weights p. Of a score that is scale * s + shift, with a shift that is one number, the
-    scale joins the exponent's multiply-add, and the shift the maximum that is subtracted there."""
+def _softmax(spec: ScoreSpec, form: Form, site: str, prefix: str = "") -> list[str]:
+    """The maximum m_new and the weights p. Where scores are scale * s + shift, the scale joins the exponent's
+    multiply-add, and the shift the maximum that is subtracted there."""
+    highest = "tl.reduce(s, 1, tl.standard._elementwise_max)"
     twice = 2.0 if wide(spec) else 1.0  # in base 4 numbers are half as large
     safe = [
         "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
         'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
     ]
     if form.scale is None:
-        lines = [] if form.score == "s" else [f"s = {prefix}score(s, {site})"]
         weights = "2.0 * (s - m_safe[:, None])" if wide(spec) else "s - m_safe[:, None]"
-        highest = "tl.reduce(s, 1, tl.standard._elementwise_max)"
-        return [*lines, f"m_new = tl.maximum(m, {highest})", *safe, f"p = tl.exp2({weights})  # [M, N]"]
-    highest = f"tl.reduce(s, 1, tl.standard._elementwise_max) * {form.scale!r}"
+        return [f"m_new = tl.maximum(m, {highest})", *safe, f"p = tl.exp2({weights})  # [M, N]"]
+    highest += f" * {form.scale!r}"
+    scaled = f"s * {twice * form.scale!r}"
     if not form.shifted:
-        below = "m_safe" if twice == 1.0 else "2.0 * m_safe"
-        lines = [f"m_new = tl.maximum(m, {highest})", *safe]
-        return [
-            *lines,
-            f"p = tl.exp2(s * {twice * form.scale!r} - ({below})[:, None])  # [M, N]".replace("(m_safe)", "m_safe"),
-        ]
+        below = "m_safe[:, None]" if twice == 1.0 else "(2.0 * m_safe)[:, None]"
+        return [f"m_new = tl.maximum(m, {highest})", *safe, f"p = tl.exp2({scaled} - {below})  # [M, N]"]
     below = "added - m_safe" if twice == 1.0 else "2.0 * (added - m_safe)"
     return [
         f"added = {prefix}shift({site})",
         f"m_new = tl.maximum(m, {highest} + added)",
         *safe,
-        f"p = tl.exp2(s * {twice * form.scale!r} + ({below})[:, None])  # [M, N]",
+        f"p = tl.exp2({scaled} + ({below})[:, None])  # [M, N]",
     ]
 
 
@@ -540,6 +542,24 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _place(spec: ScoreSpec) -> str:
+    """Which block of which batch and head a program has, in an order that keeps in the L2 cache what programs share."""
+    dense = [load for load in spec.score.atoms(Load) if {I, J} <= load.free_symbols]
+    if any(B not in load.free_symbols for load in dense):
+        lines = [
+            "# All batches load the same tile of the bias: one after the other.",
+            "batch = tl.num_programs(0) // (blocks * heads)",
+            "b = pid % batch",
+            "pid = pid // batch",
+            "h = pid // blocks",
+        ]
+    else:
+        lines = ["b = pid // blocks // heads", "h = pid // blocks % heads"]
+    if spec.keep != sympy.true and spec.band.upper is not None:
+        return "\n".join([*lines, "block = blocks - 1 - pid % blocks  # the last rows see most keys: start with them"])
+    return "\n".join([*lines, "block = pid % blocks"])
+
+
 def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
@@ -555,14 +575,10 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists]
     constants = [*CONSTANTS, *names.flags, "BLOCK_M", *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]
     unspecialized = [*names.scalars, *lists[1:]]
-    heavy_last = spec.keep != sympy.true and spec.band.upper is not None
-    block = "block = pid % blocks"
-    if heavy_last:
-        block = "block = blocks - 1 - pid % blocks  # the last rows see most keys: start with them"
     return KERNEL.format(
         jit_options=f"(do_not_specialize={unspecialized!r})" if unspecialized else "",
         signature=wrapped("def attention_forward", [*arguments, *_constexprs(constants)], ":"),
-        block=_indented(block),
+        place=_indented(_place(spec)),
         rows=_indented("\n".join(row_lines)),
         state=_indented("\n".join(state)),
         loops=_indented(_loops(spec, names)),
