@@ -64,6 +64,28 @@ def row_loads(*exprs: sympy.Basic) -> list[Load]:
     return list(found)
 
 
+FIRST = sympy.Symbol("first", integer=True, nonnegative=True)
+"""The first query row of a block."""
+
+
+def of_first_row(spec: ScoreSpec) -> tuple[sympy.Expr, sympy.Expr]:
+    """The score as of the first row of a block, and what other rows have more: where that is the same for all keys, it
+    changes log-sum-exps only, and need not be added to each score. ALiBi's slope * (j - i) is such."""
+    if spec.sink is not None or spec.full is not None:
+        return spec.score, sympy.S.Zero
+    terms, shift = [], sympy.S.Zero
+    for term in sympy.Add.make_args(spec.score):
+        flat = term if S in term.free_symbols else sympy.expand(term)
+        slope = flat.coeff(I, 1)
+        rest = sympy.expand(flat - slope * I)
+        if slope == 0 or S in term.free_symbols or I in rest.free_symbols or {I, J} & slope.free_symbols:
+            terms.append(term)
+        else:
+            terms.append(term.xreplace({I: FIRST}))
+            shift += slope * (I - FIRST)
+    return sympy.Add(*terms), shift
+
+
 @dataclass(frozen=True)
 class Parts:
     """A score as scale * core + shift: a number above 0, what depends on s, and one number for all keys and rows."""
@@ -100,11 +122,12 @@ def generate(spec: ScoreSpec) -> str:
     found = blocks.summary(spec)
     evens = blocks.even_loads(spec) if found is not None else ()
     even_names = {load: sympy.Symbol(f"even{n}", real=True) for n, load in enumerate(evens)}
-    even_score = spec.score.xreplace(even_names)
-    usual, even = parts(spec, spec.score), parts(spec, even_score)
-    loads = row_loads(*([spec.score] if usual is None else [usual.core, usual.shift]), spec.keep)
-    scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values())}
-    names = template.Names.of(spec, len(loads), bool(evens))
+    score, row_shift = of_first_row(spec)
+    even_score = score.xreplace(even_names)
+    usual, even = parts(spec, score), parts(spec, even_score)
+    loads = row_loads(*([score] if usual is None else [usual.core, usual.shift]), spec.keep)
+    scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values(), FIRST)}
+    names = template.Names.of(spec, len(loads), len(evens), row_shift != 0)
     helpers: set[str] = set()
 
     # What a row has for the whole loop is read once, by the kernel itself.
@@ -122,7 +145,7 @@ def generate(spec: ScoreSpec) -> str:
 
     def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
         printer = Printer(spec.operands, scope, hoisted, clamped)
-        real = name == "sink" or name.endswith(("score", "core", "shift"))
+        real = name in ("sink", "row_shift") or name.endswith(("score", "core", "shift"))
         term = printer.float(expr) if real else printer.print(expr)
         helpers.update(printer.helpers)
         value = term.text
@@ -143,7 +166,10 @@ def generate(spec: ScoreSpec) -> str:
         if found.shift != 0:
             functions.append(function(f"{prefix}shift", arguments, found.shift, hoisted))
 
-    score_functions("", spec.score, usual, site)
+    score_functions("", score, usual, site)
+    if row_shift != 0:
+        arguments = ["b", "h", "i", "first", *names.outside, *names.flag_parameters]
+        functions.append(function("row_shift", arguments, row_shift, {}))
     if spec.full is not None:
         functions.append(function("full_score", ["s", *site], in_base(spec, spec.full), hoisted))
     if spec.keep != sympy.true:
@@ -155,15 +181,12 @@ def generate(spec: ScoreSpec) -> str:
         arguments = ["b", "h", "i", *names.outside, *names.flag_parameters]
         functions.append(function("sink", arguments, in_base(spec, spec.sink), {}))
     if not evens:
-        return template.module(spec, template.Forms(form(usual)), names, row_lines, functions, helpers)
+        forms = template.Forms(form(usual), row_shift=row_shift != 0)
+        return template.module(spec, forms, names, row_lines, functions, helpers)
 
     score_functions("even_", even_score, even, [*site, *(x.name for x in even_names.values())])
-    corner = Printer(spec.operands, {**scope, I: "first", J: "start"}, clamped=clamped)
-    text: list[str] = []
-    for load, name in even_names.items():
-        term = corner.print(load)
-        text += [*corner.lines, f"{name} = {term.text}"]
-        corner.lines.clear()
+    corner = Printer(spec.operands, {**scope, I: "first", J: "ahead"}, clamped=clamped)
+    values = tuple(corner.print(load).text for load in even_names)
     helpers |= corner.helpers
-    forms = template.Forms(form(usual), replace(form(even), loads=evens, loads_text=tuple(text)))
+    forms = template.Forms(form(usual), form(even), tuple(corner.lines), values, row_shift != 0)
     return template.module(spec, forms, names, row_lines, functions, helpers)

@@ -24,11 +24,20 @@ TILES_A_PROGRAM = 16
 
 @dataclass(frozen=True)
 class MaskProgram:
-    """Generated kernels in this process: what of, and their file."""
+    """Generated kernels in this process: what of, and their file; whether there are lists for each batch and head, and
+    whether a program looks at one tile, element by element."""
 
     key: str
     mask: MaskSpec
     source: str
+    by_batch: bool
+    by_head: bool
+    single: bool
+
+
+def _program(key: str, mask: MaskSpec, source: str) -> MaskProgram:
+    symbols = set().union(*(x.free_symbols for x in (mask.keep, *mask.even)))
+    return MaskProgram(key, mask, source, B in symbols, H in symbols, blocks.elementwise(mask))
 
 
 _programs: dict[str, MaskProgram] = {}
@@ -44,7 +53,7 @@ def prepare(mask: MaskSpec) -> str:
     key = cache.key_of(source)
     if key not in _programs:
         log.info("lists of tiles %s: keep %s", cache.store(source), mask.keep)
-        _programs[key] = MaskProgram(key, mask, source)
+        _programs[key] = _program(key, mask, source)
     return key
 
 
@@ -64,7 +73,7 @@ def program(key: str) -> MaskProgram:
     if key not in _programs:
         source, mask = cache.read_back(key, "attention_tiles", "prepare_mask")
         assert isinstance(mask, MaskSpec)
-        _programs[key] = MaskProgram(key, mask, source)
+        _programs[key] = _program(key, mask, source)
     return _programs[key]
 
 
@@ -74,17 +83,12 @@ def _kernels(key: str, interpreted: bool) -> Any:
     return cache.load(cache.store(program(key).source), name)
 
 
-def extents(mask: MaskSpec, batch: Any, heads: Any) -> tuple[Any, Any]:
-    """For how many batches and heads there are lists of their own."""
-    symbols = set().union(*(x.free_symbols for x in (mask.keep, *mask.even)))
-    return (batch if B in symbols else 1), (heads if H in symbols else 1)
-
-
-def output(like: Tensor, mask: MaskSpec, shape: Sequence[Any], block_m: int, block_n: int) -> Tensor:
-    """Lists [B', H', blocks of queries, 3 + tiles], int32: see `blocks.HEADER`."""
+def output(like: Tensor, prepared: MaskProgram, shape: Sequence[Any], block_m: int, block_n: int) -> Tensor:
+    """Lists [B', H', blocks of queries, 3 + tiles], int32: see `blocks.HEADER`. B' and H' are 1 where the lists are the
+    same for all batches, or heads."""
     batch, heads, lq, lk = shape
-    size = (*extents(mask, batch, heads), -(-lq // block_m), blocks.HEADER + -(-lk // block_n))
-    return like.new_empty(size, dtype=torch.int32)
+    own = (batch if prepared.by_batch else 1, heads if prepared.by_head else 1)
+    return like.new_empty((*own, -(-lq // block_m), blocks.HEADER + -(-lk // block_n)), dtype=torch.int32)
 
 
 def run(
@@ -101,7 +105,7 @@ def run(
     prepared = program(key)
     mask = prepared.mask
     lq, lk = shape[2:]
-    made = output(like, mask, shape, block_m, block_n)
+    made = output(like, prepared, shape, block_m, block_n)
     if made.numel() == 0 or lk == 0:
         return made.zero_()
     batch, heads, rows, _ = made.shape
@@ -111,8 +115,7 @@ def run(
     whole, real = iter(ints), iter(floats)
     scalars = [next(whole) if x.is_integer else next(real) for x in mask.scalars]
     kernels = _kernels(key, like.device.type == "cpu")
-    single = blocks.elementwise(mask)
-    together = 1 if single else TILES_A_PROGRAM
+    together = 1 if prepared.single else TILES_A_PROGRAM
     with torch.cuda.device(like.device if like.device.type == "cuda" else -1):
         kernels.tile_verdicts[(batch * heads * rows * -(-tiles // together),)](
             verdicts, *operands, heads, lq, lk, *strides, *scalars,
@@ -133,12 +136,13 @@ def reference(
     key: str,
 ) -> Tensor:
     """The same in plain PyTorch, with the tightest verdicts there are."""
-    mask = program(key).mask
+    prepared = program(key)
+    mask = prepared.mask
     whole, real = iter(ints), iter(floats)
     scalars = {x: next(whole) if x.is_integer else next(real) for x in mask.scalars}
-    own = (*extents(mask, shape[0], shape[1]), shape[2], shape[3])
+    own = (shape[0] if prepared.by_batch else 1, shape[1] if prepared.by_head else 1, shape[2], shape[3])
     if 0 in own:
-        return output(like, mask, shape, block_m, block_n).zero_()
+        return output(like, prepared, shape, block_m, block_n).zero_()
     return blocks.lists(blocks.reference(mask, operands, scalars, own, block_m, block_n)).to(like.device)
 
 

@@ -74,7 +74,7 @@ def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int
     if block_m < 1 or block_n < 1:
         raise ValueError(f"xfcompile::attention: tiles are listed by their sizes, not of {block_m} by {block_n}")
     shape = (*q.shape[:3], k.shape[2])
-    wanted = lists.output(q, lists.program(prepared.mask).mask, shape, block_m, block_n)
+    wanted = lists.output(q, lists.program(prepared.mask), shape, block_m, block_n)
     if tiles.shape != wanted.shape or tiles.dtype != torch.int32 or not tiles.is_contiguous():
         raise ValueError(
             f"xfcompile::attention: lists of tiles of {block_m} by {block_n} are contiguous int32 of "
@@ -163,7 +163,7 @@ def _tiles_fake(
     block_n: int,
     kernel: str,
 ) -> Tensor:
-    return lists.output(like, lists.program(kernel).mask, shape, block_m, block_n)
+    return lists.output(like, lists.program(kernel), shape, block_m, block_n)
 
 
 LIBRARY.impl("attention", _attention_cuda, "CUDA")

@@ -25,10 +25,11 @@ class Names:
     rows: list[str]
     flags: list[str]
     listed: bool
-    even: bool
+    evens: list[str]
+    first: list[str]
 
     @staticmethod
-    def of(spec: ScoreSpec, rows: int, even: bool) -> Names:
+    def of(spec: ScoreSpec, rows: int, evens: int, first: bool) -> Names:
         return Names(
             pointers=[f"t{n}_ptr" for n in range(len(spec.operands))],
             strides=[f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)],
@@ -40,7 +41,8 @@ class Names:
             if any(x is not None and x.has(sympy.tanh) for x in (spec.score, spec.keep, spec.sink))
             else [],
             listed=listed(spec),
-            even=even,
+            evens=[f"even{n}" for n in range(evens)],
+            first=["first"] if first else [],
         )
 
     @property
@@ -49,16 +51,11 @@ class Names:
 
     @property
     def inside(self) -> list[str]:
-        return self.outside + self.rows
+        return self.outside + self.rows + self.first
 
     @property
     def flag_parameters(self) -> list[str]:
         return [f"{flag}: tl.constexpr" for flag in self.flags]
-
-    @property
-    def common(self) -> list[str]:
-        """What every step of the loop is given of its program."""
-        return [*COMMON, *(["first"] if self.even else [])]
 
 
 WIDTH = 116
@@ -237,22 +234,24 @@ class Form:
 
     scale, core, shifted: they are scale * s, in the base of the exponents; with `core`, s is what a function of the
     site's own makes of it, and with `shifted` another gives a number that is added. None: a function gives all of it.
-    loads, loads_text: what is one number for the tile, and the lines that read it.
     """
 
     scale: float | None = None
     core: bool = False
     shifted: bool = False
-    loads: tuple[Load, ...] = ()
-    loads_text: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Forms:
-    """Of any tile, and of an even one (None: there are none)."""
+    """Of any tile, and of an even one (None: there are none), with the lines and the values that read what is one number
+    for the tile at `ahead`. row_shift: whether scores are as of the block's first row, from which others differ by what a
+    function gives."""
 
     usual: Form
     even: Form | None = None
+    even_lines: tuple[str, ...] = ()
+    even_values: tuple[str, ...] = ()
+    row_shift: bool = False
 
 
 def listed(spec: ScoreSpec) -> bool:
@@ -281,7 +280,7 @@ def module(
         *(HELPERS[name] for name in sorted(helpers)),
         *functions,
         _tile(spec, forms, names),
-        _kernel(spec, names, row_lines),
+        _kernel(spec, forms, names, row_lines),
     ]
     return "\n\n".join(parts)
 
@@ -368,8 +367,8 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     ]
     usual = [*_scores(spec, forms.usual, site), *_masks(spec, site), *_softmax(spec, forms.usual, site)]
     if forms.even is not None:
-        with_evens = ", ".join([site, *(f"even{n}" for n in range(len(forms.even.loads)))])
-        even = [*forms.even.loads_text, *_scores(spec, forms.even, with_evens, "even_")]
+        with_evens = ", ".join([site, *names.evens])
+        even = _scores(spec, forms.even, with_evens, "even_")
         even += _softmax(spec, forms.even, with_evens, "even_")
         lines += ["if EVEN:", *(f"    {line}" for line in even), "else:", *(f"    {line}" for line in usual)]
     else:
@@ -379,7 +378,7 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
     ]
     flags = ["MASKED", "EDGE", *_more_flags(spec, names)]
-    arguments = ["acc", "m", "l", "q", "start", *names.common, *names.inside]
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.evens]
     arguments += _constexprs([*CONSTANTS, *names.flags, *flags])
     base = "4" if wide(spec) else "2"
     return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
@@ -428,7 +427,7 @@ def _softmax(spec: ScoreSpec, form: Form, site: str, prefix: str = "") -> list[s
 
 def _more_flags(spec: ScoreSpec, names: Names) -> list[str]:
     """Those of a step's compile-time flags that not every kernel has."""
-    return [*(["AGAIN"] if spec.full is not None else []), *(["EVEN"] if names.even else [])]
+    return [*(["AGAIN"] if spec.full is not None else []), *(["EVEN"] if names.evens else [])]
 
 
 def _constexprs(names: Iterable[str]) -> list[str]:
@@ -448,26 +447,50 @@ def _loop(
 ) -> str:
     """A loop over tiles. again: whether it is the second one, None where there is none. listed: the place in the list
     of the tile number n; `start` and `end` are places then."""
-    flags = [masked, edge, *([] if again is None else [again]), *([even] if names.even else [])]
-    arguments = ["acc", "m", "l", "q", "start", *names.common, *names.inside, *CONSTANTS, *names.flags]
+    flags = [masked, edge, *([] if again is None else [again]), *([even] if names.evens else [])]
+    evens = names.evens if even else ["0.0" for _ in names.evens]
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *evens, *CONSTANTS, *names.flags]
     step = wrapped("    acc, m, l = tile", [*arguments, *map(str, flags)])
     if listed is None:
         return f"for start in tl.range({start}, {end}, BLOCK_N):\n{step}"
     return "\n".join(
+        [f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):", f"    start = {listed_at('n', listed)}", step]
+    )
+
+
+def listed_at(n: str, place: str, mask: str = "") -> str:
+    """Where a tile begins whose number stands in a list."""
+    return f"(tl.load(list_ptr + {place}{mask}) * PARTS_N + {n} % PARTS_N) * BLOCK_N"
+
+
+def _even_loop(names: Names, forms: Forms, again: bool | None) -> str:
+    """The loop over even tiles. What is one number for a tile is read one step ahead: nothing waits for it."""
+    step = _loop(names, "0", "evens", masked=False, edge=False, again=again, even=True, listed="3 + n // PARTS_N")
+    head, start, *body = step.splitlines()
+    return "\n".join(
         [
-            f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):",
-            f"    start = (tl.load(list_ptr + {listed}) * PARTS_N + n % PARTS_N) * BLOCK_N",
-            step,
+            f"ahead = {listed_at('0', '3', ', mask=evens > 0, other=0')}",
+            *forms.even_lines,
+            *(f"{name} = {value}" for name, value in zip(names.evens, forms.even_values, strict=True)),
+            head,
+            start,
+            "    n_next = tl.minimum(n + 1, evens * PARTS_N - 1)",
+            f"    ahead = {listed_at('n_next', '3 + n_next // PARTS_N')}",
+            *(f"    {line}" for line in forms.even_lines),
+            *(f"    {name}_next = {value}" for name, value in zip(names.evens, forms.even_values, strict=True)),
+            *body,
+            *(f"    {name} = {name}_next" for name in names.evens),
         ]
     )
 
 
-def _loops(spec: ScoreSpec, names: Names) -> str:
+def _loops(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
     bounded = _bounded_loops(spec, names)
     if not names.listed:
         return bounded
-    loop = functools.partial(_loop, names, again=None if spec.full is None else False)
+    again = None if spec.full is None else False
+    loop = functools.partial(_loop, names, again=again)
     front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"
     lines = [
         "if LISTED:",
@@ -479,8 +502,8 @@ def _loops(spec: ScoreSpec, names: Names) -> str:
         "    evens = tl.load(list_ptr)",
         "    wholes = tl.load(list_ptr + 1)",
         "    masked = tl.load(list_ptr + 2)",
-        *([_indented(loop("0", "evens", masked=False, edge=False, even=True, listed=front))] if names.even else []),
-        _indented(loop("evens" if names.even else "0", "wholes", masked=False, edge=False, listed=front)),
+        *([_indented(_even_loop(names, forms, again))] if names.evens else []),
+        _indented(loop("evens" if names.evens else "0", "wholes", masked=False, edge=False, listed=front)),
         _indented(loop("0", "masked", masked=True, edge=True, listed=back)),
         "else:",
         _indented(bounded),
@@ -560,7 +583,7 @@ def _place(spec: ScoreSpec) -> str:
     return "\n".join([*lines, "block = pid % blocks"])
 
 
-def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
+def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str]) -> str:
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
     state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
@@ -575,17 +598,19 @@ def _kernel(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists]
     constants = [*CONSTANTS, *names.flags, "BLOCK_M", *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]
     unspecialized = [*names.scalars, *lists[1:]]
+    lse = f"(m + tl.log2(l)) * {math.log(2)}"
+    if wide(spec):
+        lse = f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}"
+    shift = ", ".join(["b", "h", "row", "first", *names.outside, *names.flags])
     return KERNEL.format(
         jit_options=f"(do_not_specialize={unspecialized!r})" if unspecialized else "",
         signature=wrapped("def attention_forward", [*arguments, *_constexprs(constants)], ":"),
         place=_indented(_place(spec)),
         rows=_indented("\n".join(row_lines)),
         state=_indented("\n".join(state)),
-        loops=_indented(_loops(spec, names)),
+        loops=_indented(_loops(spec, forms, names)),
         again=_indented(_again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
         dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),
-        lse=f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}"
-        if wide(spec)
-        else f"(m + tl.log2(l)) * {math.log(2)}",
+        lse=lse if not forms.row_shift else f"{lse} + row_shift({shift})",
     )
