@@ -117,8 +117,31 @@ def form(found: Parts | None) -> template.Form:
     return template.Form(found.scale, found.core != S, found.shift != 0)
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """What a kernel is put together from: the site's own functions, and how a step calls them.
+
+    score: as the steps compute it; evens: what of it even tiles load once. row_lines: read what a row has for the whole
+    loop. functions, helpers: the text of the site's functions, and the names of those in HELPERS that they call.
+    """
+
+    score: sympy.Expr
+    evens: tuple[Load, ...]
+    names: template.Names
+    forms: template.Forms
+    row_lines: tuple[str, ...]
+    functions: tuple[str, ...]
+    helpers: frozenset[str]
+
+
 def generate(spec: ScoreSpec) -> str:
     """The module's text. `spec` must be canonical; raises Unsupported for what has no Triton form."""
+    made = pieces(spec)
+    return template.module(spec, made.forms, made.names, made.row_lines, made.functions, made.helpers)
+
+
+def pieces(spec: ScoreSpec) -> Pieces:
+    """The pieces of a canonical spec's kernel; raises Unsupported for what has no Triton form."""
     found = blocks.summary(spec)
     evens = blocks.even_loads(spec) if found is not None else ()
     even_names = {load: sympy.Symbol(f"even{n}", real=True) for n, load in enumerate(evens)}
@@ -182,11 +205,11 @@ def generate(spec: ScoreSpec) -> str:
         functions.append(function("sink", arguments, in_base(spec, spec.sink), {}))
     if not evens:
         forms = template.Forms(form(usual), row_shift=row_shift != 0)
-        return template.module(spec, forms, names, row_lines, functions, helpers)
+        return Pieces(score, (), names, forms, tuple(row_lines), tuple(functions), frozenset(helpers))
 
     score_functions("even_", even_score, even, [*site, *(x.name for x in even_names.values())])
     corner = Printer(spec.operands, {**scope, I: "first", J: "ahead"}, clamped=clamped)
     values = tuple(corner.print(load).text for load in even_names)
     helpers |= corner.helpers
     forms = template.Forms(form(usual), form(even), tuple(corner.lines), values, row_shift != 0)
-    return template.module(spec, forms, names, row_lines, functions, helpers)
+    return Pieces(score, evens, names, forms, tuple(row_lines), tuple(functions), frozenset(helpers))
