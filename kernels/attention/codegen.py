@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import sympy
 
-from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention import decode, template
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, is_plain
 from xfcompile.kernels.attention.reach import reach
 from xfcompile.score import I, J, Load, S, Where
@@ -145,4 +145,5 @@ def generate(spec: ScoreSpec) -> str:
         arguments = ["b", "h", "j", *names.outside, *(symbol.name for symbol in ends)]
         functions.append(function("reachable", [*arguments, *names.flag_parameters], found.keys, ends))
         scan_lines += template.scan([*arguments, *names.flags])
-    return template.module(spec, scale, names, row_lines, scan_lines, functions, helpers)
+    text = template.module(spec, scale, names, row_lines, scan_lines, functions, helpers)
+    return text + decode.kernels(spec, names, row_lines)

@@ -362,8 +362,8 @@ def _constexprs(names: Iterable[str]) -> list[str]:
     return [f"{name}: tl.constexpr" for name in names]
 
 
-def _loop(names: Names, start: str, end: str, *, masked: bool, edge: bool, again: bool | None) -> str:
-    """A loop over tiles. again: whether it is the second one, None where there is none."""
+def step(names: Names, *, masked: bool, edge: bool, again: bool | None = None) -> str:
+    """A call of `tile`. again: whether it is in the second pass, None where there is none."""
     arguments = [
         "acc",
         "m",
@@ -376,7 +376,12 @@ def _loop(names: Names, start: str, end: str, *, masked: bool, edge: bool, again
         *names.flags,
         *(str(flag) for flag in (masked, edge, again) if flag is not None),
     ]
-    return f"for start in tl.range({start}, {end}, BLOCK_N):\n{wrapped('    acc, m, l = tile', arguments)}"
+    return wrapped("    acc, m, l = tile", arguments)
+
+
+def _loop(names: Names, start: str, end: str, *, masked: bool, edge: bool, again: bool | None) -> str:
+    """A loop over tiles."""
+    return f"for start in tl.range({start}, {end}, BLOCK_N):\n{step(names, masked=masked, edge=edge, again=again)}"
 
 
 def extremes(ends: tuple[sympy.Symbol, sympy.Symbol], value: str) -> list[str]:
