@@ -23,8 +23,8 @@ every batch, of the size of all scores, before it is added up. Measured on an H2
 with 144 keys both take as long (Swin), with 1024 SDPA loses (T5)."""
 
 FEW_QUERIES = 32
-"""Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys. Ours
-then splits the keys (kernels/attention/launch_decode.py has the same number)."""
+"""Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys.
+Ours then splits the keys (kernels/attention/launch_decode.py has the same number)."""
 
 PLAIN_DECODING = "sdpa"
 """What runs few queries without any mask: ours is not measured against SDPA there yet (examples/bench_decode.py)."""
