@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from xfcompile.kernels.attention.tiles import (
     INTERPRETED_DECODING,
     Tiles,
     choose_decoding,
+    decoding_alternatives,
     device_generation,
     smaller,
 )
@@ -94,8 +94,7 @@ def run(
         if kind in fitting:
             launch(fitting[kind])
             return
-        preferred = dict.fromkeys((first, replace(first, block_n=max(first.block_n // 2, 16))))
-        fitting[kind] = fit.launch(launch, (preferred, smaller(first)), q, v.shape[3])
+        fitting[kind] = fit.launch(launch, (decoding_alternatives(first), smaller(first)), q, v.shape[3])
 
 
 def _launch(

@@ -112,6 +112,13 @@ def choose_decoding(kind: str, dtype: torch.dtype, dq: int, dv: int, rows: int) 
     return Tiles(block_m, block_n, 8 if block_m == 64 or size == 4 else 4, stages)
 
 
+def decoding_alternatives(tiles: Tiles) -> Iterator[Tiles]:
+    """What to try, in order, for a mask that takes too many registers with these: a shorter step."""
+    yield tiles
+    if tiles.block_n > 16:
+        yield replace(tiles, block_n=tiles.block_n // 2)
+
+
 def alternatives(tiles: Tiles) -> Iterator[Tiles]:
     """What to try, in order, for a score that is too large for these: more threads to hold it, then a shorter step."""
     yield tiles
