@@ -1,4 +1,4 @@
-"""Compiles the attention kernel for GPUs that need not be here, and shows registers, spills and shared memory."""
+"""Compiles the attention kernels for GPUs that need not be here, and shows registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 import triton
 from attention_programs import Sizes, programs
@@ -21,9 +22,19 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xfcompile.kernels.attention import launch, prepare
-from xfcompile.kernels.attention.tiles import FEW_SPILLS, Tiles, alternatives, choose, columns, generation
-from xfcompile.site import ScoreSpec
+from xfcompile.kernels.attention import decode, launch, launch_decode, prepare
+from xfcompile.kernels.attention.tiles import (
+    FEW_SPILLS,
+    Tiles,
+    alternatives,
+    choose,
+    choose_decoding,
+    columns,
+    decoding_alternatives,
+    generation,
+)
+from xfcompile.score import B, I, J, Load, S
+from xfcompile.site import Band, Operand, ScoreSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,22 +42,45 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TRITON_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64"}
+TRITON_DTYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+LENGTHS = sympy.symbols("lq lk", integer=True, positive=True)
+CACHES = {
+    "plain": ScoreSpec(S / 8),
+    "growing cache": ScoreSpec(
+        S / 8, I + LENGTHS[1] - LENGTHS[0] >= J, scalars=LENGTHS, band=Band(None, I + LENGTHS[1] - LENGTHS[0] + 1, True)
+    ),
+    "mask of a cache": ScoreSpec(S / 8, sympy.Ne(Load(0, B, 0, 0, J), 0), operands=(Operand(torch.bool, 4),)),
+    "positions": ScoreSpec(S / 8, Load(0, I) >= J, operands=(Operand(torch.int64, 1),)),
+    "mask of each row": ScoreSpec(S / 8, sympy.Ne(Load(0, B, 0, I, J), 0), operands=(Operand(torch.bool, 4),)),
+}
+"""What a step of decoding may keep: the kernels for few query rows are compiled for these."""
 
 
 @dataclass(frozen=True)
 class Job:
+    """rows: query rows that share a head of k and v, in the kernels for few of them."""
+
     program: str
     dtype: torch.dtype
     dim: int
     target: str
+    kernel: str = "attention_forward"
+    rows: int = 4
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made. registers and spills (32-bit, a thread; bytes of stack on NVIDIA) and shared bytes."""
+    """What the compiler made. registers and spills (32-bit, a thread; bytes of stack on NVIDIA) and shared bytes.
 
+    wide, narrow: instructions that read 16 bytes a thread from the device's memory, and that read fewer.
+    """
+
+    kernel: str
     program: str
     dtype: str
     dim: int
@@ -56,6 +90,8 @@ class Compiled:
     spills: int
     shared: int
     wgmma: bool
+    wide: int
+    narrow: int
 
 
 def jobs(all_programs: bool) -> Iterator[Job]:
@@ -63,6 +99,10 @@ def jobs(all_programs: bool) -> Iterator[Job]:
     for target in TARGETS:
         yield Job("causal", torch.bfloat16, 64, target)
         yield Job("causal", torch.bfloat16, 128, target)
+        for dim in (64, 128):
+            for program in ("plain", "growing cache", "mask of a cache"):
+                yield Job(program, torch.bfloat16, dim, target, "decode_split")
+            yield Job("plain", torch.bfloat16, dim, target, "decode_combine")
         if not all_programs:
             continue
         yield Job("causal", torch.float16, 256, target)
@@ -72,20 +112,32 @@ def jobs(all_programs: bool) -> Iterator[Job]:
             if program.name != "causal":
                 yield Job(program.name, torch.bfloat16, 64, target)
                 yield Job(program.name, torch.bfloat16, 128, target)
+        for name in CACHES:
+            for dim in (64, 128, 256):
+                for rows in (4, 32, 64):
+                    yield Job(name, torch.bfloat16, dim, target, "decode_split", rows)
+                yield Job(name, torch.float32, dim, target, "decode_split")
 
 
 def compile_job(job: Job) -> Compiled:
-    sizes = Sizes(4, 32, 4096, job.dim)
-    spec = next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
     target = TARGETS[job.target]
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
-    for tiles in alternatives(choose(kind, job.dtype, job.dim, job.dim, sizes.length)):  # as a launch does
-        compiled = compile_kernel(spec, job.dtype, job.dim, target, tiles)
+    if job.kernel == "attention_forward":
+        sizes = Sizes(4, 32, 4096, job.dim)
+        spec = next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
+        candidates = list(alternatives(choose(kind, job.dtype, job.dim, job.dim, sizes.length)))  # as a launch does
+    else:
+        spec = CACHES[job.program]
+        candidates = list(decoding_alternatives(choose_decoding(kind, job.dtype, job.dim, job.dim, job.rows)))
+    for tiles in candidates:
+        compiled = compile_kernel(spec, job.dtype, job.dim, target, tiles, job.kernel)
         registers, spills = resources(compiled)
         crowded = tiles.num_warps == 4 and target.arch in (90, 100) and compiled.metadata.shared > 113 * 1024
         if spills <= 4 * FEW_SPILLS and not crowded:
             break
+    wide, narrow = loads(compiled)
     return Compiled(
+        job.kernel,
         job.program,
         TRITON_DTYPES[job.dtype],
         job.dim,
@@ -95,13 +147,22 @@ def compile_job(job: Job) -> Compiled:
         spills,
         compiled.metadata.shared,
         "wgmma" in compiled.asm.get("ptx", ""),
+        wide,
+        narrow,
     )
 
 
-def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTarget, tiles: Tiles) -> Any:
+def compile_kernel(
+    spec: ScoreSpec,
+    dtype: torch.dtype,
+    dim: int,
+    target: GPUTarget,
+    tiles: Tiles,
+    function: str = "attention_forward",
+) -> Any:
     """As a launch would with contiguous, aligned tensors [B, L, H, D]."""
     prepared = launch.program(prepare(spec))
-    kernel = prepared.kernel(False)
+    kernel = prepared.kernel(False, function)
     constants: dict[str, object] = {
         "DQ": dim,
         "DV": dim,
@@ -111,29 +172,32 @@ def compile_kernel(spec: ScoreSpec, dtype: torch.dtype, dim: int, target: GPUTar
         "UPCAST": False,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
+        "BLOCK_S": launch_decode.COMBINED,
+        "FAST": int(dtype.itemsize == 2),
     }
-    if "FAST" in kernel.arg_names:
-        constants["FAST"] = (
-            (2 if prepared.spec.coarse and target.backend == "cuda" else 1) if dtype.itemsize == 2 else 0
-        )
+    if prepared.spec.coarse and target.backend == "cuda" and dtype == torch.bfloat16:
+        constants["FAST"] = 2
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     for name in kernel.arg_names:  # last dimensions are contiguous: Triton makes a stride of 1 a constant
         if name in ("stride_qd", "stride_kd", "stride_vd"):
             constants[name] = 1
-    if prepared.mask is not None:
+    if "LISTED" in kernel.arg_names:
         constants |= {"LISTED": True, "PARTS_M": 1, "PARTS_N": 1}
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(prepared.spec.operands)}
     signature, attributes = {}, {}
+    any_number = {"group", "list_b", "list_h", *(x.name for x in prepared.spec.scalars)}
+    if function != "attention_forward":
+        any_number |= {"heads", *decode.LENGTHS}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, dtype, prepared.spec) if name not in constants else "constexpr"
-        unaligned = ("group", "list_b", "list_h", *(x.name for x in prepared.spec.scalars))
-        if name not in constants and name not in unaligned:
+        if name not in constants and name not in any_number:
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
 def _type(name: str, dtype: torch.dtype, spec: ScoreSpec) -> str:
-    if name == "lse_ptr":
+    if name in ("lse_ptr", "acc_ptr", "m_ptr", "l_ptr"):
         return "*fp32"
     if name == "list_ptr":
         return "*i32"
@@ -159,6 +223,19 @@ def resources(compiled: Any) -> tuple[int, int]:
     return _number(r"REG:(\d+)", text), _number(r"STACK:(\d+)", text)
 
 
+def loads(compiled: Any) -> tuple[int, int]:
+    """Instructions that read 16 bytes a thread from the device's memory, and those that read fewer."""
+    if "amdgcn" in compiled.asm:
+        found = re.findall(r"\b(?:global|buffer)_load_(\w+)", compiled.asm["amdgcn"])
+        wide = [x for x in found if x.startswith("dwordx4")]
+    else:
+        text = compiled.asm["ptx"]
+        found = re.findall(r"ld\.global([.\w:]*)", text)
+        found += re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", text)
+        wide = [x for x in found if x.endswith((".v4.b32", ".v2.b64", "0x10"))]
+    return len(wide), len(found) - len(wide)
+
+
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     if match is None:
@@ -167,17 +244,18 @@ def _number(pattern: str, text: str) -> int:
 
 
 def show(results: list[Compiled]) -> Table:
-    table = Table(title=f"attention forward, triton {triton.__version__}")
-    for column in ("program", "dtype", "target"):
+    table = Table(title=f"attention, triton {triton.__version__}")
+    for column in ("kernel", "program", "dtype", "target"):
         table.add_column(column)
-    for column in ("D", "tiles, warps, stages", "registers", "spills", "shared KiB", "wgmma"):
+    for column in ("D", "tiles, warps, stages", "registers", "spills", "shared KiB", "wgmma", "16-byte loads, others"):
         table.add_column(column, justify="right")
     for r in results:
         tiles = f"{r.tiles.block_m}x{r.tiles.block_n}, {r.tiles.num_warps}, {r.tiles.num_stages}"
         spills = f"[red]{r.spills}[/]" if r.spills else "0"
         shared = f"{r.shared / 1024:.0f}"
         wgmma = "yes" if r.wgmma else ""
-        table.add_row(r.program, r.dtype, r.target, str(r.dim), tiles, str(r.registers), spills, shared, wgmma)
+        cells = (str(r.dim), tiles, str(r.registers), spills, shared, wgmma, f"{r.wide}, {r.narrow}")
+        table.add_row(r.kernel, r.program, r.dtype, r.target, *cells)
     return table
 
 

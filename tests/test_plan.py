@@ -10,6 +10,8 @@ import pytest
 import sympy
 import torch
 
+from xfcompile.score import B, H, J, Load, S
+
 plan = importlib.import_module("xfcompile.plan")
 
 BIASED = plan.Told(sympy.S.One, sympy.Symbol("bias"), False, sympy.true)
@@ -33,3 +35,40 @@ def test_sdpa_leaves_long_biases_that_need_a_gradient_to_inductor(keys: Any) -> 
 def test_sdpa_takes_short_biases_that_need_a_gradient() -> None:
     assert objection(144) is None
     assert objection(256) is None
+
+
+CACHED = sympy.Ne(Load(0, B, 0, 0, J), 0)
+
+
+def route(monkeypatch: pytest.MonkeyPatch, device: str = "cuda", **fields: Any) -> Any:
+    """Of one query against a long cache; a kernel and SDPA could both run it."""
+    monkeypatch.setattr(plan, "_why_no_kernel", lambda site, training: None)
+    root = SimpleNamespace(dtype=torch.bfloat16, meta=SimpleNamespace(device=torch.device(device)))
+    site = SimpleNamespace(
+        family="attention", root=root, queries=1, keys=8192, head_dim=64, value_dim=64, lead=(B, H), sink=None,
+        loads=(), keep=CACHED, full=None, call=None, leaks=False, dead="nan", alive=True, dropout=0.0,
+    )  # fmt: skip
+    vars(site).update(fields)
+    return plan.choose(site, S / 8, training=False, bias_grad=False, forced={})[0]
+
+
+@pytest.mark.parametrize("keys", [8192, sympy.Symbol("s0", integer=True)])
+def test_a_step_against_a_masked_cache_is_our_kernels(keys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = route(monkeypatch, keys=keys)
+    assert chosen.name == "triton"
+    assert "split" in chosen.reason
+    assert route(monkeypatch, keys=keys, queries=8192).reason is None
+
+
+def test_a_step_without_a_mask_is_sdpas(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert route(monkeypatch, keep=sympy.true) == plan.Route("sdpa")
+    monkeypatch.setattr(plan, "PLAIN_DECODING", "triton")
+    assert route(monkeypatch, keep=sympy.true).name == "triton"
+    assert route(monkeypatch, keep=sympy.true, queries=8192) == plan.Route("sdpa")
+
+
+def test_a_step_that_takes_a_second_pass_is_not_our_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = route(monkeypatch, full=S / 8)
+    assert chosen.name == "sdpa"
+    assert "does not split" in chosen.reason
+    assert route(monkeypatch, full=S / 8, queries=8192).name == "triton"

@@ -23,7 +23,11 @@ every batch, of the size of all scores, before it is added up. Measured on an H2
 with 144 keys both take as long (Swin), with 1024 SDPA loses (T5)."""
 
 FEW_QUERIES = 32
-"""Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys."""
+"""Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys.
+Ours then splits the keys (kernels/attention/launch_decode.py has the same number)."""
+
+PLAIN_DECODING = "sdpa"
+"""What runs few queries without any mask: ours is not measured against SDPA there yet (examples/bench_decode.py)."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,13 @@ def choose(
         return (Route("inductor", kernel), None) if kernel else (Route("triton", "asked for"), sayable)
     if device == "cpu":
         return (Route("inductor", sdpa), None) if sdpa else (Route("sdpa"), sayable)
-    if sayable is not None and sayable.plain and sdpa is None:
+    few = _few_queries(site)
+    slow = _why_slow_kernel(site)
+    if sayable is not None and sayable.plain and sdpa is None and not (few and PLAIN_DECODING != "sdpa"):
         return Route("sdpa"), sayable
-    if device == "cuda" and kernel is None:
-        return Route("triton"), sayable
+    if device == "cuda" and kernel is None and slow is None:
+        return Route("triton", "few queries: their keys are split over the GPU" if few else None), sayable
+    kernel = kernel or slow
     if sdpa is None:
         return Route("sdpa", kernel), sayable
     return Route("inductor", kernel or sdpa), None
@@ -140,6 +147,19 @@ def _materialised(site: AttentionSite, words: Told) -> int:
     return 8 if both and len(site.lead) > 2 and spanned else 0
 
 
+def _few_queries(site: AttentionSite) -> bool:
+    """As far as sizes are known: a few queries against what may be many keys."""
+    queries, keys = sympy.sympify(site.queries), sympy.sympify(site.keys)
+    return bool(queries.is_Integer and queries < FEW_QUERIES and not (keys.is_Integer and keys < FEW_QUERIES))
+
+
+def _why_slow_kernel(site: AttentionSite) -> str | None:
+    """Why our kernel is right but not worth its while; no reason where it is asked for."""
+    if _few_queries(site) and site.full is not None:
+        return "rows that score as low as masked keys see all keys, for which our kernel does not split the keys"
+    return None
+
+
 def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
     if training:
         return "our kernel has no backward yet"
@@ -148,9 +168,6 @@ def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
     if site.dead == "unknown" and not site.alive:
         return "a row may see no key, and what it gets has no simple rule"
     device = site.root.meta.device
-    queries, keys = sympy.sympify(site.queries), sympy.sympify(site.keys)
-    if queries.is_Integer and queries < FEW_QUERIES and not (keys.is_Integer and keys < FEW_QUERIES):
-        return "our kernel for a few queries against many keys is not there yet"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 
-from xfcompile.kernels.attention import blocks, cache, template
+from xfcompile.kernels.attention import blocks, cache, decode, template
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
@@ -137,7 +137,8 @@ class Pieces:
 def generate(spec: ScoreSpec) -> str:
     """The module's text. `spec` must be canonical; raises Unsupported for what has no Triton form."""
     made = pieces(spec)
-    return template.module(spec, made.forms, made.names, made.row_lines, made.functions, made.helpers)
+    text = template.module(spec, made.forms, made.names, made.row_lines, made.functions, made.helpers)
+    return text + decode.kernels(spec, made.forms, made.names, made.row_lines)
 
 
 def pieces(spec: ScoreSpec) -> Pieces:

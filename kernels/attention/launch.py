@@ -7,22 +7,21 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, lists, reference
+from xfcompile.kernels.attention import cache, codegen, fit, launch_decode, lists, reference
 from xfcompile.kernels.attention.blocks import Summary, summary
 from xfcompile.kernels.attention.tiles import (
-    FEW_SPILLS,
     INTERPRETED,
     Tiles,
     alternatives,
     choose,
     columns,
     device_generation,
-    fits_twice,
     padded,
     smaller,
 )
@@ -43,19 +42,19 @@ class Program:
     mask: str | None
     fitting: dict[tuple[object, ...], Tiles] = field(default_factory=dict)
 
-    def kernel(self, interpreted: bool) -> Any:
+    def kernel(self, interpreted: bool, name: str = "attention_forward") -> Any:
         """The Triton function, compiled or interpreted: which one `triton.jit` decides when the file is imported."""
-        return _kernel(self.key, interpreted)
+        return getattr(_module(self.key, interpreted), name)
 
 
 _programs: dict[str, Program] = {}
 
 
 @functools.cache
-def _kernel(key: str, interpreted: bool) -> Any:
+def _module(key: str, interpreted: bool) -> ModuleType:
     path = cache.store(_programs[key].source)
     name = f"xfcompile_attention_{key}{'_interpreted' if interpreted else ''}"
-    return cache.load(path, name).attention_forward
+    return cache.load(path, name)
 
 
 def prepare(spec: ScoreSpec) -> str:
@@ -158,6 +157,11 @@ def run(
     }
     if "FAST" in kernel.arg_names:
         constants["FAST"] = speed(prepared.spec, q)
+    if launch_decode.wanted(prepared.spec, q, k):
+        named = functools.partial(prepared.kernel, interpreted)
+        launch_decode.run(named, (q, k, v, out, lse), operands, [*strides, *scalars], constants, prepared.fitting)
+        return out, lse
+
     if prepared.mask is not None:
         if tiles is None:
             block_m, block_n = tile_sizes(q.device, q.dtype, dq, dv, lq)
@@ -210,46 +214,8 @@ def _launch_fitting(
     def divides(tiles: Tiles) -> bool:
         return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
 
-    faults: dict[Tiles, tuple[int, bool]] = {}
-    for tiles in filter(divides, alternatives(first)):
-        found = _try(launch, tiles, q.device)
-        if found is not None:
-            faults[tiles] = found
-            if found == FAULTLESS:
-                break
-    for tiles in () if faults else filter(divides, smaller(first)):
-        found = _try(launch, tiles, q.device)
-        if found is not None:
-            faults[tiles] = found
-            break
-    if not faults:
-        raise RuntimeError(
-            f"xfcompile::attention: no tile size of kernel {prepared.key} fits {torch.cuda.get_device_name(q.device)} "
-            f"with head dims {q.shape[3]} and {dv} in {q.dtype}"
-        )
-    best = min(faults, key=lambda tiles: faults[tiles])
-    log.debug("kernel %s: %s, spilled registers and crowding: %s", prepared.key, best, faults[best])
-    prepared.fitting[kind] = best
-
-
-FAULTLESS = (0, False)
-
-
-def _try(launch: Callable[[Tiles], Any], tiles: Tiles, device: torch.device) -> tuple[int, bool] | None:
-    """Registers spilled, where they are more than a few, and whether four warps have a multiprocessor to themselves.
-
-    None if the tiles need more shared memory than there is.
-    """
-    from triton.runtime.errors import OutOfResources
-
-    try:
-        compiled = launch(tiles)
-    except OutOfResources as error:
-        log.debug("%s does not fit: %s", tiles, error)
-        return None
-    spills = int(compiled.n_spills)
-    crowded = tiles.num_warps == 4 and not fits_twice(compiled.metadata.shared, device)
-    return (spills if spills > FEW_SPILLS else 0), crowded
+    tried = (filter(divides, alternatives(first)), filter(divides, smaller(first)))
+    prepared.fitting[kind] = fit.launch(launch, tried, q, dv)
 
 
 def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,11 @@ def extent(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
     return frozenset((I, J)) if S in symbols else frozenset(symbols & {I, J})
 
 
+def axes(expr: sympy.Basic) -> frozenset[sympy.Symbol]:
+    """`extent`, and whether an expression varies along heads: in a kernel for decoding, rows differ in these too."""
+    return extent(expr) | frozenset(expr.free_symbols & {H})
+
+
 def is_plain(load: Load) -> bool:
     """Whether every index is a position or 0, hence in range wherever the position is."""
     return all(x == 0 or x in POSITION for x in load.indices)
@@ -165,10 +170,13 @@ class Printer:
     def _mask(self, load: Load) -> str:
         """A load under a condition is masked by it where it may be out of range otherwise, or where that is free."""
         outer, self._guards = self._guards, ()
-        guards = [g for g in outer if not is_plain(load) or extent(g) <= extent(load)]
+        guards = [g for g in outer if not is_plain(load) or axes(g) <= axes(load)]
         terms = [self.print(g) for g in guards]
         self._guards = outer
         mask = terms[0].text if len(terms) == 1 else " & ".join(t.at(AND) for t in terms)
+        if any(not axes(g) <= axes(load) for g in guards):
+            # A mask may not have axes that the addresses lack.
+            return f" + 0 * tl.cast({mask}, tl.int64), mask={mask}, other=0"
         return f", mask={mask}, other=0" if terms else ""
 
     @contextmanager

@@ -441,6 +441,14 @@ def _constexprs(names: Iterable[str]) -> list[str]:
     return [f"{name}: tl.constexpr" for name in names]
 
 
+def step(names: Names, *, masked: bool, edge: bool, again: bool | None = None, even: bool = False) -> str:
+    """A call of `tile`. again: whether it is in the second pass, None where there is none."""
+    flags = [masked, edge, *([] if again is None else [again]), *([even] if names.evens else [])]
+    evens = names.evens if even else ["0.0" for _ in names.evens]
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *evens, *CONSTANTS, *names.flags]
+    return wrapped("    acc, m, l = tile", [*arguments, *map(str, flags)])
+
+
 def _loop(
     names: Names,
     start: str,
@@ -452,16 +460,12 @@ def _loop(
     even: bool = False,
     listed: str | None = None,
 ) -> str:
-    """A loop over tiles. again: whether it is the second one, None where there is none. listed: the place in the list
-    of the tile number n; `start` and `end` are places then."""
-    flags = [masked, edge, *([] if again is None else [again]), *([even] if names.evens else [])]
-    evens = names.evens if even else ["0.0" for _ in names.evens]
-    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *evens, *CONSTANTS, *names.flags]
-    step = wrapped("    acc, m, l = tile", [*arguments, *map(str, flags)])
+    """A loop over tiles. listed: the place in the list of the tile number n; `start` and `end` are places then."""
+    call = step(names, masked=masked, edge=edge, again=again, even=even)
     if listed is None:
-        return f"for start in tl.range({start}, {end}, BLOCK_N):\n{step}"
+        return f"for start in tl.range({start}, {end}, BLOCK_N):\n{call}"
     return "\n".join(
-        [f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):", f"    start = {listed_at('n', listed)}", step]
+        [f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):", f"    start = {listed_at('n', listed)}", call]
     )
 
 
@@ -472,8 +476,8 @@ def listed_at(n: str, place: str, mask: str = "") -> str:
 
 def _even_loop(names: Names, forms: Forms, again: bool | None) -> str:
     """The loop over even tiles. What is one number for a tile is read one step ahead: nothing waits for it."""
-    step = _loop(names, "0", "evens", masked=False, edge=False, again=again, even=True, listed="3 + n // PARTS_N")
-    head, start, *body = step.splitlines()
+    loop = _loop(names, "0", "evens", masked=False, edge=False, again=again, even=True, listed="3 + n // PARTS_N")
+    head, start, *body = loop.splitlines()
     return "\n".join(
         [
             f"ahead = {listed_at('0', '3', ', mask=evens > 0, other=0')}",
@@ -572,12 +576,12 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def lse(spec: ScoreSpec, forms: Forms, names: Names) -> str:
+def lse(spec: ScoreSpec, forms: Forms, names: Names, row: str = "row", first: str = "first") -> str:
     """The log-sum-exp of a row with maximum m and weights that add up to l."""
     text = f"(m + tl.log2(l)) * {math.log(2)}"
     if wide(spec):
         text = f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}"
-    shift = ", ".join(["b", "h", "row", "first", *names.outside, *names.flags])
+    shift = ", ".join(["b", "h", row, first, *names.outside, *names.flags])
     return f"{text} + row_shift({shift})" if forms.row_shift else text
 
 

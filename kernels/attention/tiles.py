@@ -57,6 +57,7 @@ FEW_SPILLS = 16
 # The interpreter's time is a matter of how many programs there are, not of what is in them; small enough that tests of
 # small sizes still take several steps.
 INTERPRETED = Tiles(32, 32, 4, 1)
+INTERPRETED_DECODING = Tiles(16, 16, 4, 1)
 
 
 def padded(dim: int) -> int:
@@ -91,6 +92,31 @@ def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
     # Rows that do not exist are computed all the same: short queries get short tiles.
     rows = min(tiles.block_m, padded(lq))
     return replace(tiles, block_m=rows, num_warps=4 if rows < tiles.block_m else tiles.num_warps)
+
+
+STEP_BYTES = 32 * 1024
+"""Keys and values that a step of the decoding kernel reads. Two steps under way and two or three programs on a
+multiprocessor are well above the 40 KiB each that an H200 must have under way for its bandwidth (4.8 TB/s, 1 µs)."""
+
+
+def choose_decoding(kind: str, dtype: torch.dtype, dq: int, dv: int, rows: int) -> Tiles:
+    """The first tiles to try for few query rows: how much is read at a time counts. They spill no registers up to D128
+    (examples/cross_compile.py), and are not measured."""
+    size = dtype.itemsize
+    keys = min(128 // size, STEP_BYTES // (size * sum(columns(dq, dv))))
+    block_n = max(16, 1 << (keys.bit_length() - 1))
+    # fp32 is multiplied without tensor cores, for which rows beyond those that there are have their price.
+    block_m = min(64 if size == 2 else 16, padded(rows))
+    small = block_n * size * sum(columns(dq, dv)) <= STEP_BYTES // 2
+    stages = 2 if kind == AMD else 4 if small else 3
+    return Tiles(block_m, block_n, 8 if block_m == 64 or size == 4 else 4, stages)
+
+
+def decoding_alternatives(tiles: Tiles) -> Iterator[Tiles]:
+    """What to try, in order, for a mask that takes too many registers with these: a shorter step."""
+    yield tiles
+    if tiles.block_n > 16:
+        yield replace(tiles, block_n=tiles.block_n // 2)
 
 
 def alternatives(tiles: Tiles) -> Iterator[Tiles]:

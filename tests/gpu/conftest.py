@@ -5,5 +5,5 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-for name in ("kernels", "reading", "fuzz"):  # attention_cases; equivalence, test_far_masks; programs, outcome
+for name in ("kernels", "reading", "fuzz", "gpu"):  # attention_cases; equivalence, test_far_masks; programs, outcome
     sys.path.insert(0, str(Path(__file__).parents[1] / name))
