@@ -164,6 +164,17 @@ def test_more_splits_than_are_added_up_at_once(monkeypatch: pytest.MonkeyPatch, 
     assert launches[0] > 2 * launch_decode.COMBINED
 
 
+@pytest.mark.parametrize(("lk", "expected"), [(63 * TILE, 1), (63 * TILE + 1, 2)])
+def test_as_many_tiles_as_a_program_may_have(
+    lk: int, expected: int, monkeypatch: pytest.MonkeyPatch, launches: list[int]
+) -> None:
+    assert decode.MOST_TILES == 63
+    multiprocessors(monkeypatch, 1)
+    masked = replace(named("padding_mean"), operands=lambda z: [torch.arange(z.lk).expand(2, -1) >= 40])
+    check(masked, few(masked, torch.float32, 1, batch=2, heads=2, kv_heads=2, lk=lk, dq=16, dv=16))
+    assert launches == [expected]
+
+
 # A cache is read where it is live
 
 
