@@ -249,7 +249,7 @@ def _tiles(
     if mask is None or (queries.is_Integer and queries < FEW_QUERIES):
         return ()
     many = int(queries) if queries.is_Integer else MANY
-    block_m, block_n = tile_sizes(device, dtype, int(site.head_dim), int(site.value_dim), many)
+    block_m, block_n = tile_sizes(key, device, dtype, int(site.head_dim), int(site.value_dim), many)
     keys = sympy.sympify(site.keys)
     if keys.is_Integer and keys <= FEW_TILES * block_n:
         return ()

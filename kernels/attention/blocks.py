@@ -103,7 +103,7 @@ def elementwise(mask: MaskSpec) -> bool:
 
 
 TEXT = '''\
-@triton.jit
+@triton.jit{options}
 {signature}
     """Verdicts on TILES tiles of one block of queries: 0 is skipped, 1 masked, 2 whole, 3 whole and even."""
     tiles = (lk + BLOCK_N - 1) // BLOCK_N
@@ -203,7 +203,9 @@ def generate(mask: MaskSpec) -> str:
         "TILES: tl.constexpr",
         "SPAN: tl.constexpr",
     ]
-    text = TEXT.format(signature=wrapped("def tile_verdicts", arguments, ":"), body=body.rstrip("\n"))
+    scalars = [x.name for x in mask.scalars]
+    options = f"(do_not_specialize={scalars!r})" if scalars else ""
+    text = TEXT.format(options=options, signature=wrapped("def tile_verdicts", arguments, ":"), body=body.rstrip("\n"))
     head = _docstring(mask) + HEAD.format(spec=_literal(mask))
     return "\n\n".join([head, *(HELPERS[x] for x in sorted(helpers)), text, LISTS])
 

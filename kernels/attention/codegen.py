@@ -8,7 +8,7 @@ import sympy
 
 from xfcompile.kernels.attention import blocks, cache, decode, template
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
-from xfcompile.score import I, J, Load, S, Where
+from xfcompile.score import H, I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
 
 
@@ -102,7 +102,7 @@ def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
     if spec.full is not None or len(cores) != 1:
         return None
     shift = sympy.Add(*(term for term in terms if term is not cores[0]))
-    if shift.free_symbols & {I, J} or any(extent(load) for load in shift.atoms(Load)):
+    if shift.free_symbols & {H, I, J}:  # rows of several heads stand together in decoding
         return None
     scale, core = cores[0].as_coeff_Mul()
     if scale < 0:

@@ -396,7 +396,8 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         advance.append("first")
     consume = ["w", *smem, *barriers, *sizes, "out_ptr", "lse_ptr", *own]
     produce = ["q_desc", "k_desc", "v_desc", *smem, *barriers, *sizes, "group", *names.scalars, *listed]
-    kernel = ["q_desc", "k_desc", "v_desc", "out_ptr", "lse_ptr", *sizes, "group", *own]
+    pointers = ["q_desc", "k_desc", "v_desc", "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
+    kernel = [*pointers, *sizes, "group", *names.strides, *names.scalars, *listed[1:]]
 
     def advanced(masked: bool, even: bool) -> str:
         kinds = [str(masked), *([str(even)] if more else [])]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, fit, launch_decode, lists, reference
+from xfcompile.kernels.attention import cache, codegen, fit, hopper, launch_decode, launch_hopper, lists, reference
 from xfcompile.kernels.attention.blocks import Summary, summary
+from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
@@ -33,18 +34,26 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Program:
     """A generated kernel in this process: its spec, its file, what lists of tiles it takes (of the mask that
-    `lists.program(mask)` has), and what was learned about tiles that fit."""
+    `lists.program(mask)` has), the pieces that a kernel for other hardware is made of, what was learned about tiles
+    that fit, and the calls that were made, by the layout of their tensors."""
 
     key: str
     spec: ScoreSpec
     source: str
     summary: Summary | None
     mask: str | None
+    pieces: codegen.Pieces
+    integers: tuple[bool, ...]
     fitting: dict[tuple[object, ...], Tiles] = field(default_factory=dict)
+    calls: dict[object, Call] = field(default_factory=dict)
 
     def kernel(self, interpreted: bool, name: str = "attention_forward") -> Any:
         """The Triton function, compiled or interpreted: which one `triton.jit` decides when the file is imported."""
         return getattr(_module(self.key, interpreted), name)
+
+    def scalars(self, ints: Sequence[Any], floats: Sequence[Any]) -> list[Any]:
+        whole, real = iter(ints), iter(floats)
+        return [next(whole) if integer else next(real) for integer in self.integers]
 
 
 _programs: dict[str, Program] = {}
@@ -73,7 +82,9 @@ def prepare(spec: ScoreSpec) -> str:
 
 def _program(key: str, spec: ScoreSpec, source: str) -> Program:
     found = summary(spec)
-    return Program(key, spec, source, found, None if found is None else lists.prepare(found.mask))
+    mask = None if found is None else lists.prepare(found.mask)
+    integers = tuple(bool(x.is_integer) for x in spec.scalars)
+    return Program(key, spec, source, found, mask, codegen.pieces(spec), integers)
 
 
 def program(key: str) -> Program:
@@ -89,10 +100,12 @@ FEW_TILES = 4
 """So many tiles a row are visited without a list: making one takes as long."""
 
 
-def tile_sizes(device: torch.device, dtype: torch.dtype, dq: int, dv: int, lq: int) -> tuple[int, int]:
+def tile_sizes(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: int, lq: int) -> tuple[int, int]:
     """Queries and keys of the tiles that lists are made of."""
     if device.type == "cpu":
         return INTERPRETED.block_m, INTERPRETED.block_n
+    if launch_hopper.why_not(program(key), device, dtype, dq, dv) is None:
+        return hopper.ROWS, hopper.KEYS
     tiles = choose(device_generation(device), dtype, dq, dv, lq)
     return tiles.block_m, tiles.block_n
 
@@ -107,12 +120,27 @@ def mask_arguments(
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Of the operands and the numbers of a score, those that its mask has."""
     prepared = program(key)
+    return mask_values(prepared, operands, prepared.scalars(ints, floats))
+
+
+def mask_values(
+    prepared: Program, operands: Sequence[Any], scalars: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
     found = prepared.summary
     assert found is not None
-    numbers = reference.bind(prepared.spec.scalars, ints, floats)
+    if not scalars:
+        return [operands[n] for n in found.operands], [], []
+    numbers = dict(zip(prepared.spec.scalars, scalars, strict=True))
     chosen = [(x, numbers[x]) for x in found.scalars]
     whole, real = ([n for x, n in chosen if bool(x.is_integer) == integer] for integer in (True, False))
     return [operands[n] for n in found.operands], whole, real
+
+
+Call = Callable[..., tuple[Tensor, Tensor]]
+"""(q, k, v, operands, scalars, tiles) -> (out, lse), for tensors of one layout."""
+
+MANY_CALLS = 4096
+"""Layouts that are remembered of a kernel; lengths that change at every call make new ones."""
 
 
 def run(
@@ -126,25 +154,46 @@ def run(
     tiles: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel on a GPU, or interpreted on a CPU."""
+    """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors."""
     prepared = program(key)
+    scalars = prepared.scalars(ints, floats)
+    layout = layout_of(q, k, v, operands, tiles, block_m, block_n)
+    call = prepared.calls.get(layout)
+    if call is None:
+        if len(prepared.calls) >= MANY_CALLS:
+            prepared.calls.clear()
+        check()
+        call = prepared.calls[layout] = _call(prepared, q, k, v, operands, tiles is not None, (block_m, block_n))
+    if q.device.type == "cpu" or torch.cuda.current_device() == q.device.index:
+        return call(q, k, v, operands, scalars, tiles)
+    with torch.cuda.device(q.device):
+        return call(q, k, v, operands, scalars, tiles)
+
+
+def layout_of(
+    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], tiles: Tensor | None, block_m: int, block_n: int
+) -> object:
+    """All that a call depends on but for where its tensors are and what scalars it has."""
+    return (
+        q.shape, k.shape, v.shape, tiles if tiles is None else (tiles.shape, tiles.dtype), block_m, block_n,
+        *[(x.dtype, x.device, x.stride()) for x in (q, k, v, *operands)],
+    )  # fmt: skip
+
+
+def _call(
+    prepared: Program, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], listed: bool, sizes: tuple[int, int]
+) -> Call:
+    """How such tensors are computed with, from now on."""
     batch, heads, lq, dq = q.shape
     kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
-    out, lse = outputs(q, v)
-    if out.numel() == 0:
-        return out, lse.fill_(-math.inf)
+    spec, interpreted = prepared.spec, q.device.type == "cpu"
+    if 0 in (batch, heads, lq, dv):
+        return lambda q, k, v, *rest: _filled(outputs(q, v))
     if lk == 0:
-        return no_keys(prepared.spec, q, k, v, operands, ints, floats, out, lse)
-
-    interpreted = q.device.type == "cpu"
-    kernel = prepared.kernel(interpreted)
+        return lambda q, k, v, operands, scalars, tiles: no_keys(spec, q, k, v, operands, scalars, *outputs(q, v))
     strides = [stride for operand in operands for stride in operand.stride()]
-    scalars = reference.bind(prepared.spec.scalars, ints, floats).values()
-    arguments = [
-        q, k, v, out, lse, *operands, *q.stride(), *k.stride(), *v.stride(),
-        heads, heads // kv_heads, lq, lk, *strides, *scalars,
-    ]  # fmt: skip
     wide_q, wide_v = columns(dq, dv, interpreted=interpreted)
     constants: dict[str, Any] = {
         "DQ": dq,
@@ -155,58 +204,132 @@ def run(
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
     }
+    kernel = prepared.kernel(interpreted)
     if "FAST" in kernel.arg_names:
-        constants["FAST"] = speed(prepared.spec, q)
-    if launch_decode.wanted(prepared.spec, q, k):
-        named = functools.partial(prepared.kernel, interpreted)
+        constants["FAST"] = speed(spec, q)
+    if launch_decode.wanted(spec, q, k):
+        return _decoding(prepared, strides, constants, interpreted)
+
+    key, mask = prepared.key, prepared.mask
+    block_m, block_n = sizes if listed else tile_sizes(key, q.device, q.dtype, dq, dv, lq)
+    fast = not interpreted and launch_hopper.suits(prepared, q, k, v, (block_m, block_n))
+    made = mask is not None and not listed and (fast or -(-lk // block_n) > FEW_TILES)
+    shape = (batch, heads, lq, lk)
+    launch: launch_hopper.Hopper | _Blocks
+    if fast:
+        launch = launch_hopper.Hopper(prepared, q, k, v, strides, constants.get("FAST"))
+    else:
+        numbers = [*q.stride(), *k.stride(), *v.stride(), heads, heads // kv_heads, lq, lk, *strides]
+        launch = _Blocks(prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, q, dv)
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = outputs(q, v)
+        if made:
+            assert mask is not None
+            tiles = lists.run(q, *mask_values(prepared, operands, scalars), shape, block_m, block_n, mask)
+        launch(q, k, v, out, lse, operands, scalars, tiles)
+        return out, lse
+
+    return call
+
+
+def _filled(made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    made[1].fill_(-math.inf)
+    return made
+
+
+def _decoding(prepared: Program, strides: Sequence[int], constants: dict[str, Any], interpreted: bool) -> Call:
+    named = functools.partial(prepared.kernel, interpreted)
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = outputs(q, v)
         launch_decode.run(named, (q, k, v, out, lse), operands, [*strides, *scalars], constants, prepared.fitting)
         return out, lse
 
-    if prepared.mask is not None:
-        if tiles is None:
-            block_m, block_n = tile_sizes(q.device, q.dtype, dq, dv, lq)
-            if -(-lk // block_n) > FEW_TILES:
-                shape = (batch, heads, lq, lk)
-                found = mask_arguments(key, operands, ints, floats)
-                tiles = lists.run(q, *found, shape, block_m, block_n, prepared.mask)
-        constants["LISTED"] = tiles is not None
-        listed = q if tiles is None else tiles  # a pointer that is not looked at
-        own_b, own_h = (0, 0) if tiles is None else tiles.shape[:2]
-        arguments += [listed, own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
-
-    def launch(sizes: Tiles) -> Any:
-        parts = {}
-        if prepared.mask is not None:
-            parts = {"PARTS_M": max(block_m // sizes.block_m, 1), "PARTS_N": max(block_n // sizes.block_n, 1)}
-        return kernel[(batch * heads * -(-lq // sizes.block_m),)](
-            *arguments,
-            **constants,
-            **parts,
-            BLOCK_M=sizes.block_m,
-            BLOCK_N=sizes.block_n,
-            num_warps=sizes.num_warps,
-            num_stages=sizes.num_stages,
-        )
-
-    if interpreted:
-        launch(INTERPRETED if tiles is None else replace(INTERPRETED, block_m=block_m, block_n=block_n))
-        return out, lse
-    with torch.cuda.device(q.device):
-        _launch_fitting(prepared, q, dv, launch, (block_m, block_n) if tiles is not None else None)
-    return out, lse
+    return call
 
 
-def _launch_fitting(
+class _Blocks:
+    """Launches of the kernel that gives each block of queries all of its keys."""
+
+    def __init__(
+        self,
+        prepared: Program,
+        kernel: Any,
+        numbers: Sequence[int],
+        constants: dict[str, Any],
+        listed: tuple[int, int] | None,
+        q: Tensor,
+        dv: int,
+    ) -> None:
+        self.prepared, self.kernel, self.numbers = prepared, kernel, numbers
+        self.constants, self.listed, self.dv = constants, listed, dv
+        self.batch, self.heads, self.lq = q.shape[:3]
+        self.launches: dict[Tiles, Launch] = {}
+        self.tiles: Tiles | None = None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+        tiles: Tensor | None,
+    ) -> None:
+        tensors, free = [q, k, v, out, lse, *operands], list(scalars)
+        if self.prepared.mask is not None:
+            own_b, own_h = (0, 0) if tiles is None else tiles.shape[:2]
+            tensors.append(q if tiles is None else tiles)  # a pointer that is not looked at, where there are none
+            free += [own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
+
+        def launch(sizes: Tiles) -> Any:
+            if sizes not in self.launches:
+                self.launches[sizes] = self._launch(sizes)
+            return self.launches[sizes](tensors, self.numbers, free)
+
+        if self.tiles is not None:
+            launch(self.tiles)
+        elif q.device.type == "cpu":
+            wanted = INTERPRETED
+            if self.listed is not None:
+                wanted = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
+            launch(wanted)
+        else:
+            self.tiles = _fitting(self.prepared, q, self.dv, launch, self.listed)
+
+    def _launch(self, sizes: Tiles) -> Launch:
+        constants = {**self.constants, "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n}
+        if self.prepared.mask is not None:
+            m, n = self.listed or (sizes.block_m, sizes.block_n)
+            constants |= {
+                "LISTED": self.listed is not None,
+                "PARTS_M": m // sizes.block_m,
+                "PARTS_N": n // sizes.block_n,
+            }
+        options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+        names = self.kernel.arg_names
+        ordered = {name: constants[name] for name in names if name in constants}
+        return Launch(self.kernel, self.batch * self.heads * -(-self.lq // sizes.block_m), ordered, options)
+
+
+def _fitting(
     prepared: Program, q: Tensor, dv: int, launch: Callable[[Tiles], Any], listed: tuple[int, int] | None
-) -> None:
-    """Launches with the tiles that this kernel was found to fit in; at first, finds them by launching.
+) -> Tiles:
+    """Launches with the tiles that this kernel was found to fit in, and returns them; at first, by launching.
 
     listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
     kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
     if kind in prepared.fitting:
         launch(prepared.fitting[kind])
-        return
+        return prepared.fitting[kind]
     first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
     if listed is not None:
         first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
@@ -216,6 +339,7 @@ def _launch_fitting(
 
     tried = (filter(divides, alternatives(first)), filter(divides, smaller(first)))
     prepared.fitting[kind] = fit.launch(launch, tried, q, dv)
+    return prepared.fitting[kind]
 
 
 def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,14 +355,14 @@ def no_keys(
     k: Tensor,
     v: Tensor,
     operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    scalars: Sequence[Any],
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A sum over nothing is 0, whatever the rule for rows whose keys are all masked."""
     lse.fill_(-math.inf)
     if spec.sink is not None:
+        ints, floats = ([x for x in scalars if isinstance(x, int) == whole] for whole in (True, False))
         lse.copy_(reference.attention(spec, q, k, v, operands, ints, floats)[1])
     return out.zero_(), lse
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import blocks, cache
+from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.score import B, H
 from xfcompile.site import MaskSpec
 
@@ -33,6 +34,7 @@ class MaskProgram:
     by_batch: bool
     by_head: bool
     single: bool
+    launches: dict[object, tuple[Launch, Launch, list[int], list[int]]] = field(default_factory=dict)
 
 
 def _program(key: str, mask: MaskSpec, source: str) -> MaskProgram:
@@ -103,26 +105,43 @@ def run(
 ) -> Tensor:
     """The lists, on the device of `like`, by the kernels: on a GPU, or interpreted on a CPU."""
     prepared = program(key)
-    mask = prepared.mask
-    lq, lk = shape[2:]
     made = output(like, prepared, shape, block_m, block_n)
-    if made.numel() == 0 or lk == 0:
+    if made.numel() == 0 or shape[3] == 0:
         return made.zero_()
-    batch, heads, rows, _ = made.shape
-    tiles = made.shape[3] - blocks.HEADER
-    verdicts = made.new_empty((batch, heads, rows, tiles), dtype=torch.int8)
-    strides = [stride for operand in operands for stride in operand.stride()]
-    whole, real = iter(ints), iter(floats)
-    scalars = [next(whole) if x.is_integer else next(real) for x in mask.scalars]
-    kernels = _kernels(key, like.device.type == "cpu")
-    together = 1 if prepared.single else TILES_A_PROGRAM
-    with torch.cuda.device(like.device if like.device.type == "cuda" else -1):
-        kernels.tile_verdicts[(batch * heads * rows * -(-tiles // together),)](
-            verdicts, *operands, heads, lq, lk, *strides, *scalars,
-            BLOCK_M=block_m, BLOCK_N=block_n, TILES=together, SPAN=_power(block_m + block_n), num_warps=4,
-        )  # fmt: skip
-        kernels.tile_lists[(batch * heads * rows,)](made, verdicts, tiles, CHUNK=min(256, _power(tiles)), num_warps=1)
+    layout = (tuple(shape), block_m, block_n, like.device, *[(x.dtype, x.stride()) for x in operands])
+    launches = prepared.launches.get(layout)
+    if launches is None:
+        if len(prepared.launches) >= MANY_LAYOUTS:
+            prepared.launches.clear()
+        launches = prepared.launches[layout] = _launches(prepared, made, operands, shape, block_m, block_n)
+    verdicts = made.new_empty(made.numel(), dtype=torch.int8)
+    free: list[Any] = []
+    if prepared.mask.scalars:
+        whole, real = iter(ints), iter(floats)
+        free = [next(whole) if x.is_integer else next(real) for x in prepared.mask.scalars]
+    launches[0]([verdicts, *operands], launches[2], free)
+    launches[1]([made, verdicts], launches[3])
     return made
+
+
+MANY_LAYOUTS = 4096
+"""Layouts that are remembered of a mask; lengths that change at every call make new ones."""
+
+
+def _launches(
+    prepared: MaskProgram, made: Tensor, operands: Sequence[Tensor], shape: Sequence[int], block_m: int, block_n: int
+) -> tuple[Launch, Launch, list[int], list[int]]:
+    """The launch for verdicts and the one for lists, and the numbers that each of them is given."""
+    batch, heads, rows, length = made.shape
+    tiles = length - blocks.HEADER
+    strides = [stride for operand in operands for stride in operand.stride()]
+    kernels = _kernels(prepared.key, made.device.type == "cpu")
+    together = 1 if prepared.single else TILES_A_PROGRAM
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": together, "SPAN": _power(block_m + block_n)}
+    programs = batch * heads * rows
+    verdict = Launch(kernels.tile_verdicts, programs * -(-tiles // together), sizes, {"num_warps": 4})
+    listing = Launch(kernels.tile_lists, programs, {"CHUNK": min(256, _power(tiles))}, {"num_warps": 1})
+    return verdict, listing, [heads, *shape[2:], *strides], [tiles]
 
 
 def reference(

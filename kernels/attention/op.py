@@ -54,17 +54,21 @@ def check(
         raise ValueError(f"xfcompile::attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     if any(x.device != q.device for x in (k, v, *operands)):
         raise ValueError("xfcompile::attention: q, k, v and operands must be on one device")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands)):
-        raise NotImplementedError(
-            "xfcompile::attention has no backward yet, and an input requires grad: call it under torch.no_grad(), or "
-            'leave attention to Inductor in training (options={"routes": {"attention": "inductor"}})'
-        )
+    check_grad(q, k, v, operands)
     expected = launch.program(key).spec.operands
     found = [(x.dtype, x.ndim) for x in operands]
     if found != [(x.dtype, x.ndim) for x in expected]:
         raise ValueError(f"xfcompile::attention: kernel {key} loads from operands {list(expected)}, not {found}")
     if tiles is not None:
         _check_tiles(q, k, tiles, block_m, block_n, key)
+
+
+def check_grad(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands)):
+        raise NotImplementedError(
+            "xfcompile::attention has no backward yet, and an input requires grad: call it under torch.no_grad(), or "
+            'leave attention to Inductor in training (options={"routes": {"attention": "inductor"}})'
+        )
 
 
 def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int, key: str) -> None:
@@ -94,11 +98,14 @@ def _attention_cuda(
     block_m: int = 0,
     block_n: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, operands, kernel, tiles, block_m, block_n)
-    reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
-    if reason is not None:
-        raise NotImplementedError(f"xfcompile::attention: {reason}")
-    return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n)
+    def checked() -> None:
+        check(q, k, v, operands, kernel, tiles, block_m, block_n)
+        reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
+        if reason is not None:
+            raise NotImplementedError(f"xfcompile::attention: {reason}")
+
+    check_grad(q, k, v, operands)
+    return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, checked)
 
 
 def _attention_cpu(

@@ -605,7 +605,8 @@ def _place(spec: ScoreSpec) -> str:
 
 def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str]) -> str:
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
-    pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
+    lists = ["list_ptr", "list_b", "list_h"] if names.listed else []
+    pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers, *lists[:1]]
     state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
     if spec.sink is not None:
         arguments = ["b", "h", "row", *names.outside, *names.flags]
@@ -614,8 +615,7 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
             f"m = sink({', '.join(arguments)}) + tl.full([BLOCK_M], 0.0, tl.float32)",
             'l = tl.where(m == float("-inf"), 0.0, 1.0)',
         ]
-    lists = ["list_ptr", "list_b", "list_h"] if names.listed else []
-    arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists]
+    arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists[1:]]
     constants = [*CONSTANTS, *names.flags, "BLOCK_M", *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]
     unspecialized = [*names.scalars, *lists[1:]]
     return KERNEL.format(

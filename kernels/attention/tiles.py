@@ -141,12 +141,12 @@ def smaller(tiles: Tiles) -> Iterator[Tiles]:
 
 
 @functools.cache
-def _capability(index: int | None) -> tuple[int, int]:
+def capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
 def device_generation(device: torch.device) -> str:
-    return generation(_capability(device.index)[0], torch.version.hip is not None)
+    return generation(capability(device.index)[0], torch.version.hip is not None)
 
 
 def fits_twice(shared: int, device: torch.device) -> bool:
@@ -171,7 +171,7 @@ def supports(device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> str 
         return None if interpreting() else "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
     if device.type != "cuda":
         return f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
-    if torch.version.hip is None and _capability(device.index) < (8, 0):
+    if torch.version.hip is None and capability(device.index) < (8, 0):
         return "the kernel needs compute capability 8.0 or higher"
     return None
 

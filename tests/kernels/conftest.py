@@ -10,6 +10,15 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # attention_cases
 
 
+@pytest.fixture(autouse=True)
+def _forgotten_calls() -> None:
+    """What a call depends on may have been changed by the test before."""
+    from xfcompile.kernels.attention import launch
+
+    for program in launch._programs.values():
+        program.calls.clear()
+
+
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -1,0 +1,120 @@
+"""From tensors to one launch of the kernel for Hopper: which tensors it takes, and how often it is launched."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from xfcompile.kernels.attention import cache, hopper
+from xfcompile.kernels.attention.repeat import Launch, aligned_strides
+from xfcompile.kernels.attention.tiles import HOPPER, capability, device_generation, padded
+
+if TYPE_CHECKING:
+    from xfcompile.kernels.attention.launch import Program
+
+log = logging.getLogger(__name__)
+
+FEW_QUERIES = 64
+"""Fewer than this, and most rows of a program are computed for nothing."""
+
+
+def why_not(prepared: Program, device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> str | None:
+    """Why such a site is not computed by this kernel; None if it is."""
+    if device.type != "cuda" or torch.version.hip is not None or device_generation(device) != HOPPER:
+        return "it is for Hopper"
+    if capability(device.index)[0] != 9:
+        return "it is for Hopper"
+    return _why_not(prepared.key, dtype, dq, dv) or _why_no_module(prepared.key)
+
+
+@functools.cache
+def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
+    from xfcompile.kernels.attention.launch import program
+
+    prepared = program(key)
+    return hopper.why_not(prepared.spec, prepared.pieces, dtype, dq, dv)
+
+
+@functools.cache
+def _why_no_module(key: str) -> str | None:
+    """This Triton may have no Gluon, or another one."""
+    try:
+        _module(key)
+    except ImportError as error:
+        log.debug("no kernel for Hopper: %s", error)
+        return f"this version of Triton has no such Gluon ({error})"
+    return None
+
+
+@functools.cache
+def _module(key: str) -> Any:
+    from xfcompile.kernels.attention.launch import program
+
+    prepared = program(key)
+    return cache.load(cache.store(hopper.module(prepared.spec, prepared.pieces)), f"xfcompile_attention_hopper_{key}")
+
+
+def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int, int]) -> bool:
+    """Whether the kernel takes these tensors. listed: sizes of the tiles in lists, if there are any."""
+    if prepared.mask is not None and listed != (hopper.ROWS, hopper.KEYS):
+        return False
+    if q.shape[2] < FEW_QUERIES or why_not(prepared, q.device, q.dtype, q.shape[3], v.shape[3]) is not None:
+        return False
+    return all(_described(x) for x in (q, k, v))
+
+
+def _described(x: Tensor) -> bool:
+    """Whether TMA reads a tensor: rows start at multiples of 16 bytes, and neighbours are neighbours in memory."""
+    strides = aligned_strides(x)
+    return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.storage_offset() % 8 == 0
+
+
+class Hopper:
+    """Launches of the kernel with tensors of one layout."""
+
+    def __init__(
+        self, prepared: Program, q: Tensor, k: Tensor, v: Tensor, strides: Sequence[int], fast: int | None
+    ) -> None:
+        batch, heads, lq, dq = q.shape
+        kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
+        module = _module(prepared.key)
+        blocks = -(-lq // hopper.ROWS)
+        total = batch * heads * blocks
+        columns = hopper.columns(dq)
+        constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
+        if fast is not None:
+            constants["FAST"] = fast
+        constants |= {"DV": dv, "REGISTERS": hopper.REGISTERS}
+        self.numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
+        shapes = [[1, 1, hopper.ROWS // 2, columns], *[[1, 1, hopper.KEYS, columns]] * 2]
+        self.launch = Launch(module.attention_forward, total, constants, {"num_warps": 4}, shapes)
+        self.fill: Launch | None = None
+        if hopper.needs_mean(prepared.spec):
+            sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64}
+            self.fill = Launch(module.fill_dead_rows, batch * heads * -(-lq // 64), sizes, {"num_warps": 4})
+            self.fill_numbers = [*v.stride(), heads, heads // kv_heads, lq, lk]
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+        tiles: Tensor | None,
+    ) -> None:
+        tensors, free = [q, k, v, out, lse, *operands], list(scalars)
+        if tiles is not None:
+            own_b, own_h = tiles.shape[:2]
+            tensors.append(tiles)
+            free += [own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
+        self.launch(tensors, self.numbers, free)
+        if self.fill is not None:
+            self.fill([out, lse, v], self.fill_numbers)
