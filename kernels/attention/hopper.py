@@ -497,7 +497,8 @@ def _bounds(spec: ScoreSpec, names: template.Names) -> str:
                 "rows = (lq + ROWS - 1) // ROWS",
                 "x0 = ((b * list_b + h * list_h) * rows + block).to(gl.int64) * (tiles + 3)",
                 "x1 = tiles",
-                "evens = gl.load(list_ptr + x0)",
+                # Without loads that may be even all whole tiles count as even, and are as others are.
+                "evens = gl.load(list_ptr + x0)" if names.evens else "evens = 0",
                 "wholes = gl.load(list_ptr + x0 + 1)",
                 "masked = gl.load(list_ptr + x0 + 2)",
                 "x2 = wholes + masked",
