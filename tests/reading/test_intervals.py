@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -16,24 +19,65 @@ from xfcompile.evaluate import Evaluator
 from xfcompile.intervals import Bounds, certain, possible
 from xfcompile.score import B, H, I, J, Load, Where
 from xfcompile.site import Band
-from xfcompile.sparsity import describe, verdicts
+from xfcompile.sparsity import BOX, I0, I1, J0, J1, describe, verdicts
 
-QUERIES, KEYS, TILE = 13, 17, 4
-DATA = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4])
+Grid = tuple[int, int, int, int]
+"""Queries, keys, and those of a tile."""
+GRIDS: list[Grid] = [(16, 16, 4, 4), (13, 17, 4, 4), (13, 17, 4, 8), (29, 23, 8, 4), (7, 31, 3, 5), (1, 19, 1, 4)]
+
+DOCUMENTS = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7, 7, 8, 8, 9])
+LENGTHS = torch.tensor([6, 11])
+TOKENS = torch.tensor([0] * 5 + [1] * 19 + [0] * 7)
+DATA = [DOCUMENTS.expand(2, -1), LENGTHS, TOKENS.expand(2, -1)]
+Tiles = tuple[torch.Tensor, torch.Tensor]
+"""Which tiles run, and which of them whole."""
 
 
-def kept(keep: Any, queries: int = QUERIES, keys: int = KEYS) -> torch.Tensor:
-    """[queries, keys], by evaluating the predicate everywhere."""
-    scope: Any = {I: torch.arange(queries)[:, None], J: torch.arange(keys)[None, :], B: 1, H: 2}
-    value = Evaluator(scope, [DATA.expand(2, -1)], torch.float64, torch.device("cpu"))(keep)
-    return torch.as_tensor(value).expand(queries, keys)
+def evaluated(expr: Any, scope: Mapping[Any, Any], shape: tuple[int, int]) -> torch.Tensor:
+    value = Evaluator({**scope, B: 1, H: 2}, DATA, torch.float64, torch.device("cpu"))(sympy.sympify(expr))
+    return torch.as_tensor(value).expand(shape)
 
 
-def brute_force(keep: Any, queries: int, keys: int, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-    cells = kept(keep, queries, keys)
-    rows = [list(row.split(tile, 1)) for row in cells.split(tile, 0)]
+def brute_force(keep: Any, grid: Grid) -> Tiles:
+    """By evaluating the predicate everywhere."""
+    queries, keys, tile_m, tile_n = grid
+    cells = evaluated(keep, {I: torch.arange(queries)[:, None], J: torch.arange(keys)[None, :]}, (queries, keys))
+    rows = [list(row.split(tile_n, 1)) for row in cells.split(tile_m, 0)]
     runs = torch.tensor([[bool(x.any()) for x in row] for row in rows])
     return runs, torch.tensor([[bool(x.all()) for x in row] for row in rows])
+
+
+def verdicts_over_data(keep: Any, grid: Grid) -> Tiles:
+    """As `verdicts`, with the least and the greatest of each vector over each tile; what is one number is known."""
+    queries, keys, tile_m, tile_n = grid
+    i0, j0 = torch.arange(0, queries, tile_m)[:, None], torch.arange(0, keys, tile_n)[None, :]
+    scope: dict[Any, Any] = {I0: i0, I1: (i0 + tile_m).clamp(max=queries) - 1}
+    scope |= {J0: j0, J1: (j0 + tile_n).clamp(max=keys) - 1}
+    seen: dict[Load, Bounds] = {}
+
+    def bounds(load: Load) -> Bounds:
+        if not load.free_symbols & {I, J}:
+            return load, load
+        if load not in seen:
+            low, high = seen[load] = tuple(sympy.symbols(f"low{len(seen)} high{len(seen)}", integer=True))
+            vector = DATA[load.operand][1]
+            rows = I in load.free_symbols
+            parts = vector[:queries].split(tile_m) if rows else vector[:keys].split(tile_n)
+            for end, f in ((low, torch.amin), (high, torch.amax)):
+                scope[end] = torch.stack([f(part) for part in parts]).reshape((-1, 1) if rows else (1, -1))
+        return seen[load]
+
+    some, every = possible(keep, BOX, bounds), certain(keep, BOX, bounds)
+    shape = (i0.numel(), j0.numel())
+    runs, whole = (evaluated(x, scope, shape) for x in (some, every))
+    return runs, whole & runs
+
+
+def assert_sound(found: Tiles | None, exact: Tiles, of: Any = None) -> None:
+    assert found is not None
+    (runs, whole), (some, every) = found, exact
+    assert not (some & ~runs).any(), f"a tile is skipped that has something to keep: {of}"
+    assert not (whole & ~every).any(), f"a tile runs unmasked that has something to drop: {of}"
 
 
 def integers(depth: int = 2) -> st.SearchStrategy[Any]:
@@ -74,82 +118,121 @@ def predicates(depth: int = 2) -> st.SearchStrategy[Any]:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(predicates())
-def test_verdicts_of_a_random_predicate_are_sound(keep: Any) -> None:
+@given(predicates(), st.sampled_from(GRIDS))
+def test_verdicts_of_a_random_predicate_are_sound(keep: Any, grid: Grid) -> None:
     keep = sympy.sympify(keep).xreplace({B: sympy.Integer(1), H: sympy.Integer(2)})
-    found = verdicts(keep, QUERIES, KEYS, TILE)
-    assert found is not None
-    runs, whole = found
-    some, every = brute_force(keep, QUERIES, KEYS, TILE)
-    assert not (some & ~runs).any(), "a tile is skipped that has something to keep"
-    assert not (whole & ~every).any(), "a tile runs unmasked that has something to drop"
+    assert_sound(verdicts(keep, *grid), brute_force(keep, grid))
 
 
 W = sympy.Integer(4)
+NEIGHBOURS = sympy.And(
+    sympy.Le(sympy.Abs(FloorDiv(I, W) - FloorDiv(J, W)), 1),
+    sympy.Le(sympy.Abs(PythonMod(I, W) - PythonMod(J, W)), 1),
+)
+LENGTH, DOCUMENT_I, DOCUMENT_J, TOKEN = Load(1, B), Load(0, B, I), Load(0, B, J), Load(2, B, J)
 NAMED = {
     "causal": J <= I,
     "bottom-right": J <= I + 4,
+    "bottom-right of more queries than keys": J <= I - 3,
     "strictly causal": J < I,
     "window": sympy.And(J <= I, J > I - 6),
     "window on both sides": sympy.Le(sympy.Abs(I - J), 3),
     "prefix": sympy.Or(J <= I, J < 7),
+    "prefix alone": J < 7,
     "chunks": sympy.Eq(FloorDiv(I, 5), FloorDiv(J, 5)),
     "causal chunks": sympy.And(J <= I, sympy.Eq(FloorDiv(I, 8), FloorDiv(J, 8))),
     "dilated by 3": sympy.Eq(PythonMod(I - J, 3), 0),
+    "dilated window": sympy.And(sympy.Eq(PythonMod(I - J, 2), 0), sympy.Le(sympy.Abs(I - J), 6)),
     "every fifth key": sympy.Eq(PythonMod(J, 5), 2),
     "every key but": sympy.Ne(J, 6),
-    "neighbourhood on a 4 x 4 grid": sympy.And(
-        sympy.Le(sympy.Abs(FloorDiv(I, W) - FloorDiv(J, W)), 1),
-        sympy.Le(sympy.Abs(PythonMod(I, W) - PythonMod(J, W)), 1),
-    ),
-    "not causal": sympy.Not(J <= I),
+    "neighbourhood on a grid of 4": NEIGHBOURS,
     "up to a position": J <= 9,
-    "sink and window": sympy.Or(J < 2, sympy.And(J <= I, J > I - 5)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("queries", "keys"), [(16, 16), (13, 17)])
-@pytest.mark.parametrize("name", NAMED)
-def test_verdicts_of_a_named_mask_are_exact(name: str, queries: int, keys: int) -> None:
-    found = verdicts(NAMED[name], queries, keys, TILE)
-    assert found is not None
-    for ours, exact in zip(found, brute_force(NAMED[name], queries, keys, TILE), strict=True):
-        assert torch.equal(ours, exact)
-
-
+}
 DATED = {
-    "documents": sympy.Eq(Load(0, B, I), Load(0, B, J)),
-    "causal documents": sympy.And(sympy.Eq(Load(0, B, I), Load(0, B, J)), J <= I),
-    "padding": Load(0, B, J) < 3,
-    "not the first document": sympy.Ne(Load(0, B, J), 0),
-    "earlier documents": Load(0, B, J) < Load(0, B, I),
+    "prefix of each batch": sympy.Or(J <= I, J < LENGTH),
+    "length of each batch": J < LENGTH,
+    "causal from a position of each batch": J <= LENGTH + I,
+    "documents": sympy.Eq(DOCUMENT_I, DOCUMENT_J),
+    "causal documents": sympy.And(sympy.Eq(DOCUMENT_I, DOCUMENT_J), J <= I),
+    "earlier documents": DOCUMENT_J < DOCUMENT_I,
+    "all but the first document": sympy.Ne(DOCUMENT_J, 0),
+    "key padding": sympy.Ne(TOKEN, 0),
 }
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_verdicts_of_a_named_mask_and_of_its_negation_are_exact(name: str) -> None:
+    for keep in (NAMED[name], sympy.Not(NAMED[name])):
+        for grid in GRIDS:
+            found, exact = verdicts(keep, *grid), brute_force(keep, grid)
+            assert_sound(found, exact)
+            assert found is not None
+            assert all(torch.equal(*x) for x in zip(found, exact, strict=True)), grid
+
+
 @pytest.mark.parametrize("name", DATED)
-def test_verdicts_over_data_are_exact_with_bounds_of_it(name: str) -> None:
-    keep = DATED[name]
-    some, every = brute_force(keep, KEYS, KEYS, TILE)
-    for row in range(some.shape[0]):
-        for column in range(some.shape[1]):
-            spans = {I: (row * TILE, min(KEYS, row * TILE + TILE)), J: (column * TILE, min(KEYS, column * TILE + TILE))}
-            box = {x: (sympy.Integer(a), sympy.Integer(b - 1)) for x, (a, b) in spans.items()}
+def test_verdicts_over_data_and_of_the_negation_are_exact_with_bounds_of_it(name: str) -> None:
+    for keep in (DATED[name], sympy.Not(DATED[name])):
+        for grid in GRIDS:
+            found, exact = verdicts_over_data(keep, grid), brute_force(keep, grid)
+            assert all(torch.equal(*x) for x in zip(found, exact, strict=True)), grid
 
-            def bounds(load: Load, spans: Any = spans) -> Bounds:
-                start, end = spans[load.indices[-1]]
-                part = DATA[start:end]
-                return sympy.Integer(int(part.min())), sympy.Integer(int(part.max()))
 
-            assert possible(keep, box, bounds) == bool(some[row, column]), (row, column)
-            whole = certain(keep, box, bounds) == sympy.true
-            assert whole == bool(every[row, column]), (row, column)
+COMPOSED = {
+    "and": sympy.And,
+    "or": sympy.Or,
+    "and not": lambda a, b: sympy.And(a, sympy.Not(b)),
+    "not either": lambda a, b: sympy.Not(sympy.Or(a, b)),
+    "not both": lambda a, b: sympy.Not(sympy.And(a, b)),
+    "where causal": lambda a, b: sympy.ITE(J <= I, a, b),
+    "where the first": lambda a, b: sympy.Or(sympy.And(a, b), sympy.And(sympy.Not(a), J < 9)),
+    "either alone": sympy.Xor,
+}
+PAIRS = list(combinations({**NAMED, **DATED}.items(), 2))
+
+
+def composed_are_sound(pairs: list[Any]) -> None:
+    for (first, a), (second, b) in pairs:
+        for how, compose in COMPOSED.items():
+            for grid in GRIDS[1:3]:
+                keep = compose(a, b)
+                assert_sound(verdicts_over_data(keep, grid), brute_force(keep, grid), (first, how, second, grid))
+
+
+def test_verdicts_of_two_named_masks_together_are_sound() -> None:
+    composed_are_sound(random.Random(0).sample(PAIRS, 24))
+
+
+@pytest.mark.slow
+def test_verdicts_of_all_named_masks_together_are_sound() -> None:
+    composed_are_sound(PAIRS)
+
+
+TOGETHER = {
+    "causal and padding": sympy.And(J <= I, sympy.Ne(TOKEN, 0)),
+    "causal and chunks": sympy.And(J <= I, NAMED["chunks"]),
+    "bottom-right or prefix": sympy.Or(J <= I + 4, J < 7),
+    "window and causal documents": sympy.And(NAMED["window"], DATED["causal documents"]),
+    "sink and window": sympy.Or(J < 2, sympy.And(J <= I, J > I - 5)),
+    "causal and length of each batch": sympy.And(J <= I, J < LENGTH),
+    "not causal, or window on both sides": sympy.Or(J > I, NAMED["window on both sides"]),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_verdicts_of_usual_compositions_are_exact(name: str) -> None:
+    """On square tiles; on others a tile may meet both parts of a mask, and not where they meet."""
+    keep = TOGETHER[name]
+    for grid in GRIDS[:2]:
+        for ours, exact in zip(verdicts_over_data(keep, grid), brute_force(keep, grid), strict=True):
+            assert torch.equal(ours, exact), grid
 
 
 def test_of_data_nothing_is_known_without_bounds() -> None:
-    found = verdicts(sympy.And(J <= I, sympy.Ne(Load(0, B, J), 0)), 16, 16, TILE)
+    found = verdicts(sympy.And(J <= I, sympy.Ne(Load(0, B, J), 0)), *GRIDS[0])
     assert found is not None
     runs, whole = found
-    assert torch.equal(runs, brute_force(J <= I, 16, 16, TILE)[0])
+    assert torch.equal(runs, brute_force(J <= I, GRIDS[0])[0])
     assert not whole.any()
 
 
