@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sympy
 import torch
+import torch.nn.functional as F
 from equivalence import check, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from xfcompile.evaluate import Evaluator
 from xfcompile.intervals import Bounds, certain, possible
+from xfcompile.report import Report
 from xfcompile.score import B, H, I, J, Load, Where
 from xfcompile.site import Band
 from xfcompile.sparsity import BOX, I0, I1, J0, J1, describe, verdicts
@@ -261,3 +263,102 @@ def test_a_report_says_what_was_proved() -> None:
 
     (site,) = check(windowed, *tensors((1, 1, 256, 4), (1, 1, 256, 4), (1, 1, 256, 4))).sites
     assert site.tiles == "i - 63 <= j < i + 1: 44% of 64x64 tiles run, 44% masked"
+
+
+def told(build: Any, queries: int = 256) -> str:
+    """What the printed report says of a mask that a program makes of positions, documents, tokens and lengths."""
+
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *data: torch.Tensor) -> torch.Tensor:
+        i, j = torch.arange(queries)[:, None], torch.arange(256)
+        return (q @ k.mT).masked_fill(~build(i, j, *data), -torch.inf).softmax(-1) @ v
+
+    documents = (torch.arange(256) // 50).expand(2, -1).clone()
+    data = documents, torch.arange(256) < torch.tensor([[256], [200]]), torch.tensor([30, 99])
+    outcome = check(masked, *tensors((2, 1, queries, 4), (2, 1, 256, 4), (2, 1, 256, 4)), *data)
+    return Report(sites=outcome.sites).render(200)
+
+
+SAID: dict[str, tuple[Any, str]] = {
+    "causal": (lambda i, j, *_: j <= i, "causal, j < i + 1: 62% of 64x64 tiles run, 25% masked"),
+    "window": (
+        lambda i, j, *_: (j <= i) & (j > i - 64),
+        "causal & window(64), i - 63 <= j < i + 1: 44% of 64x64 tiles run, 44% masked",
+    ),
+    "both sides": (
+        lambda i, j, *_: (i - j).abs() <= 32, "window(±32), i - 32 <= j < i + 33: 62% of 64x64 tiles run, 62% masked",
+    ),
+    "prefix": (
+        lambda i, j, *_: (j <= i) | (j < 64),
+        "prefix(64)), j < Max(64, i + 1): 62% of 64x64 tiles run, 19% masked",
+    ),
+    "chunks": (
+        lambda i, j, *_: i // 64 == j // 64,
+        "chunks(64), 64*((i//64)) <= j < 64*((i//64)) + 64: 25% of 64x64 tiles run, 0% masked",
+    ),
+    "dilated": (
+        lambda i, j, *_: ((i - j) % 2 == 0) & ((i - j).abs() <= 32),
+        "dilated(2) & window(±32), i - 32 <= j < i + 33: 62% of 64x64 tiles run, 62% masked",
+    ),
+    "grid": (
+        lambda i, j, *_: ((i // 16 - j // 16).abs() <= 2) & ((i % 16 - j % 16).abs() <= 2),
+        "columns of 16 ±2 & rows of 16 ±2, 62% of 64x64 tiles run, 62% masked",
+    ),
+    "position": (lambda i, j, *_: j <= 200, "prefix(201), j < 201: 100% of 64x64 tiles run, 25% masked"),
+    "documents": (
+        lambda i, j, d, *_: (d[:, None, :, None] == d[:, None, None, :]) & (j <= i),
+        "causal & documents, j < i + 1: at most 62% of 64x64 tiles run, 62% masked",
+    ),
+    "padding": (
+        lambda i, j, d, m, *_: m[:, None, None, :] & (j <= i),
+        "causal & key padding, j < i + 1: at most 62% of 64x64 tiles run, 62% masked",
+    ),
+    "prefix of each batch": (
+        lambda i, j, d, m, n: (j <= i) | (j < n[:, None, None, None]),
+        "prefix from data), at most 100% of 64x64 tiles run, 62% masked",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_printed_report_names_the_mask_and_says_what_was_proved(name: str) -> None:
+    build, words = SAID[name]
+    (line,) = [x for x in told(build).splitlines() if "mask: " in x]
+    assert line.strip().endswith(words)
+
+
+def test_a_printed_report_of_a_causal_mask_to_the_bottom_right() -> None:
+    words = "mask: causal (bottom-right), j < i + 129: 88% of 64x64 tiles run, 25% masked"
+    assert words in told(lambda i, j, *_: j <= i + 128, queries=128)
+
+
+FLOATS: dict[str, Any] = {
+    "where": lambda keep: torch.where(keep, 0.0, -torch.inf),
+    "where of tensors": lambda keep: torch.where(keep, torch.tensor(0.0), torch.tensor(torch.finfo(torch.float32).min)),
+    "zeros, filled": lambda keep: torch.zeros(64, 64).masked_fill(~keep, -torch.inf),
+    "zeros, filled in place": lambda keep: torch.zeros(64, 64).masked_fill_(keep.logical_not(), -torch.inf),
+    "zeros like it": lambda keep: torch.zeros_like(keep, dtype=torch.float32).masked_fill_(~keep, -1e9),
+    "1 - mask": lambda keep: (1.0 - keep.float()) * torch.finfo(torch.float32).min,
+    "mask - 1": lambda keep: (keep.float() - 1) * 1e9,
+    "not, times": lambda keep: (~keep) * -1e9,
+    "full, times": lambda keep: torch.full((64, 64), torch.finfo(torch.float32).min) * (~keep),
+    "two triangles": lambda keep: torch.full((64, 64), -torch.inf).triu(1) + torch.full((64, 64), -torch.inf).tril(-16),
+    "rounded": lambda keep: torch.where(keep, 0.0, -1e9).bfloat16().float(),
+    "expanded": lambda keep: torch.where(keep, 0.0, -torch.inf)[None, None].expand(1, 2, -1, -1).contiguous(),
+    "padded and cut": lambda keep: F.pad(torch.where(keep, 0.0, -torch.inf), (0, 6))[:, :64],
+    "logarithm": lambda keep: keep.float().log(),
+}
+
+
+@pytest.mark.parametrize("call", [False, True], ids=["written out", "SDPA"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_mask_of_0_and_a_fill_is_a_predicate(name: str, call: bool) -> None:
+    def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i, j = torch.arange(64)[:, None], torch.arange(64)
+        mask = FLOATS[name]((j <= i) & (j > i - 16))
+        if call:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return (q @ k.mT * 0.3 + mask).softmax(-1) @ v
+
+    (site,) = check(masked, *tensors(*[(1, 2, 64, 4)] * 3)).sites
+    assert (site.matched, site.mask) == (True, "causal & window(16)")
+    assert str(site.tiles).startswith("i - 15 <= j < i + 1: ")
