@@ -113,6 +113,9 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "no key is kept at all"
     if site.dead == "unknown" and not site.alive:
         return "a row may see no key, and what it gets has no simple rule"
+    if site.rounding in HALF:
+        name = str(site.rounding).removeprefix("torch.")
+        return f"a row may see no key, and gets what {name} leaves of its scores beside its masks"
     if site.root.dtype not in (*HALF, torch.float32, torch.float64):
         return f"SDPA has no kernel for {site.root.dtype}"
     if site.head_dim != site.value_dim:

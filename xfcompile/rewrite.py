@@ -54,6 +54,7 @@ class Candidate:
     score: sympy.Expr
     route: Route = field(default_factory=lambda: Route("inductor"))
     words: Told | None = None
+    training: bool = False
 
 
 Known = dict[Reading, tuple[list[AttentionSite], list[tuple[Value, Miss]]]]
@@ -173,6 +174,7 @@ def _plan(reading: Reading, candidate: Candidate, options: Options) -> None:
     site, node = candidate.site, candidate.node
     training = _needs_grad(node, reading)
     bias_grad = training and any(_needs_grad(h, reading) for v in site.loads if (h := _first(reading, v)) is not None)
+    candidate.training = training
     candidate.route, candidate.words = choose(
         site, candidate.score, training=training, bias_grad=bias_grad, forced=options.routes
     )
