@@ -26,6 +26,9 @@ FEW_QUERIES = 32
 """Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys."""
 
 
+UNKNOWN = "a head dimension is not known at compile time"
+
+
 @dataclass(frozen=True)
 class Route:
     """What runs a site, and why it was chosen (None: it is the usual choice)."""
@@ -162,7 +165,7 @@ def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
         return f"Triton is not installed ({error})"
     for size in (site.head_dim, site.value_dim):
         if not sympy.sympify(size).is_Integer:
-            return "a head dimension is not known at compile time"
+            return UNKNOWN
     return supports(device, _kernel_dtype(site), int(site.head_dim), int(site.value_dim))
 
 

@@ -249,14 +249,14 @@ def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.No
     q = emitter.whole_batch(q, site, candidate.q, heads=True)
     k = emitter.whole_batch(k, site, candidate.k, heads=group_k != group_v)
     v = emitter.whole_batch(v, site, candidate.v, heads=group_k != group_v)
-    spec, operands, ints, floats = score_spec(emitter, candidate)
+    spec, operands, ints = score_spec(emitter, candidate)
     key = prepare(spec)
-    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, floats, key)
+    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key)
     return emitter.call(operator.getitem, made, 0)
 
 
-def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any], list[Any]]:
-    """The site as its kernel needs it, with the nodes of its operands and the numbers of its scalars."""
+def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any]]:
+    """The site as its kernel needs it, with the nodes of its operands and the sizes that its scalars are."""
     site = candidate.site
     full = site.full
     if full is not None:
@@ -269,30 +269,47 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
     used = sorted({load.operand for f in formulas for load in f.atoms(Load)})
     renumbered = {n: k for k, n in enumerate(used)}
 
-    def renumber(f: Any) -> Any:
-        if f is None:
-            return None
-        return f.replace(lambda x: isinstance(x, Load), lambda x: Load(renumbered[x.operand], *x.indices))
-
     loads = [load for f in formulas for load in f.atoms(Load)]
     operands = [_coalesced(emitter, site, n, [x for x in loads if x.operand == n]) for n in used]
     position = {S, *POSITION}
     scalars = sorted({s for f in formulas for s in f.free_symbols} - position, key=str)
     ints = [emitter.size(s) for s in scalars if s.is_integer]
-    floats = [emitter.number(s) for s in scalars if not s.is_integer]
+    # Real numbers are handed over as tensors: of one that is an argument of a call of ours, torch would compile each
+    # value anew (its pass that makes tensors of numbers knows arithmetic only).
+    reals = {s: Load(len(operands) + n) for n, s in enumerate(s for s in scalars if not s.is_integer)}
+    operands += [_as_tensor(emitter, site, s) for s in reals]
+
+    def renumber(f: Any) -> Any:
+        if f is None:
+            return None
+        f = f.replace(lambda x: isinstance(x, Load), lambda x: Load(renumbered[x.operand], *x.indices))
+        return f.xreplace(reals)
+
     spec = ScoreSpec(
         score=renumber(score),
         keep=renumber(site.keep),
         dead=site.dead if site.dead != "unknown" else "zero",
-        operands=tuple(Operand(site.loads[n].dtype, site.loads[n].ndim) for n in used),
-        scalars=tuple(scalars),
+        operands=(
+            *(Operand(site.loads[n].dtype, site.loads[n].ndim) for n in used),
+            *(Operand(torch.float32, 0) for _ in reals),
+        ),
+        scalars=tuple(s for s in scalars if s.is_integer),
         sink=renumber(site.sink),
         band=site.band,
         far=full is not None or any(absorbs(f, site.loads, finite=True) for f in (score, site.sink)),
         full=renumber(full),
         floor=site.floor,
     )
-    return spec, operands, ints, floats
+    return spec, operands, ints
+
+
+def _as_tensor(emitter: Emitter, site: AttentionSite, number: sympy.Symbol) -> fx.Node:
+    """A number that is known at run time, as a tensor of no dimensions."""
+    key = ("as a tensor", number)
+    if key not in emitter.shared:
+        one = emitter.call(torch.ones, (), dtype=torch.float32, device=site.root.meta.device)
+        emitter.shared[key] = emitter.call(operator.mul, one, emitter.number(number))
+    return emitter.shared[key]
 
 
 def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load]) -> fx.Node:
