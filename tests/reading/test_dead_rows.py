@@ -124,10 +124,11 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROUTES = ["sdpa", "triton"]
 QUICK = ("masked_fill", "added", "then fp32", "padding and causal")
+SLOW = ("where", "masked_fill, softmax in fp32", "1 - mask", "softmax in fp32", "nan_to_num of 0.0")
 
 
 def unless_quick(name: str, dtype: torch.dtype) -> object:
-    quick = dtype == torch.float32 or name in QUICK
+    quick = name not in SLOW if dtype == torch.float32 else name in QUICK if dtype == torch.float16 else name == "added"
     return pytest.param(name, dtype, marks=() if quick else pytest.mark.slow)
 
 
@@ -179,7 +180,7 @@ def test_sdpa_gives_0_under_a_boolean_mask(dtype: torch.dtype, route: str) -> No
     assert_as_eager(program, x, m, 0.0, route)
     for queries, keys in ((1, 8), (8, 6)):
         assert_as_eager(program, inputs(dtype, queries, keys), keep(queries, keys), 0.0, route)
-    assert (torch.compile(program, backend="xformers")(*x, m, 0.0)[2] == 0).all()
+    assert (program(*x, m, 0.0)[2] == 0).all(), "which is what both were compared with"
 
 
 @pytest.mark.parametrize("route", ROUTES)
