@@ -112,6 +112,8 @@ def as_eager(name: str, dtype: torch.dtype, route: str, *sizes: int, fills: tupl
         if name == "a mask that is data":
             if route == "triton" and isinstance(fill, float) and dtype != torch.float16:
                 continue  # the kernel adds in fp32, in another base, which does not leave of a score what eager does
+            if dtype == torch.bfloat16:
+                x[0][:, 1] /= 16  # beside -1e4 SDPA leaves nothing of scores, bf16 something of those beyond 32
             m = added(m, f, x[0])
         assert_as_eager(SPELLINGS[name], x, m, f, route)
 
