@@ -11,11 +11,11 @@ import torch
 from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
 from xfcompile.elementwise import ROW, Elements, Index, as_boolean, as_number, broadcast, literal
 from xfcompile.indexing import integer, linear, unravel
-from xfcompile.magnitude import absorbs
+from xfcompile.magnitude import absorbs, is_coarse
 from xfcompile.masking import Masked, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
-from xfcompile.score import B, H, I, J, S, Where
+from xfcompile.score import B, H, I, J, Load, S, Where
 from xfcompile.site import AttentionSite, Band, Miss
 from xfcompile.values import Value, depends
 
@@ -197,7 +197,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         dtype=dot.value.dtype,
         interior=tuple(_interior(product.value, dot.value)),
         ranges=_flat_ranges(lead, sizes),
-        score_dtype=scores.dtype,
+        score_dtype=next(iter(elements.masked_in)) if len(elements.masked_in) == 1 else scores.dtype,
         dead_bool="zero" if zeroed else "nan",
     )
 
@@ -314,6 +314,8 @@ def _site(
         if any(not fill.is_finite for fill, _ in masked.fills):
             raise Miss("a row may see no key, and the fills of its masks do not agree", root)
         masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
+    added_in = score_dtype if call is None else torch.float32  # SDPA's kernels add masks to what they accumulate
+    rounding = added_in if _rounds(masked.score, predicate, loads, added_in, ranges) else None
     bounds = band(predicate) if predicate != sympy.true else Band()
     had = describe(predicate, ranges)
     told = masked.fills or any(v.op == "where" or (v.op == "add" and not _number(v["other"])) for v in interior)
@@ -344,9 +346,20 @@ def _site(
         mask=had,
         full=full,
         floor=max(finite) if full is not None else None,
+        rounding=rounding,
         leaks=not alive and any(added and fill.is_finite for fill, added in masked.fills),
         call=call,
     )
+
+
+def _rounds(
+    score: sympy.Expr, keep: Any, loads: tuple[Value, ...], dtype: torch.dtype, ranges: dict[sympy.Symbol, Any]
+) -> bool:
+    """Whether a row may see no key, and keeps of its scores what a large number that is added leaves in that dtype."""
+    masked = separate(score, dtype, rounded=True)
+    if any(added and fill.is_finite for fill, added in masked.fills):
+        return not has_live_key(prove(sympy.And(keep, masked.keep), ranges), ranges)
+    return any(is_coarse(loads[load.operand], dtype) for load in score.atoms(Load))
 
 
 def _separate_nothing(score: sympy.Expr) -> Masked:

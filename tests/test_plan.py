@@ -20,7 +20,7 @@ BIASED = plan.Told(sympy.S.One, sympy.Symbol("bias"), False, sympy.true)
 def objection(keys: Any, *, bias_grad: bool = True, call: object = None) -> str | None:
     site = SimpleNamespace(
         call=call, dead="nan", alive=True, root=SimpleNamespace(dtype=torch.bfloat16), head_dim=64, value_dim=64,
-        dropout=0.0, keys=keys,
+        dropout=0.0, keys=keys, rounding=None,
     )  # fmt: skip
     return plan._why_no_sdpa(site, BIASED, "cuda", bias_grad)  # type: ignore[no-any-return]
 

@@ -42,6 +42,8 @@ class Elements:
         self.dot_index: Index | None = None
         self.loads: list[Value] = []
         self.key_axis_size = key_axis_size
+        self.masked_in: set[torch.dtype] = set()
+        """The dtypes that the scores have where a mask or a bias is put on them."""
         self._memo: dict[tuple[Value, Index], Any] = {}
         self._on_dot: dict[Value, bool] = {}
 
@@ -87,6 +89,8 @@ class Elements:
             return self.load(value, index)
         mark = len(self.loads)
         result = rule(self, value, index)
+        if is_mask(result):
+            result = fold(lambda x: rounded(x, value.dtype), result)
         if result is None or not self._gained(value, index, result):
             if not any((v in self.loads[:mark]) for v in self.loads[mark:]):
                 del self.loads[mark:]
@@ -208,6 +212,8 @@ def broadcast(index: Index, shape: tuple[Any, ...], to: tuple[Any, ...]) -> Inde
 
 def _add(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
+    if e.depends_on_dot(v) and any(is_mask(t) or t.atoms(Load) for x in (a, b) for t in sympy.Add.make_args(x)):
+        e.masked_in.add(v.dtype)
     sign = -1 if v.op == "sub" else 1
     alpha = literal(v.args.get("alpha", 1))
     return fold(lambda x, y: x + sign * alpha * y, a, b)
@@ -282,10 +288,12 @@ def _where(e: Elements, v: Value, index: Index) -> Any:
         chosen = e.arg(v["self"] if condition == sympy.true else v["other"], index, v.shape)
         return chosen if v.dtype == torch.bool else as_number(chosen)
     a, b = e.arg(v["self"], index, v.shape), e.arg(v["other"], index, v.shape)
+    if e.depends_on_dot(v):
+        e.masked_in.add(v.dtype)
     if v.dtype == torch.bool:
         a, b = as_boolean(a), as_boolean(b)
         return sympy.Or(sympy.And(condition, a), sympy.And(sympy.Not(condition), b))
-    return where(as_boolean(condition), as_number(a), as_number(b))
+    return where(as_boolean(condition), *(rounded(as_number(x), v.dtype) for x in (a, b)))
 
 
 def _cast(e: Elements, v: Value, index: Index) -> Any:
@@ -576,6 +584,14 @@ def _smooth(f: Callable[[sympy.Expr], Any]) -> Callable[[Elements, Value, Index]
     return rule
 
 
+def _log(e: Elements, v: Value, index: Index) -> Any:
+    """Of a mask of 0 and 1: -inf and 0."""
+    x = e.numeric(v["self"], index, v.shape)
+    if not is_mask(x) or any(a < 0 for a in x.args[1:]):
+        return None
+    return fold(lambda a: literal(math.log(a) if a else -math.inf), x)
+
+
 def _pow(e: Elements, v: Value, index: Index) -> Any:
     exponent = v["exponent"]
     if isinstance(exponent, Value) or not e.depends_on_dot(v) or exponent not in (1, 2, 3):
@@ -615,6 +631,7 @@ _RULES: dict[str, Callable[[Elements, Value, Index], Any]] = {
     "minimum": _extremum, "maximum": _extremum, "min": _extremum, "max": _extremum, "amax": _row_statistic,
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp,
     "tanh": _smooth(sympy.tanh), "exp": _smooth(sympy.exp), "sigmoid": _smooth(lambda x: 1 / (1 + sympy.exp(-x))),
+    "log": _log,
     "reshape": _reshape, "permute": _permute, "expand": _expand, "slice": _slice, "select": _select,
     "repeat_interleave": _repeat_interleave, "repeat": _repeat, "flip": _flip, "detach": _detach,
     "arange": _arange, "full": _full, "cat": _cat, "stack": _stack, "tril": _triangle, "triu": _triangle,

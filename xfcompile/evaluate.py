@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.score import Load, Where
+from xfcompile.score import ROUNDED, Load, Where
 
 Value = Tensor | int | float | bool
 
@@ -97,6 +97,11 @@ def _where(condition: Value, a: Value, b: Value) -> Value:
     return torch.where(condition, a, b)
 
 
+def _rounded(x: Value, digits: Value) -> Value:
+    x = torch.as_tensor(x)
+    return x.to(getattr(torch, ROUNDED[int(digits)])).to(x.dtype)
+
+
 def _tensors(function: Callable[..., Tensor]) -> Callable[..., Value]:
     return lambda *args: function(*(torch.as_tensor(a) for a in args))
 
@@ -141,6 +146,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "ToFloat": lambda x: x,
     "Identity": lambda x: x,
     "Where": _where,
+    "Rounded": _rounded,
     "Equality": _relation(operator.eq),
     "Unequality": _relation(operator.ne),
     "StrictLessThan": _relation(operator.lt),

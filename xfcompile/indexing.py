@@ -12,7 +12,14 @@ Ranges = Mapping[sympy.Symbol, sympy.Expr]
 
 
 def integer(x: object) -> sympy.Expr:
-    return sympy.sympify(x)
+    """A size or an index as sympy sees it; torch infers the size of a view as s**2 // s where two sizes are one s."""
+    expr = sympy.sympify(x)
+    return expr.replace(FloorDiv, _quotient) if isinstance(expr, sympy.Basic) and expr.has(FloorDiv) else expr
+
+
+def _quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    exact = a / b
+    return exact if b.is_positive and exact.is_integer and _polynomial(exact) else FloorDiv(a, b)
 
 
 def nonnegative(expr: sympy.Expr, ranges: Ranges) -> bool:

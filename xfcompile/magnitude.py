@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,28 @@ from xfcompile.values import Value
 
 ABSORBING = 1e18
 """A number of at least this size leaves nothing of a score that is added to it: its ulp is 128 in fp64."""
+
+COARSE = 8.0
+"""A number whose neighbours in its dtype are this far apart leaves little of a score that is added to it."""
+
+WIDEST = 2.0**20
+"""No score is as large as half of this."""
+
+
+def spacing(x: float, dtype: torch.dtype) -> float:
+    """How far a number's neighbours in a dtype are apart."""
+    return 2.0 ** math.floor(math.log2(abs(x))) * torch.finfo(dtype).eps if x else 0.0
+
+
+def absorbing(x: float, dtype: torch.dtype) -> bool:
+    """Whether nothing is left of any score that is added to a finite number in that dtype."""
+    return abs(x) >= ABSORBING or spacing(x, dtype) >= WIDEST
+
+
+def coarse(x: float, dtype: torch.dtype) -> bool:
+    """Whether little is left of the scores that are added to a finite number in that dtype: -1e9 in fp32."""
+    return abs(x) < math.inf and spacing(x, dtype) >= COARSE
+
 
 _BOUNDED = CONTRACTIONS | frozenset(
     "tanh sigmoid softmax erf sin cos layer_norm native_layer_norm rms_norm group_norm native_group_norm batch_norm "
@@ -50,6 +73,12 @@ def _numerals(expr: sympy.Basic) -> Iterator[sympy.Expr]:
     elif not isinstance(expr, sympy.logic.boolalg.Boolean) or isinstance(expr, sympy.Symbol):
         for arg in expr.args[1:] if isinstance(expr, Where) else expr.args:
             yield from _numerals(arg)
+
+
+def is_coarse(value: Value, dtype: torch.dtype) -> bool:
+    """Whether a tensor that is added in fp16 may hold its least number, of which too little is left to absorb scores
+    and too much to forget them. A mask in another dtype is taken to hold the least number of that, or -inf."""
+    return value.dtype == dtype == torch.float16 and may_absorb(value)
 
 
 def may_absorb(value: Value, *, strict: bool = False) -> bool:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
 
 from xfcompile.elementwise import ROW
-from xfcompile.magnitude import ABSORBING
-from xfcompile.score import Where
+from xfcompile.magnitude import absorbing, coarse
+from xfcompile.score import Load, Rounded, Where
 from xfcompile.site import Miss
 
 
 @dataclass(frozen=True)
 class Masked:
-    """score where keep; `fills` are the numbers that stood where a key is masked, and whether they were added."""
+    """score where keep; `fills` are the numbers that stood where a key is masked, and whether they were added, in
+    `dtype`."""
 
     score: sympy.Expr
     keep: Any
     fills: tuple[tuple[sympy.Expr, bool], ...] = ()
+    dtype: torch.dtype = torch.float32
 
     def dead(self) -> str:
         """What softmax makes of a row without keys: "nan", "mean" (all weights equal), or "unknown"."""
@@ -28,21 +32,29 @@ class Masked:
             return "nan"
         # All weights are equal if every key ends with the same number: replaced by it, or absorbed by it once.
         added = [fill for fill, how in self.fills if how]
-        if len({fill for fill, _ in self.fills}) == 1 and len(added) <= 1 and all(f <= -ABSORBING for f in added):
+        if (
+            len({fill for fill, _ in self.fills}) == 1
+            and len(added) <= 1
+            and all(absorbing(float(f), self.dtype) for f in added)
+        ):
             return "mean"
         return "unknown"
 
 
-def separate(expr: sympy.Expr, dtype: torch.dtype) -> Masked:
+def separate(expr: sympy.Expr, dtype: torch.dtype, *, rounded: bool = False) -> Masked:
     """Split a score into what is computed and which keys are kept.
 
     A fill counts as a mask only if no score that a model can have competes with it: -inf, or below -1e8, or the
     least number of fp16 in an fp16 score. Others (Swin's -100, BERT's -10000) are arithmetic.
+
+    dtype: of the scores where they are masked. rounded: take every number for a fill that is coarse in that dtype.
     """
     limit = sympy.Integer(-65000) if dtype == torch.float16 else sympy.Integer(-(10**8))
 
     def is_fill(x: sympy.Expr) -> bool:
-        return bool(x.is_number and (x == -sympy.oo or x <= limit))
+        if not x.is_number or x >= 0:
+            return False
+        return bool(x == -sympy.oo or x <= limit or (rounded and coarse(float(x), dtype)))
 
     def split(x: sympy.Expr, added: bool) -> Masked:
         if isinstance(x, Where):
@@ -69,7 +81,47 @@ def separate(expr: sympy.Expr, dtype: torch.dtype) -> Masked:
                 return Masked(coefficient * inner.score, inner.keep, fills)
         return Masked(x, sympy.true)
 
-    return split(sympy.sympify(expr), False)
+    return replace(split(sympy.sympify(expr), False), dtype=dtype)
+
+
+def as_rounded(expr: sympy.Expr, dtype: torch.dtype, far: Callable[[Load], bool]) -> sympy.Expr:
+    """A score of which, where a key is masked by a large number that is added, no more is left than in that dtype.
+
+    far: whether a load may be such a number.
+    """
+    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
+
+    def large(x: sympy.Expr) -> bool:
+        return bool(x.is_number and x.is_finite) and coarse(float(x), dtype)
+
+    def choices(term: sympy.Expr) -> list[Where]:
+        """The choices with a large number that a term adds: one that is added twice is rounded twice."""
+        times, choice = term.as_coeff_Mul()
+        if not isinstance(choice, Where):
+            return []
+        condition, *numbers = choice.args
+        if times not in (1, 2, 3):
+            times, numbers = sympy.S.One, [times * x for x in numbers]
+        return [Where(condition, *numbers)] * int(times) if any(large(x) for x in numbers) else []
+
+    def plus(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+        if not large(y):
+            return x + y
+        return Rounded((x if dtype == torch.float32 else Rounded(x, digits)) + y, digits)
+
+    def walk(x: sympy.Expr) -> sympy.Expr:
+        if isinstance(x, Where):
+            return Where(x.args[0], walk(x.args[1]), walk(x.args[2]))
+        if isinstance(x, sympy.Add):
+            total = sympy.Add(*(walk(term) for term in x.args if not choices(term)))
+            for choice in (c for term in x.args for c in choices(term)):
+                condition, a, b = choice.args
+                total = Where(condition, plus(total, a), plus(total, b))
+            return Rounded(total, digits) if any(far(y) for term in x.args for y in term.atoms(Load)) else total
+        coefficient, rest = x.as_coeff_Mul()
+        return coefficient * walk(rest) if coefficient != 1 and rest != x else x
+
+    return walk(expr)
 
 
 def _held(fill: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from xfcompile.indexing import Ranges, nonnegative
 from xfcompile.score import B, H, I, J, Load
@@ -179,6 +179,45 @@ def describe(keep: Any, ranges: Ranges) -> str:
     return " & ".join(order)
 
 
+def _pattern(term: Any) -> str | None:
+    """What repeats: every so many keys, or nearness in the rows and columns of a grid."""
+    if isinstance(term, (sympy.Le, sympy.Lt)) and isinstance(term.args[0], sympy.Abs) and term.args[1].is_Integer:
+        width = term.args[1] - (1 if isinstance(term, sympy.Lt) else 0)
+        found = _alike(term.args[0].args[0])
+        return None if found is None else f"{found} ±{width}"
+    if not isinstance(term, sympy.Eq):
+        return None
+    difference = sympy.expand(term.args[0] - term.args[1])
+    same = _alike(difference)
+    if same is not None:
+        return f"same {same}"
+    for quotient in difference.atoms(FloorDiv):
+        x, n = quotient.args
+        if n.is_Integer and x in (I - J, J - I) and sympy.expand(difference - (x - n * quotient)) == 0:
+            return f"dilated({n})"
+    return None
+
+
+def _alike(difference: sympy.Expr) -> str | None:
+    """ "rows of 8": of a grid of so many columns, for i // 8 - j // 8; "columns of 8", for i % 8 - j % 8."""
+    for kinds, word in (((FloorDiv,), "rows"), ((Mod, PythonMod, sympy.Mod), "columns")):
+        for part in difference.atoms(*kinds):
+            n, other = part.args[1], part.xreplace({I: J, J: I})
+            if part.args[0] in (I, J) and sympy.expand(difference - part + other) == 0:
+                return f"{word} of {n}"
+    return None
+
+
+def _limited(term: Any) -> bool:
+    """Whether a comparison holds the key, and nothing else of the position, to data that are the same for all keys."""
+    if not isinstance(term, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
+        return False
+    loads = term.atoms(Load)
+    outside = term.xreplace({load: sympy.Dummy() for load in loads}).free_symbols
+    inside = set().union(*(load.free_symbols for load in loads))
+    return bool(loads) and J in outside and not ({I, J} & inside or I in outside)
+
+
 def _word(term: Any, ranges: Ranges) -> str:
     gap = _nonnegative_form(term)
     if gap is not None and not gap.atoms(Load):
@@ -195,12 +234,15 @@ def _word(term: Any, ranges: Ranges) -> str:
         if gap.free_symbols & {I, J} == {J} and J not in sympy.expand(gap + J).free_symbols:
             return f"prefix({sympy.expand(gap + J) + 1})"
     if isinstance(term, sympy.Or):
-        return "(" + " | ".join(_word(t, ranges) for t in term.args) + ")"
+        return "(" + " | ".join("prefix from data" if _limited(t) else describe(t, ranges) for t in term.args) + ")"
     bounds = _key_bound(term)
     if bounds is not None and None not in bounds:
         if isinstance(term, sympy.Eq):
             return f"chunks({term.args[0].args[1]})"
         return f"window(±{sympy.expand(bounds[1] - I - 1)})"
+    pattern = _pattern(term)
+    if pattern is not None:
+        return pattern
     loads = term.atoms(Load) if isinstance(term, sympy.Basic) else set()
     symbols = term.free_symbols & {B, H, I, J}
     if loads and isinstance(term, sympy.Eq) and len(loads) == 2 and symbols >= {I, J}:

@@ -30,6 +30,9 @@ PLAIN_DECODING = "sdpa"
 """What runs few queries without any mask: ours is not measured against SDPA there yet (examples/bench_decode.py)."""
 
 
+UNKNOWN = "a head dimension is not known at compile time"
+
+
 @dataclass(frozen=True)
 class Route:
     """What runs a site, and why it was chosen (None: it is the usual choice)."""
@@ -120,6 +123,9 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "no key is kept at all"
     if site.dead == "unknown" and not site.alive:
         return "a row may see no key, and what it gets has no simple rule"
+    if site.rounding in HALF:
+        name = str(site.rounding).removeprefix("torch.")
+        return f"a row may see no key, and gets what {name} leaves of its scores beside its masks"
     if site.root.dtype not in (*HALF, torch.float32, torch.float64):
         return f"SDPA has no kernel for {site.root.dtype}"
     if site.head_dim != site.value_dim:
@@ -176,7 +182,7 @@ def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
         return f"Triton is not installed ({error})"
     for size in (site.head_dim, site.value_dim):
         if not sympy.sympify(size).is_Integer:
-            return "a head dimension is not known at compile time"
+            return UNKNOWN
     return supports(device, _kernel_dtype(site), int(site.head_dim), int(site.value_dim))
 
 

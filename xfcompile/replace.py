@@ -12,10 +12,11 @@ from torch import fx
 
 from xfcompile.diagonal import vector
 from xfcompile.emit import Emitter
-from xfcompile.magnitude import ABSORBING, absorbs
+from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
+from xfcompile.masking import as_rounded
 from xfcompile.plan import FEW_QUERIES, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
-from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
+from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
 
 if TYPE_CHECKING:
     from xfcompile.rewrite import Candidate
@@ -113,7 +114,7 @@ def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtyp
     dead = _dead(emitter, site, words)
     mask = _mask(emitter, site, words, dead)
     if mask is not None and site.call is None and _far(words.rest, site):
-        mask, absorbed = _near(emitter, mask, site)
+        mask, absorbed = _near(emitter, mask, site, _coarse(candidate, words, dtype), _absorbing(words.rest, site))
         if swallows(site, words):
             q = emitter.call("masked_fill", q, _four(emitter, absorbed, words), 0.0)
     if mask is not None:
@@ -162,27 +163,51 @@ FAR = 64.0
 """A bias of a whole row beyond which log-sum-exp loses digits that eager, which stores weights, keeps."""
 
 
+LITTLE = 8192.0
+"""A number beside which bf16 leaves nothing of scores below 32: its neighbours are 64 apart."""
+
+
 def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
     """Whether a whole row may be biased by a number of great size, or by -inf."""
     loads = any(site.loads[load.operand].dtype.is_floating_point for load in rest.atoms(Load))
     return loads or any(x <= -FAR for x in rest.atoms(sympy.Number))
 
 
-def _near(emitter: Emitter, mask: fx.Node, site: AttentionSite) -> tuple[fx.Node, fx.Node]:
+def _coarse(candidate: Candidate, words: Told, dtype: torch.dtype) -> float:
+    """From where on SDPA may leave of scores beside their bias what eager does: on CPUs it adds both in fp32."""
+    site, limit = candidate.site, COARSE / torch.finfo(dtype).eps
+    if dtype not in (torch.float32, torch.float64) or site.root.meta.device.type != "cpu" or candidate.training:
+        return ABSORBING
+    number = any(x.is_finite and abs(x) >= limit for x in words.rest.atoms(sympy.Number))
+    return limit if number or absorbs(words.rest, site.loads) else ABSORBING
+
+
+def _absorbing(rest: sympy.Expr, site: AttentionSite) -> float:
+    """From where on nothing is left of scores beside their bias; in bf16 of scores below 32, whose biases are bf16."""
+    dtypes = {site.product_dtype, *(site.loads[load.operand].dtype for load in rest.atoms(Load))}
+    return LITTLE if dtypes == {torch.bfloat16} else ABSORBING
+
+
+def _near(
+    emitter: Emitter, mask: fx.Node, site: AttentionSite, coarse: float, absorbing: float
+) -> tuple[fx.Node, fx.Node]:
     """The mask, each far row of it moved up to 0, which softmax does not see; NaN where it is -inf for a whole row, for
     there softmax gives NaN and SDPA 0 (which is right where the program takes 0 for NaN). And the rows that were so far
-    away that nothing was left of their scores: beyond `ABSORBING`, or as low as a number that stands where keys are
-    masked."""
+    away that nothing was left of their scores: beyond `absorbing`, or as low as a number that stands where keys are
+    masked. Rows from `coarse` to `ABSORBING` stay where they are, and there is left of their scores what there is."""
     floor, zero = site.floor, site.dead == "zero"
-    key = ("near", mask, floor, zero)
+    key = ("near", mask, floor, zero, coarse, absorbing)
     if key not in emitter.shared:
         top = emitter.call("amax", emitter.call("detach", mask), -1, True)
         distance = emitter.call(torch.abs, top)
         far = emitter.call(operator.gt, distance, FAR)
+        absorbed = emitter.call(operator.ge, distance, absorbing)
+        if coarse < ABSORBING:
+            fine = emitter.call(torch.logical_or, emitter.call(operator.lt, distance, coarse), absorbed)
+            far = emitter.call(torch.logical_and, far, fine)
         if zero:
             far = emitter.call(torch.logical_and, far, emitter.call(operator.gt, top, -float("inf")))
         emitter.shared[key] = emitter.call(operator.sub, mask, emitter.call(torch.where, far, top, 0.0))
-        absorbed = emitter.call(operator.ge, distance, ABSORBING)
         if floor is not None:
             low = emitter.call(operator.le, top, float(floor) + FAR)
             absorbed = emitter.call(torch.logical_or, absorbed, low)
@@ -229,10 +254,10 @@ def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.No
     q = emitter.whole_batch(q, site, candidate.q, heads=True)
     k = emitter.whole_batch(k, site, candidate.k, heads=group_k != group_v)
     v = emitter.whole_batch(v, site, candidate.v, heads=group_k != group_v)
-    spec, operands, ints, floats = score_spec(emitter, candidate)
+    spec, operands, ints = score_spec(emitter, candidate)
     key = prepare(spec)
-    tiles = _tiles(emitter, site, dtype, q, (operands, ints, floats), key)
-    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, floats, key, *tiles)
+    tiles = _tiles(emitter, site, dtype, q, (operands, ints, []), key)
+    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles)
     return emitter.call(operator.getitem, made, 0)
 
 
@@ -265,24 +290,22 @@ def _tiles(
     return emitter.shared[name], block_m, block_n
 
 
-def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any], list[Any]]:
-    """The site as its kernel needs it, with the nodes of its operands and the numbers of its scalars."""
+def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any]]:
+    """The site as its kernel needs it, with the nodes of its operands and the sizes that its scalars are."""
     site = candidate.site
     full = site.full
     if full is not None:
         full = full.xreplace({S: candidate.q.factor * candidate.k.factor * S})
+    score, rounding = candidate.score, site.rounding
+    if rounding is not None:
+        score = as_rounded(score, rounding, lambda load: is_coarse(site.loads[load.operand], rounding))
+    far = full is not None or any(absorbs(f, site.loads, finite=True) for f in (score, site.sink))
     vectors, made = _vectors(emitter, site, candidate.score)
-    score = candidate.score.xreplace(vectors)
-    full = None if full is None else full.xreplace(vectors)
+    score, full = (None if f is None else f.xreplace(vectors) for f in (score, full))
     formulas = [score, site.keep, *(x for x in (site.sink, full) if x is not None)]
     formulas += [x for x in (site.band.lower, site.band.upper) if x is not None]
     used = sorted({load.operand for f in formulas for load in f.atoms(Load)})
     renumbered = {n: k for k, n in enumerate(used)}
-
-    def renumber(f: Any) -> Any:
-        if f is None:
-            return None
-        return f.replace(lambda x: isinstance(x, Load), lambda x: Load(renumbered[x.operand], *x.indices))
 
     loads = [load for f in formulas for load in f.atoms(Load)]
     operands = [
@@ -291,23 +314,50 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
     position = {S, *POSITION}
     scalars = sorted({s for f in formulas for s in f.free_symbols} - position, key=str)
     ints = [emitter.size(s) for s in scalars if s.is_integer]
-    floats = [emitter.number(s) for s in scalars if not s.is_integer]
+    # Real numbers are handed over as tensors: of one that is an argument of a call of ours, torch would compile each
+    # value anew (its pass that makes tensors of numbers knows arithmetic only).
+    reals = {s: Load(len(operands) + n) for n, s in enumerate(s for s in scalars if not s.is_integer)}
+    operands += [_as_tensor(emitter, site, s) for s in reals]
+
+    def renumber(f: Any) -> Any:
+        if f is None:
+            return None
+        f = f.replace(lambda x: isinstance(x, Load), lambda x: Load(renumbered[x.operand], *x.indices))
+        return f.xreplace(reals)
+
     spec = ScoreSpec(
         score=renumber(score),
         keep=renumber(site.keep),
-        dead=site.dead if site.dead != "unknown" else "zero",
-        operands=tuple(
-            Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used
+        dead=_dead_rows_of(site),
+        operands=(
+            *(Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used),
+            *(Operand(torch.float32, 0) for _ in reals),
         ),
-        scalars=tuple(scalars),
+        scalars=tuple(s for s in scalars if s.is_integer),
         sink=renumber(site.sink),
         band=site.band,
-        far=full is not None or any(absorbs(f, site.loads, finite=True) for f in (candidate.score, site.sink)),
+        far=far,
         full=renumber(full),
         floor=site.floor,
         coarse=site.product_dtype == torch.bfloat16,
     )
-    return spec, operands, ints, floats
+    return spec, operands, ints
+
+
+def _dead_rows_of(site: AttentionSite) -> Dead:
+    """What kernels are told of rows without keys. Where each is proved to see one, no kernel has to look for a mean."""
+    if site.dead == "mean" and site.alive and site.full is None:
+        return "nan"
+    return site.dead if site.dead != "unknown" else "zero"
+
+
+def _as_tensor(emitter: Emitter, site: AttentionSite, number: sympy.Symbol) -> fx.Node:
+    """A number that is known at run time, as a tensor of no dimensions."""
+    key = ("as a tensor", number)
+    if key not in emitter.shared:
+        one = emitter.call(torch.ones, (), dtype=torch.float32, device=site.root.meta.device)
+        emitter.shared[key] = emitter.call(operator.mul, one, emitter.number(number))
+    return emitter.shared[key]
 
 
 def _vectors(emitter: Emitter, site: AttentionSite, score: sympy.Expr) -> tuple[dict[Load, Load], dict[int, fx.Node]]:

@@ -137,10 +137,8 @@ def _read(site: SiteReport) -> list[Any]:
     from rich.text import Text
 
     lines = []
-    if site.mask is not None:
-        lines.append(Text(f"mask: {site.mask}"))
-    if site.tiles is not None:
-        lines.append(Text(site.tiles))
+    if site.mask is not None or site.tiles is not None:
+        lines.append(Text(f"mask: {', '.join(filter(None, [site.mask, site.tiles]))}"))
     if site.expression is not None:
         lines.append(Text(_elided(site.expression), style="cyan"))
     if site.reason is not None:

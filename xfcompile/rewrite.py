@@ -7,18 +7,19 @@ import operator
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xfcompile.emit import Emitter
 from xfcompile.liveness import erase_orphans, live_nodes
 from xfcompile.options import Options
 from xfcompile.patterns import attention
-from xfcompile.plan import Route, Told, choose
+from xfcompile.plan import UNKNOWN, Route, Told, choose
 from xfcompile.read import Reading
 from xfcompile.replace import replace_attention
 from xfcompile.report import Report, SiteReport
@@ -54,6 +55,7 @@ class Candidate:
     score: sympy.Expr
     route: Route = field(default_factory=lambda: Route("inductor"))
     words: Told | None = None
+    training: bool = False
 
 
 Known = dict[Reading, tuple[list[AttentionSite], list[tuple[Value, Miss]]]]
@@ -173,9 +175,14 @@ def _plan(reading: Reading, candidate: Candidate, options: Options) -> None:
     site, node = candidate.site, candidate.node
     training = _needs_grad(node, reading)
     bias_grad = training and any(_needs_grad(h, reading) for v in site.loads if (h := _first(reading, v)) is not None)
-    candidate.route, candidate.words = choose(
-        site, candidate.score, training=training, bias_grad=bias_grad, forced=options.routes
-    )
+    candidate.training = training
+
+    def chosen() -> tuple[Route, Told | None]:
+        return choose(candidate.site, candidate.score, training=training, bias_grad=bias_grad, forced=options.routes)
+
+    candidate.route, candidate.words = chosen()
+    if candidate.route.reason == UNKNOWN and _specialise(candidate):
+        candidate.route, candidate.words = chosen()
     unchanged = candidate.route.name == "sdpa" and site.call is not None and _says_it_already(site, candidate.words)
     if unchanged:
         candidate.route = Route("sdpa", "as it was: SDPA is told all there is to tell")
@@ -184,6 +191,21 @@ def _plan(reading: Reading, candidate: Candidate, options: Options) -> None:
         reason = "SDPA's backends are chosen here by sdpa_kernel(...)"
         candidate.route = Route("inductor", reason) if site.call is None else Route("sdpa", f"as it was: {reason}")
         candidate.words = None
+
+
+def _specialise(candidate: Candidate) -> bool:
+    """Holds the head dimensions to the numbers that they are: kernels are made for these, lengths stay symbols."""
+    site, example = candidate.site, candidate.node.meta.get("example_value")
+    sizes = example.shape if isinstance(example, torch.Tensor) else ()
+    symbols: list[Any] = [n for n in sizes if isinstance(n, torch.SymInt)]
+    if not symbols:
+        return False
+    try:
+        dims = [symbols[0].node.shape_env.evaluate_expr(sympy.sympify(n)) for n in (site.head_dim, site.value_dim)]
+    except GuardOnDataDependentSymNode:
+        return False
+    candidate.site = replace(site, head_dim=dims[0], value_dim=dims[1])
+    return True
 
 
 def _says_it_already(site: AttentionSite, words: Told | None) -> bool:

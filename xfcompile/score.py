@@ -36,6 +36,23 @@ class Load(sympy.Function):
         return sympy.S.Zero
 
 
+class Rounded(sympy.Function):
+    """`Rounded(x, digits)`: x as a float of so many binary digits holds it: 11 (fp16), 8 (bf16) or 24 (fp32).
+
+    Scores are real numbers, but where a large number is added to them it matters how little of them is left.
+    """
+
+    nargs = 2
+    is_extended_real = True
+
+    def _sympystr(self, printer: sympy.printing.StrPrinter) -> str:
+        return f"{ROUNDED[int(self.args[1])]}({printer._print(self.args[0])})"
+
+
+ROUNDED = {11: "float16", 8: "bfloat16", 24: "float32"}
+"""The dtypes that `Rounded` knows, by their binary digits."""
+
+
 class Where(sympy.Function):
     """`Where(condition, a, b)`: a where the condition holds, else b. Piecewise without its costly canonical forms."""
 

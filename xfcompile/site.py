@@ -147,5 +147,7 @@ class AttentionSite:
     """Whether a row without keys would send gradients to its scores: a finite fill was added, not put there."""
     full: sympy.Expr | None = None
     floor: sympy.Expr | None = None
+    rounding: torch.dtype | None = None
+    """The dtype in which large numbers are added to the scores of rows that may see no key: it says what is left."""
     call: Value | None = None
     """The `scaled_dot_product_attention` call, if the site is one."""

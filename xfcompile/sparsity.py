@@ -20,15 +20,18 @@ I0, I1, J0, J1 = sympy.symbols("i0 i1 j0 j1", integer=True, nonnegative=True)
 BOX = {I: (I0, I1), J: (J0, J1)}
 
 
-def verdicts(keep: Any, queries: int, keys: int, tile: int = TILE) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """For each tile [queries / tile, keys / tile] whether it has to run, and whether it needs no mask then; None where
-    the predicate depends on more than positions and data. Of data nothing is known: such tiles run, and are masked."""
+def verdicts(
+    keep: Any, queries: int, keys: int, tile_m: int = TILE, tile_n: int = TILE
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """For each tile [queries / tile_m, keys / tile_n] whether it has to run, and whether it needs no mask then; None
+    where the predicate depends on more than positions and data. Of data nothing is known: such tiles run, and are
+    masked."""
     some, every = possible(keep, BOX), certain(keep, BOX)
     if (some.free_symbols | every.free_symbols) - {I0, I1, J0, J1}:
         return None
-    i0, j0 = (torch.arange(0, max(n, 1), tile) for n in (queries, keys))
-    i0, j0 = i0[:, None], j0[None, :]
-    scope = {I0: i0, I1: (i0 + tile).clamp(max=queries) - 1, J0: j0, J1: (j0 + tile).clamp(max=keys) - 1}
+    i0 = torch.arange(0, max(queries, 1), tile_m)[:, None]
+    j0 = torch.arange(0, max(keys, 1), tile_n)[None, :]
+    scope = {I0: i0, I1: (i0 + tile_m).clamp(max=queries) - 1, J0: j0, J1: (j0 + tile_n).clamp(max=keys) - 1}
     evaluate = Evaluator(scope, (), torch.float64, i0.device)
     shape = (i0.numel(), j0.numel())
     runs, whole = (torch.as_tensor(evaluate(x)).expand(shape) for x in (some, every))

@@ -17,7 +17,7 @@ import torch
 import torch.utils._sympy.functions as torch_functions
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from xfcompile.score import Load, Where
+from xfcompile.score import Load, Rounded, Where
 from xfcompile.site import Band, MaskSpec, Operand, ScoreSpec
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def load(path: Path, name: str) -> ModuleType:
 
 def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
     """The spec that a generated module carries as `SPEC`."""
-    scope = {**vars(torch_functions), **vars(sympy), "Load": Load, "Where": Where}
+    scope = {**vars(torch_functions), **vars(sympy), "Load": Load, "Where": Where, "Rounded": Rounded}
     # Min, Max and Mod are names of torch's functions and of sympy's: sympy's, which mean the same, win.
 
     def expression(text: object) -> sympy.Basic | None:

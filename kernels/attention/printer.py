@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from xfcompile.evaluate import Unsupported
-from xfcompile.score import POSITION, B, H, I, J, Load, S, Where
+from xfcompile.score import POSITION, ROUNDED, B, H, I, J, Load, S, Where
 from xfcompile.site import Operand
 
 Kind = Literal["bool", "int", "float"]
@@ -302,6 +302,14 @@ class Printer:
         x = expr.args[0]
         return Term(f"tanh({self.float(x).text}, {self.float(2 * LOG2E * x).text}, FAST)", "float")
 
+    def _rounded(self, expr: sympy.Basic) -> Term:
+        term = self.float(expr.args[0])
+        dtype = ROUNDED[int(expr.args[1])]
+        if dtype == "bfloat16":
+            self.helpers.add("rounded_to_bfloat16")
+            return Term(f"rounded_to_bfloat16({term.text})", "float")
+        return Term(f"tl.cast(tl.cast({term.text}, tl.float16), tl.float32)", "float") if dtype == "float16" else term
+
     def _sign(self, expr: sympy.Basic) -> Term:
         x = expr.args[0]
         return self.print(Where(x > 0, sympy.S.One, Where(x < 0, sympy.S.NegativeOne, sympy.S.Zero)))
@@ -488,6 +496,7 @@ BY_NAME: dict[str, Callable[[Printer, sympy.Basic], Term]] = {
     "sin": _function("tl.sin"),
     "cos": _function("tl.cos"),
     "sign": Printer._sign,
+    "Rounded": Printer._rounded,
     "floor": Printer._floor,
     "ceiling": Printer._ceiling,
     "FloorDiv": Printer._floor_div,

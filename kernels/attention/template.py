@@ -92,6 +92,13 @@ def clamped(x):
     # Nothing is left of a score beside {FAR} either, and its products with positions are finite. Infinity and NaN stay.
     return tl.where(tl.abs(x) < float("inf"), tl.minimum(tl.maximum(x, {-FAR}), {FAR}), x)
 """,
+    "rounded_to_bfloat16": """\
+@triton.jit
+def rounded_to_bfloat16(x):
+    # To the nearest, by its bits: Triton's interpreter cuts them off instead.
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
+""",
     "floor_div": """\
 @triton.jit
 def floor_div(a, b):

@@ -239,6 +239,46 @@ def test_static_cache_through_inductor(name: str, attention: str) -> None:
     assert generated.compilations == generated.report.graphs == (2 if name == "mistral" else 1)
 
 
+@pytest.mark.parametrize("name, attention", [("llama", "sdpa"), _slow("llama", "eager"), _slow("mistral", "sdpa")])
+def test_static_cache_given_to_a_forward_that_the_user_compiled(name: str, attention: str) -> None:
+    from transformers import StaticCache
+
+    for tokens in (8, TOKENS):
+        torch._dynamo.reset()
+        model, report, seen = _model(name, attention), Report(), list[fx.GraphModule]()
+
+        def generate(model: Any = model, tokens: int = tokens) -> Tensor:
+            cache = StaticCache(config=model.config, max_cache_len=PROMPT + TOKENS)
+            more = {"max_new_tokens": tokens, "do_sample": False, "past_key_values": cache, "disable_compile": True}
+            return model.generate(**_prompt(name, padded=True), **more)
+
+        eager = generate()
+        model.forward = torch.compile(model.forward, backend=_counting("graph", report, seen))
+        _same(Generated(eager, generate(), len(seen), report), tokens)
+        # For the prompt and for a step; Mistral's window is a number that changes until it is full.
+        assert len(seen) <= (2 if name == "llama" else 3)
+        assert {(site.matched, site.route) for site in report.sites} == {(True, "sdpa")}
+
+
+def test_one_head_of_keys_in_a_compiled_step_by_the_backends_name() -> None:
+    """With the mode that transformers asks for by itself."""
+    from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    fields = {**DECODER, **ENDLESS, **SPREAD, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    model = LlamaForCausalLM._from_config(LlamaConfig(**fields), attn_implementation="sdpa").eval()
+    more: dict[str, Any] = {**_prompt("llama", padded=True), "max_new_tokens": 8, "do_sample": False}
+    eager = model.generate(**more, cache_implementation="static")
+    config = CompileConfig(backend="xformers")
+    assert config.mode == "reduce-overhead"
+    config._compile_all_devices = True
+    with xfcompile.collect() as report:
+        compiled = model.generate(**more, cache_implementation="static", compile_config=config)
+    assert torch.equal(eager, compiled)
+    assert report.graphs == 1
+    assert [(site.route, site.mask) for site in report.sites] == [("sdpa", "key padding")]
+
+
 def test_lengths_of_keys_and_values_that_sdpa_alone_compares() -> None:
     report = Report()
     fn = F.scaled_dot_product_attention

@@ -9,7 +9,7 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from xfcompile.elementwise import ROW
 from xfcompile.masking import separate, without_row_shift
@@ -106,6 +106,13 @@ def test_only_causal_is_called_causal(keep: Any) -> None:
         (sympy.Ne(Load(0, B, J), 0) & (J <= I), "causal & key padding"),
         (sympy.Eq(Load(0, B, I), Load(0, B, J)), "documents"),
         (sympy.Ne(Load(0, B, H, I, J), 0), "dense mask"),
+        (Load(0, B) > J, "key padding"),
+        (sympy.Or(J <= I, Load(0, B) > J), "(causal | prefix from data)"),
+        (sympy.Or(sympy.And(J <= I, sympy.Ne(Load(0, B, J), 0)), J >= 4), "(causal & key padding | j >= 4)"),
+        (sympy.Eq(I - J - 3 * FloorDiv(I - J, 3), 0), "dilated(3)"),
+        (sympy.Le(sympy.Abs(FloorDiv(I, 4) - FloorDiv(J, 4)), 1), "rows of 4 ±1"),
+        (sympy.Lt(sympy.Abs(Mod(I, 4) - Mod(J, 4)), 3), "columns of 4 ±2"),
+        (sympy.Eq(Mod(I, 4), Mod(J, 4)), "same columns of 4"),
     ],
 )
 def test_masks_have_names(keep: Any, words: str) -> None:
