@@ -35,6 +35,22 @@ QUICK = [Sizes(1, 2, 64, 16)]
 COLUMNS = ("inductor", "flex", "xformers", "kernel", "sdpa")
 CHECKED_LENGTH = 300
 
+# Of each program: how many times as fast as Inductor it is meant to be at least, and what part of FlexAttention's time
+# it is meant to take at most.
+GOALS = {
+    "causal": (10.0, None),
+    "causal from a buffer": (10.0, 0.95),
+    "ALiBi": (5.0, 0.8),
+    "soft-cap": (5.0, 0.4),
+    "soft-cap, causal": (5.0, 0.4),
+    "sliding window": (10.0, 0.95),
+    "prefix LM": (10.0, 0.95),
+    "documents": (10.0, 0.95),
+    "key padding": (1.3, 0.8),
+    "T5 bias": (4.0, 0.5),
+    "dense bias": (1.2, 0.85),
+}
+
 Call = Callable[[], Tensor]
 
 
@@ -154,6 +170,28 @@ def show(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
     return table
 
 
+def goals(rows: list[dict[str, Any]]) -> Table:
+    """What was meant to be reached, and what was."""
+    table = Table(title="goals: times as fast as Inductor, part of FlexAttention's time")
+    for column in ("program", "Inductor", "FlexAttention"):
+        table.add_column(column)
+    for row in rows:
+        least, most = GOALS.get(row["program"], (None, None))
+        ours, inductor, flex = (row[c].get("ms") for c in ("xformers", "inductor", "flex"))
+        cells = []
+        for goal, ratio, reached in (
+            (least, inductor / ours if ours and inductor else None, lambda x, g: x >= g),
+            (most, ours / flex if ours and flex else None, lambda x, g: x <= g),
+        ):
+            if goal is None or ratio is None:
+                cells.append("–" if ratio is None else f"{ratio:.2f}")
+            else:
+                colour = "green" if reached(ratio, goal) else "red"
+                cells.append(f"[{colour}]{ratio:.2f}[/] ({goal:g})")
+        table.add_row(row["program"], *cells)
+    return table
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Bars of times, a panel a size."""
     import matplotlib
@@ -214,6 +252,7 @@ def main() -> None:
                     found = {**surroundings(device), "results": results}
                     options.json.write_text(json.dumps(found, indent=1) + "\n")
             console.print(show(rows, sizes))
+            console.print(goals(rows))
     failures = [
         (r["program"], c, r[c]["failed"]) for x in results for r in x["rows"] for c in COLUMNS if "failed" in r[c]
     ]

@@ -175,8 +175,10 @@ def run(
 def layout_of(
     q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], tiles: Tensor | None, block_m: int, block_n: int
 ) -> object:
-    """All that a call depends on but for where its tensors are and what scalars it has."""
+    """All that a call depends on but for where its tensors are, as long as they start at multiples of 16 bytes or do
+    not, and what scalars it has."""
     return (
+        q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
         q.shape, k.shape, v.shape, tiles if tiles is None else (tiles.shape, tiles.dtype), block_m, block_n,
         *[(x.dtype, x.device, x.stride()) for x in (q, k, v, *operands)],
     )  # fmt: skip

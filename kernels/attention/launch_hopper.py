@@ -71,7 +71,7 @@ def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int,
 def _described(x: Tensor) -> bool:
     """Whether TMA reads a tensor: rows start at multiples of 16 bytes, and neighbours are neighbours in memory."""
     strides = aligned_strides(x)
-    return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.storage_offset() % 8 == 0
+    return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.data_ptr() % 16 == 0
 
 
 class Hopper:
