@@ -22,7 +22,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xfcompile.kernels.attention import decode, launch, launch_decode, prepare
+from xfcompile.kernels.attention import blocks, cache, codegen, decode, hopper, launch, launch_decode, lists, prepare
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
     Tiles,
@@ -99,6 +99,12 @@ def jobs(all_programs: bool) -> Iterator[Job]:
     for target in TARGETS:
         yield Job("causal", torch.bfloat16, 64, target)
         yield Job("causal", torch.bfloat16, 128, target)
+        for name in ("documents", "causal from a buffer"):
+            yield Job(name, torch.bfloat16, 64, target, "tile_verdicts")
+        if target == "sm_90":
+            for dim in (64, 128):
+                yield Job("causal", torch.bfloat16, dim, target, "hopper")
+                yield Job("documents", torch.bfloat16, dim, target, "hopper")
         for dim in (64, 128):
             for program in ("plain", "growing cache", "mask of a cache"):
                 yield Job(program, torch.bfloat16, dim, target, "decode_split")
@@ -109,6 +115,9 @@ def jobs(all_programs: bool) -> Iterator[Job]:
         yield Job("causal", torch.float32, 64, target)
         yield Job("causal", torch.float32, 128, target)
         for program in programs(torch.bfloat16):
+            if target == "sm_90" and program.name not in ("causal", "documents"):
+                for dim in (64, 128):
+                    yield Job(program.name, torch.bfloat16, dim, target, "hopper")
             if program.name != "causal":
                 yield Job(program.name, torch.bfloat16, 64, target)
                 yield Job(program.name, torch.bfloat16, 128, target)
@@ -119,8 +128,16 @@ def jobs(all_programs: bool) -> Iterator[Job]:
                 yield Job(name, torch.float32, dim, target, "decode_split")
 
 
-def compile_job(job: Job) -> Compiled:
+def compile_job(job: Job) -> Compiled | None:
+    """None where the kernel is not the one for such a program."""
     target = TARGETS[job.target]
+    if job.kernel in ("hopper", "tile_verdicts"):
+        spec = mask_or_spec(job)
+        compiled = compile_hopper(spec, job.dtype, job.dim) if job.kernel == "hopper" else compile_lists(spec, target)
+        if compiled is None:
+            return None
+        rows, keys = (hopper.ROWS, hopper.KEYS) if job.kernel == "hopper" else (LISTED, LISTED)
+        return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[64] if job.kernel == "hopper" else 1))
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
     if job.kernel == "attention_forward":
         sizes = Sizes(4, 32, 4096, job.dim)
@@ -131,10 +148,85 @@ def compile_job(job: Job) -> Compiled:
         candidates = list(decoding_alternatives(choose_decoding(kind, job.dtype, job.dim, job.dim, job.rows)))
     for tiles in candidates:
         compiled = compile_kernel(spec, job.dtype, job.dim, target, tiles, job.kernel)
-        registers, spills = resources(compiled)
+        spills = resources(compiled)[1]
         crowded = tiles.num_warps == 4 and target.arch in (90, 100) and compiled.metadata.shared > 113 * 1024
         if spills <= 4 * FEW_SPILLS and not crowded:
             break
+    return outcome(job, compiled, tiles)
+
+
+LISTED = 64
+"""Queries and keys of the tiles that verdicts are compiled for."""
+
+
+def mask_or_spec(job: Job) -> ScoreSpec:
+    if job.program == "causal from a buffer" and job.kernel == "tile_verdicts":
+        return ScoreSpec(S, sympy.Ne(Load(0, 0, 0, I, J), 0), "nan", (Operand(torch.float32, 4),))
+    sizes = Sizes(4, 32, 4096, job.dim)
+    return next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
+
+
+def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
+    """The kernel in Gluon, as a launch would; None where another one is launched."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    spec = codegen.canonical(spec)
+    pieces = codegen.pieces(spec)
+    if hopper.why_not(spec, pieces, dtype, dim, dim) is not None:
+        return None
+    source = hopper.module(spec, pieces)
+    kernel = cache.load(cache.store(source), f"hopper_{cache.key_of(source)}").attention_forward
+
+    def descriptor(rows: int) -> str:
+        block = [1, 1, rows, dim]
+        return f"tensordesc<{TRITON_DTYPES[dtype]}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+
+    constants: dict[str, object] = {
+        "ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
+        "REGISTERS": hopper.REGISTERS, "FAST": 2,
+    }  # fmt: skip
+    constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
+    types = {
+        "q_desc": descriptor(hopper.ROWS // 2),
+        "k_desc": descriptor(hopper.KEYS),
+        "v_desc": descriptor(hopper.KEYS),
+    }
+    return _compile(kernel, constants, types, dtype, spec, TARGETS["sm_90"], GluonASTSource)
+
+
+def compile_lists(spec: ScoreSpec, target: GPUTarget) -> Any:
+    found = blocks.summary(codegen.canonical(spec))
+    assert found is not None
+    prepared = lists.program(lists.prepare(found.mask))
+    constants: dict[str, object] = {"BLOCK_M": LISTED, "BLOCK_N": LISTED, "SPAN": 2 * LISTED}
+    constants["TILES"] = 1 if prepared.single else lists.TILES_A_PROGRAM
+    constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(prepared.mask.operands)}
+    kernel = cache.load(cache.store(prepared.source), f"lists_{prepared.key}").tile_verdicts
+    masked = ScoreSpec(S, operands=prepared.mask.operands, scalars=prepared.mask.scalars)
+    return _compile(kernel, constants, {"verdict_ptr": "*i8"}, torch.bfloat16, masked, target, ASTSource)
+
+
+def _compile(
+    kernel: Any,
+    constants: dict[str, object],
+    types: dict[str, str],
+    dtype: torch.dtype,
+    spec: ScoreSpec,
+    target: GPUTarget,
+    source: Any,
+) -> Any:
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name) or _type(name, dtype, spec)
+        if name.endswith("_ptr") or (re.fullmatch(r"t\d+_stride\d+", name) and name not in constants):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return triton.compile(source(kernel, signature, constants, attributes), target=target, options={"num_warps": 4})
+
+
+def outcome(job: Job, compiled: Any, tiles: Tiles) -> Compiled:
+    registers, spills = resources(compiled)
     wide, narrow = loads(compiled)
     return Compiled(
         job.kernel,
@@ -170,6 +262,7 @@ def compile_kernel(
         "BLOCK_DV": columns(dim, dim)[1],
         "PRECISION": "ieee",
         "UPCAST": False,
+        "HEADS_FIRST": False,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_S": launch_decode.COMBINED,
@@ -267,7 +360,8 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [job for job in jobs(options.all) if not options.target or job.target in options.target]
     console = Console()
-    results = [compile_job(job) for job in track(chosen, "compiling", console=console, transient=True)]
+    made = [compile_job(job) for job in track(chosen, "compiling", console=console, transient=True)]
+    results = [r for r in made if r is not None]
     console.print(show(results))
     if options.json:
         found = {"triton": triton.__version__, "results": [asdict(r) for r in results]}

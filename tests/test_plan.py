@@ -46,7 +46,7 @@ def route(monkeypatch: pytest.MonkeyPatch, device: str = "cuda", **fields: Any) 
     root = SimpleNamespace(dtype=torch.bfloat16, meta=SimpleNamespace(device=torch.device(device)))
     site = SimpleNamespace(
         family="attention", root=root, queries=1, keys=8192, head_dim=64, value_dim=64, lead=(B, H), sink=None,
-        loads=(), keep=CACHED, full=None, call=None, leaks=False, dead="nan", alive=True, dropout=0.0,
+        loads=(), keep=CACHED, full=None, call=None, leaks=False, dead="nan", alive=True, dropout=0.0, rounding=None,
     )  # fmt: skip
     vars(site).update(fields)
     return plan.choose(site, S / 8, training=False, bias_grad=False, forced={})[0]

@@ -16,7 +16,7 @@ from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.plan import FEW_QUERIES, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
-from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
+from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
 
 if TYPE_CHECKING:
     from xfcompile.rewrite import Candidate
@@ -257,7 +257,8 @@ def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.No
     spec, operands, ints = score_spec(emitter, candidate)
     key = prepare(spec)
     tiles = _tiles(emitter, site, dtype, q, (operands, ints, []), key)
-    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles)
+    order = {"heads_first": True} if _heads_first(candidate) else {}
+    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **order)
     return emitter.call(operator.getitem, made, 0)
 
 
@@ -328,7 +329,7 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
     spec = ScoreSpec(
         score=renumber(score),
         keep=renumber(site.keep),
-        dead=_dead_rows_of(site),
+        dead=site.dead if site.dead != "unknown" else "zero",
         operands=(
             *(Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used),
             *(Operand(torch.float32, 0) for _ in reals),
@@ -342,13 +343,6 @@ def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[
         coarse=site.product_dtype == torch.bfloat16,
     )
     return spec, operands, ints
-
-
-def _dead_rows_of(site: AttentionSite) -> Dead:
-    """What kernels are told of rows without keys. Where each is proved to see one, no kernel has to look for a mean."""
-    if site.dead == "mean" and site.alive and site.full is None:
-        return "nan"
-    return site.dead if site.dead != "unknown" else "zero"
 
 
 def _as_tensor(emitter: Emitter, site: AttentionSite, number: sympy.Symbol) -> fx.Node:
@@ -414,6 +408,21 @@ def _with_layout(emitter: Emitter, root: fx.Node, new: fx.Node) -> fx.Node:
         return emitter.call("contiguous", new)
     dense = emitter.call("contiguous", emitter.call("permute", new, *order))
     return emitter.call("permute", dense, *(order.index(d) for d in range(example.dim())))
+
+
+def _heads_first(candidate: Candidate) -> bool:
+    """Whether a user could tell the layout of the result, and each head's rows are neighbours in it."""
+    site, root = candidate.site, candidate.node
+    if len(site.lead) < 2 or not _layout_matters(root, set()):
+        return False
+    where = {a: d for d, run in enumerate(site.layout) for a in run}
+    example = root.meta.get("example_value", root.meta.get("val"))
+    if where[H] == where[I]:
+        run = site.layout[where[H]]
+        return run.index(site.lead[-1]) < run.index(I)
+    if not isinstance(example, torch.Tensor):
+        return where[H] < where[I]
+    return _stride_key(example, where[H]) > _stride_key(example, where[I])
 
 
 def _stride_key(x: torch.Tensor, d: int) -> Any:

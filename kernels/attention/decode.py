@@ -111,7 +111,10 @@ COMBINE = '''\
         m = m_new
     tl.store(lse_ptr + pid, {lse})
 {dead}
-    out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h
+    if HEADS_FIRST:
+        out_row = (tl.cast(b, tl.int64) * heads + h) * lq + i
+    else:
+        out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h
     tl.store(out_ptr + out_row * DV + offs_dv, (acc * (1.0 / l)).to(out_ptr.dtype.element_ty), mask=offs_dv < DV)
 '''
 
@@ -211,7 +214,7 @@ def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     pointers = ["acc_ptr", "m_ptr", "l_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
     strides = [f"stride_v{d}" for d in "bhnd"]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]
-    constants = [f"{x}: tl.constexpr" for x in ("DV", "BLOCK_DV", "BLOCK_N", "BLOCK_S", *names.flags)]
+    constants = [f"{x}: tl.constexpr" for x in ("DV", "BLOCK_DV", "BLOCK_N", "BLOCK_S", "HEADS_FIRST", *names.flags)]
     twice = "2.0 * ({})" if wide else "{}"  # in base 4
     return COMBINE.format(
         lengths=[*LENGTHS, *names.scalars],

@@ -283,8 +283,11 @@ KERNEL = '''\
         out = (acc * inverse[:, None]).to(dtype)
         rows = gl.arange(0, M, gl.SliceLayout(1, O_MMA))[:, None]
         cols = gl.arange(0, DIM_V, gl.SliceLayout(0, O_MMA))[None, :]
-        out_row = (b.to(gl.int64) * lq + first) * heads + h
-        gl.store(out_ptr + out_row * DV + rows * (heads * DV) + cols, out, mask=(first + rows < lq) & (cols < DV))
+        if HEADS_FIRST:
+            out_ptrs = out_ptr + ((b.to(gl.int64) * heads + h) * lq + first) * DV + rows * DV
+        else:
+            out_ptrs = out_ptr + ((b.to(gl.int64) * lq + first) * heads + h) * DV + rows * (heads * DV)
+        gl.store(out_ptrs + cols, out, mask=(first + rows < lq) & (cols < DV))
 
 
 @gluon.jit(do_not_specialize={unspecialized})
@@ -323,7 +326,8 @@ KERNEL = '''\
 MEAN = '''\
 @triton.jit
 def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, stride_vd, heads, group, lq, lk,
-                   DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                   DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   HEADS_FIRST: tl.constexpr):
     """A row that may see no key has equal weights for all keys: the mean of all values."""
     blocks = (lq + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
@@ -342,7 +346,10 @@ def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, str
             v = tl.load(v_ptr + at, mask=(offs_n < lk) & (offs_dv[None, :] < DV), other=0.0)
             total += tl.reduce(v.to(tl.float32), 0, tl.standard._sum_combine)
         mean = total / lk
-        out_row = (tl.cast(b, tl.int64) * lq + rows[:, None]) * heads + h
+        if HEADS_FIRST:
+            out_row = (tl.cast(b, tl.int64) * heads + h) * lq + rows[:, None]
+        else:
+            out_row = (tl.cast(b, tl.int64) * lq + rows[:, None]) * heads + h
         mask = none[:, None] & (rows[:, None] < lq) & (offs_dv[None, :] < DV)
         value = (mean[None, :] + tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + out_row * DV + offs_dv[None, :], value, mask=mask)
@@ -463,7 +470,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         call_tile=call("tile", [*tile, "KEYS"], 1),
         ahead=_indented("\n".join(ahead)),
         call_softmax=call("softmax", [*softmax, *flags, "MASKED", *more], 1),
-        consume=define("consume", consume, [*constants, *flags, "DV"]),
+        consume=define("consume", consume, [*constants, *flags, "DV", "HEADS_FIRST"]),
         rows=_indented("\n".join(pieces.row_lines), 2),
         initial=initial,
         call_tile_first=call("tile", ["0", *tile[1:], "KEYS"], 2),
@@ -475,9 +482,9 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         lse=lse,
         dead=_indented(dead, 2),
         unspecialized=repr([*sizes, "group", *names.scalars, *listed[1:]]),
-        kernel=define("attention_forward", kernel, [*constants, *flags, "DV", "REGISTERS"]),
-        consumer_0=_arguments(["0", *consume[1:], *constants, *flags, "DV"]),
-        consumer_1=_arguments(["1", *consume[1:], *constants, *flags, "DV"]),
+        kernel=define("attention_forward", kernel, [*constants, *flags, "DV", "HEADS_FIRST", "REGISTERS"]),
+        consumer_0=_arguments(["0", *consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]),
+        consumer_1=_arguments(["1", *consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]),
         producer=_arguments([*produce, *constants]),
     )
 

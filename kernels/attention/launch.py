@@ -154,18 +154,21 @@ def run(
     tiles: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    heads_first: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors."""
     prepared = program(key)
     scalars = prepared.scalars(ints, floats)
-    layout = layout_of(q, k, v, operands, tiles, block_m, block_n)
+    layout = (heads_first, *layout_of(q, k, v, operands, tiles, block_m, block_n))
     call = prepared.calls.get(layout)
     if call is None:
         if len(prepared.calls) >= MANY_CALLS:
             prepared.calls.clear()
         check()
-        call = prepared.calls[layout] = _call(prepared, q, k, v, operands, tiles is not None, (block_m, block_n))
+        call = prepared.calls[layout] = _call(
+            prepared, q, k, v, operands, tiles is not None, (block_m, block_n), heads_first
+        )
     if q.device.type == "cpu" or torch.cuda.current_device() == q.device.index:
         return call(q, k, v, operands, scalars, tiles)
     with torch.cuda.device(q.device):
@@ -174,7 +177,7 @@ def run(
 
 def layout_of(
     q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], tiles: Tensor | None, block_m: int, block_n: int
-) -> object:
+) -> tuple[object, ...]:
     """All that a call depends on but for where its tensors are, as long as they start at multiples of 16 bytes or do
     not, and what scalars it has."""
     return (
@@ -185,16 +188,25 @@ def layout_of(
 
 
 def _call(
-    prepared: Program, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], listed: bool, sizes: tuple[int, int]
+    prepared: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    listed: bool,
+    sizes: tuple[int, int],
+    heads_first: bool,
 ) -> Call:
     """How such tensors are computed with, from now on."""
     batch, heads, lq, dq = q.shape
     kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
     spec, interpreted = prepared.spec, q.device.type == "cpu"
     if 0 in (batch, heads, lq, dv):
-        return lambda q, k, v, *rest: _filled(outputs(q, v))
+        return lambda q, k, v, *rest: _filled(outputs(q, v, heads_first))
     if lk == 0:
-        return lambda q, k, v, operands, scalars, tiles: no_keys(spec, q, k, v, operands, scalars, *outputs(q, v))
+        return lambda q, k, v, operands, scalars, tiles: no_keys(
+            spec, q, k, v, operands, scalars, *outputs(q, v, heads_first)
+        )
     strides = [stride for operand in operands for stride in operand.stride()]
     wide_q, wide_v = columns(dq, dv, interpreted=interpreted)
     constants: dict[str, Any] = {
@@ -205,12 +217,13 @@ def _call(
         "PRECISION": precision(q.dtype),
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
+        "HEADS_FIRST": heads_first,
     }
     kernel = prepared.kernel(interpreted)
     if "FAST" in kernel.arg_names:
         constants["FAST"] = speed(spec, q)
     if launch_decode.wanted(spec, q, k):
-        return _decoding(prepared, strides, constants, interpreted)
+        return _decoding(prepared, strides, constants, interpreted, heads_first)
 
     key, mask = prepared.key, prepared.mask
     block_m, block_n = sizes if listed else tile_sizes(key, q.device, q.dtype, dq, dv, lq)
@@ -219,7 +232,7 @@ def _call(
     shape = (batch, heads, lq, lk)
     launch: launch_hopper.Hopper | _Blocks
     if fast:
-        launch = launch_hopper.Hopper(prepared, q, k, v, strides, constants.get("FAST"))
+        launch = launch_hopper.Hopper(prepared, q, k, v, strides, constants.get("FAST"), heads_first)
     else:
         numbers = [*q.stride(), *k.stride(), *v.stride(), heads, heads // kv_heads, lq, lk, *strides]
         launch = _Blocks(prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, q, dv)
@@ -227,7 +240,7 @@ def _call(
     def call(
         q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(q, v)
+        out, lse = outputs(q, v, heads_first)
         if made:
             assert mask is not None
             tiles = lists.run(q, *mask_values(prepared, operands, scalars), shape, block_m, block_n, mask)
@@ -242,13 +255,15 @@ def _filled(made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return made
 
 
-def _decoding(prepared: Program, strides: Sequence[int], constants: dict[str, Any], interpreted: bool) -> Call:
+def _decoding(
+    prepared: Program, strides: Sequence[int], constants: dict[str, Any], interpreted: bool, heads_first: bool
+) -> Call:
     named = functools.partial(prepared.kernel, interpreted)
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(q, v)
+        out, lse = outputs(q, v, heads_first)
         launch_decode.run(named, (q, k, v, out, lse), operands, [*strides, *scalars], constants, prepared.fitting)
         return out, lse
 
@@ -344,9 +359,12 @@ def _fitting(
     return prepared.fitting[kind]
 
 
-def outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Lq, Dv] with memory in the order [B, Lq, Hq, Dv], which the next projection reads as it is; lse."""
+def outputs(q: Tensor, v: Tensor, heads_first: bool = False) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Lq, Dv] with memory in the order [B, Lq, Hq, Dv], which the next projection reads as it is, or as
+    its dimensions are with `heads_first`; lse."""
     batch, heads, lq, _ = q.shape
+    if heads_first:
+        return q.new_empty((batch, heads, lq, v.shape[3])), q.new_empty((batch, heads, lq), dtype=torch.float32)
     out = q.new_empty((batch, lq, heads, v.shape[3])).transpose(1, 2)
     return out, q.new_empty((batch, heads, lq), dtype=torch.float32)
 

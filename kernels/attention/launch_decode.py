@@ -117,12 +117,13 @@ def _launch(
     # Both start at multiples of 16 bytes at any number of splits: Triton compiles anew where that changes.
     m, l = q.new_empty((2, -(-batch * heads * lq * parts // 4) * 4), dtype=torch.float32)
     sizes = (heads, group, lq, lk, parts)
+    shared = {name: constants[name] for name in combine.arg_names if name in constants}
+    constants = {name: x for name, x in constants.items() if name in split.arg_names}
     compiled = split[(batch * kv_heads * parts * -(-group * lq // tiles.block_m),)](
         q, k, v, acc, m, l, *operands, *q.stride(), *k.stride(), *v.stride(), *sizes, *numbers,
         **constants, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-    shared = {name: constants[name] for name in combine.arg_names if name in constants}
     combine[(batch * heads * lq,)](
         acc, m, l, v, out, lse, *operands, *v.stride(), *sizes, *numbers,
         **shared, BLOCK_N=tiles.block_n, BLOCK_S=COMBINED,

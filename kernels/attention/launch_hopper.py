@@ -78,7 +78,14 @@ class Hopper:
     """Launches of the kernel with tensors of one layout."""
 
     def __init__(
-        self, prepared: Program, q: Tensor, k: Tensor, v: Tensor, strides: Sequence[int], fast: int | None
+        self,
+        prepared: Program,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        strides: Sequence[int],
+        fast: int | None,
+        heads_first: bool,
     ) -> None:
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -89,13 +96,13 @@ class Hopper:
         constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
         if fast is not None:
             constants["FAST"] = fast
-        constants |= {"DV": dv, "REGISTERS": hopper.REGISTERS}
+        constants |= {"DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
         self.numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
         shapes = [[1, 1, hopper.ROWS // 2, columns], *[[1, 1, hopper.KEYS, columns]] * 2]
         self.launch = Launch(module.attention_forward, total, constants, {"num_warps": 4}, shapes)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
-            sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64}
+            sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64, "HEADS_FIRST": heads_first}
             self.fill = Launch(module.fill_dead_rows, batch * heads * -(-lq // 64), sizes, {"num_warps": 4})
             self.fill_numbers = [*v.stride(), heads, heads // kv_heads, lq, lk]
 

@@ -18,7 +18,7 @@ LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 # needs_exact_strides: Inductor must pass q, k and v as they are (transposed, expanded, slices of a packed projection).
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel,"
-    " Tensor? tiles=None, int block_m=0, int block_n=0) -> (Tensor out, Tensor lse)",
+    " Tensor? tiles=None, int block_m=0, int block_n=0, bool heads_first=False) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
@@ -97,6 +97,7 @@ def _attention_cuda(
     tiles: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    heads_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     def checked() -> None:
         check(q, k, v, operands, kernel, tiles, block_m, block_n)
@@ -105,7 +106,7 @@ def _attention_cuda(
             raise NotImplementedError(f"xfcompile::attention: {reason}")
 
     check_grad(q, k, v, operands)
-    return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, checked)
+    return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, checked)
 
 
 def _attention_cpu(
@@ -119,14 +120,15 @@ def _attention_cpu(
     tiles: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    heads_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel, tiles, block_m, block_n)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
-        return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n)
+        return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first)
     spec = launch.program(kernel).spec
     dtype = torch.promote_types(q.dtype, torch.float32)
     value, logsumexp = reference.attention(spec, q, k, v, operands, ints, floats, dtype)
-    out, lse = launch.outputs(q, v)
+    out, lse = launch.outputs(q, v, heads_first)
     return out.copy_(value), lse.copy_(logsumexp)
 
 
@@ -141,9 +143,10 @@ def _attention_fake(
     tiles: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    heads_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel, tiles, block_m, block_n)
-    return launch.outputs(q, v)
+    return launch.outputs(q, v, heads_first)
 
 
 def _tiles_cpu(

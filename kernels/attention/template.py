@@ -191,7 +191,10 @@ KERNEL = '''\
 {loops}
 {again}
     offs_dv = tl.arange(0, BLOCK_DV)[None, :]
-    out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h  # [M, 1]
+    if HEADS_FIRST:
+        out_row = (tl.cast(b, tl.int64) * heads + h) * lq + i  # [M, 1]
+    else:
+        out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h
     lse = {lse}
     tl.store(lse_ptr + (tl.cast(b, tl.int64) * heads + h) * lq + offs_m, lse, mask=offs_m < lq)
 {dead}
@@ -623,7 +626,13 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
             'l = tl.where(m == float("-inf"), 0.0, 1.0)',
         ]
     arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists[1:]]
-    constants = [*CONSTANTS, *names.flags, "BLOCK_M", *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]
+    constants = [
+        *CONSTANTS,
+        *names.flags,
+        "BLOCK_M",
+        "HEADS_FIRST",
+        *(["LISTED", "PARTS_M", "PARTS_N"] if lists else []),
+    ]
     unspecialized = [*names.scalars, *lists[1:]]
     return KERNEL.format(
         jit_options=f"(do_not_specialize={unspecialized!r})" if unspecialized else "",

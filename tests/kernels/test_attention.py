@@ -87,7 +87,7 @@ def test_any_strides_everywhere(case: Case, layout: str) -> None:
 def test_writes_all_of_the_output_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
 
-    def outputs(q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(q: torch.Tensor, v: torch.Tensor, heads_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
         batch, heads, lq, _ = q.shape
         for n in (batch * lq * heads * v.shape[3], batch * heads * lq):
             made.append(torch.full((n + 2000,), math.nan))
@@ -170,6 +170,23 @@ def test_output_is_laid_out_for_the_next_projection() -> None:
     assert out.transpose(1, 2).is_contiguous()
     assert lse.is_contiguous()
     assert lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "lq", "lk"), [("causal", 70, 70), ("padding_mean", 40, 200), ("padding_mean", 2, 300)]
+)
+def test_output_is_laid_out_as_its_dimensions_are_where_that_is_asked(name: str, lq: int, lk: int) -> None:
+    """By the kernel for blocks of queries, along lists, and in decoding."""
+    x = inputs(named(name), torch.float32, sizes=Sizes(lq=lq, lk=lk))
+    key = prepare(named(name).spec)
+    with torch.no_grad():
+        usual, ours = (
+            attention(x.q, x.k, x.v, x.operands, [], [], key, heads_first=heads_first)[0]
+            for heads_first in (False, True)
+        )
+    assert usual.transpose(1, 2).is_contiguous()
+    assert ours.is_contiguous()
+    assert torch.equal(usual, ours)
 
 
 def test_reference_runs_on_a_cpu_without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
