@@ -104,7 +104,7 @@ def jobs(all_programs: bool) -> Iterator[Job]:
         if target == "sm_90":
             for dim in (64, 128):
                 yield Job("causal", torch.bfloat16, dim, target, "hopper")
-                yield Job("documents", torch.bfloat16, dim, target, "hopper")
+                yield Job("key padding", torch.bfloat16, dim, target, "hopper")
         for dim in (64, 128):
             for program in ("plain", "growing cache", "mask of a cache"):
                 yield Job(program, torch.bfloat16, dim, target, "decode_split")
@@ -115,7 +115,7 @@ def jobs(all_programs: bool) -> Iterator[Job]:
         yield Job("causal", torch.float32, 64, target)
         yield Job("causal", torch.float32, 128, target)
         for program in programs(torch.bfloat16):
-            if target == "sm_90" and program.name not in ("causal", "documents"):
+            if target == "sm_90" and program.name not in ("causal", "key padding"):
                 for dim in (64, 128):
                     yield Job(program.name, torch.bfloat16, dim, target, "hopper")
             if program.name != "causal":

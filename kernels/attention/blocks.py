@@ -308,9 +308,9 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[s
         lines += [
             *printer.lines,
             f"cells = ({term.text}) & (i >= 0) & (j >= 0)",
-            "cells = tl.reshape(cells.to(tl.int32), [BLOCK_M * BLOCK_N])",
-            "some = tl.reduce(cells, 0, tl.standard._elementwise_max) > 0",
-            "every = every & (tl.reduce(cells, 0, tl.standard._elementwise_min) > 0)",
+            "cells = cells.to(tl.int32)",
+            f"some = {_over_all('cells', 'max')} > 0",
+            f"every = every & ({_over_all('cells', 'min')} > 0)",
         ]
         printer.lines.clear()
     for load in mask.even:
@@ -318,13 +318,17 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[s
         lines += [
             *printer.lines,
             f"x = {value} + tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)",
-            "x = tl.reshape(x, [BLOCK_M * BLOCK_N])",
-            "even = even & (tl.reduce((x != x).to(tl.int32), 0, tl.standard._elementwise_max) == 0)",
-            "low = tl.reduce(x, 0, tl.standard._elementwise_min)",
-            "even = even & (low == tl.reduce(x, 0, tl.standard._elementwise_max))",
+            f"even = even & ({_over_all('(x != x).to(tl.int32)', 'max')} == 0)",
+            f"even = even & ({_over_all('x', 'min')} == {_over_all('x', 'max')})",
         ]
         printer.lines.clear()
     return TILE_BODY.format(possible=test, verdicts="\n".join(f"        {line}" for line in lines)), printer.helpers
+
+
+def _over_all(x: str, extremum: str) -> str:
+    """The least or the greatest element of a tile."""
+    function = f"tl.standard._elementwise_{extremum}"
+    return f"tl.reduce(tl.reduce({x}, 1, {function}), 0, {function})"
 
 
 # -- what it means ------------------------------------------------------------------------------------------------

@@ -128,6 +128,10 @@ MANY_LAYOUTS = 4096
 """Layouts that are remembered of a mask; lengths that change at every call make new ones."""
 
 
+MANY_ELEMENTS = 64 * 64
+"""A tile of more than this takes more registers than four warps have: examples/cross_compile.py."""
+
+
 def _launches(
     prepared: MaskProgram, made: Tensor, operands: Sequence[Tensor], shape: Sequence[int], block_m: int, block_n: int
 ) -> tuple[Launch, Launch, list[int], list[int]]:
@@ -139,7 +143,8 @@ def _launches(
     together = 1 if prepared.single else TILES_A_PROGRAM
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": together, "SPAN": _power(block_m + block_n)}
     programs = batch * heads * rows
-    verdict = Launch(kernels.tile_verdicts, programs * -(-tiles // together), sizes, {"num_warps": 4})
+    warps = 8 if prepared.single and block_m * block_n > MANY_ELEMENTS else 4
+    verdict = Launch(kernels.tile_verdicts, programs * -(-tiles // together), sizes, {"num_warps": warps})
     listing = Launch(kernels.tile_lists, programs, {"CHUNK": min(256, _power(tiles))}, {"num_warps": 1})
     return verdict, listing, [heads, *shape[2:], *strides], [tiles]
 
