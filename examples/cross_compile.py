@@ -137,7 +137,7 @@ def compile_job(job: Job) -> Compiled | None:
         if compiled is None:
             return None
         rows, keys = (hopper.ROWS, hopper.KEYS) if job.kernel == "hopper" else (LISTED, LISTED)
-        return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[64] if job.kernel == "hopper" else 1))
+        return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[job.dim] if job.kernel == "hopper" else 1))
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
     if job.kernel == "attention_forward":
         sizes = Sizes(4, 32, 4096, job.dim)

@@ -230,12 +230,18 @@ def _call(
     fast = not interpreted and launch_hopper.suits(prepared, q, k, v, (block_m, block_n))
     made = mask is not None and not listed and (fast or -(-lk // block_n) > FEW_TILES)
     shape = (batch, heads, lq, lk)
-    launch: launch_hopper.Hopper | _Blocks
-    if fast:
-        launch = launch_hopper.Hopper(prepared, q, k, v, strides, constants.get("FAST"), heads_first)
-    else:
+
+    def for_any_hardware() -> _Blocks:
         numbers = [*q.stride(), *k.stride(), *v.stride(), heads, heads // kv_heads, lq, lk, *strides]
-        launch = _Blocks(prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, q, dv)
+        return _Blocks(prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, q, dv)
+
+    launch: Callable[..., None]
+    if fast:
+        fast_constant = constants.get("FAST")
+        first = launch_hopper.Hopper(prepared, q, k, v, strides, fast_constant, heads_first)
+        launch = FirstThatRuns(first, for_any_hardware)
+    else:
+        launch = for_any_hardware()
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
@@ -268,6 +274,27 @@ def _decoding(
         return out, lse
 
     return call
+
+
+class FirstThatRuns:
+    """A launch, and another one in its place if it fails the first time: what it is made with may not be there, or has
+    too little of something."""
+
+    def __init__(self, first: Callable[..., None], other: Callable[[], Callable[..., None]]) -> None:
+        self.launch, self.other = first, other
+        self.settled = False
+
+    def __call__(self, *arguments: Any) -> None:
+        if self.settled:
+            self.launch(*arguments)
+            return
+        try:
+            self.launch(*arguments)
+        except Exception as error:
+            log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
+            self.launch = self.other()
+            self.launch(*arguments)
+        self.settled = True
 
 
 class _Blocks:

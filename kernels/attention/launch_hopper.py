@@ -106,6 +106,9 @@ class Hopper:
             self.fill = Launch(module.fill_dead_rows, batch * heads * -(-lq // 64), sizes, {"num_warps": 4})
             self.fill_numbers = [*v.stride(), heads, heads // kv_heads, lq, lk]
 
+    def __repr__(self) -> str:
+        return "the attention kernel for Hopper"
+
     def __call__(
         self,
         q: Tensor,

@@ -230,3 +230,32 @@ def test_lists_for_a_kernel_that_takes_none() -> None:
     x = inputs(named("causal"), FLOAT)
     with pytest.raises(ValueError, match="takes no lists"), torch.no_grad():
         attention(x.q, x.k, x.v, [], [], [], prepare(named("causal").spec), torch.zeros(1, dtype=torch.int32), 32, 32)
+
+
+def test_a_kernel_that_does_not_run_is_replaced_once() -> None:
+    calls: list[str] = []
+
+    def broken(x: int) -> None:
+        calls.append("broken")
+        raise RuntimeError("too little shared memory")
+
+    def other() -> Callable[[int], None]:
+        return lambda x: calls.append(f"other {x}")
+
+    launch_it = launch.FirstThatRuns(broken, other)
+    launch_it(1)
+    launch_it(2)
+    assert calls == ["broken", "other 1", "other 2"]
+
+
+def test_a_kernel_that_has_run_may_fail() -> None:
+    runs = iter([None, RuntimeError("an error of the device")])
+
+    def sometimes() -> None:
+        if (error := next(runs)) is not None:
+            raise error
+
+    launch_it = launch.FirstThatRuns(sometimes, lambda: pytest.fail("it has run before"))
+    launch_it()
+    with pytest.raises(RuntimeError, match="of the device"):
+        launch_it()
