@@ -107,6 +107,8 @@ def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
     scale, core = cores[0].as_coeff_Mul()
     if scale < 0:
         scale, core = -scale, -core
+    if core != S and template.wide(spec):  # twice what a mask has added is not finite
+        return None
     unit = float(LOG2E / 2 if template.wide(spec) else LOG2E)
     return Parts(float(scale) * unit, core, in_base(spec, shift) if shift != 0 else sympy.S.Zero)
 

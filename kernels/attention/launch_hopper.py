@@ -42,12 +42,12 @@ def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
 
 @functools.cache
 def _why_no_module(key: str) -> str | None:
-    """This Triton may have no Gluon, or another one."""
+    """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
     try:
         _module(key)
-    except ImportError as error:
+    except Exception as error:
         log.debug("no kernel for Hopper: %s", error)
-        return f"this version of Triton has no such Gluon ({error})"
+        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
     return None
 
 
