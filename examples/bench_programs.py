@@ -202,14 +202,16 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(len(results), 1, figsize=(13, 4.2 * len(results)), squeeze=False, layout="constrained")
     for axis, result in zip(axes[:, 0], results, strict=True):
         rows = result["rows"]
-        for n, column in enumerate(COLUMNS):
+        measured = [c for c in COLUMNS if any("ms" in row[c] for row in rows)]
+        for n, column in enumerate(measured):
             heights = [row[column].get("ms", float("nan")) for row in rows]
-            axis.bar([x + 0.16 * (n - 2) for x in range(len(rows))], heights, 0.15, label=column)
+            centre = 0.16 * (n - (len(measured) - 1) / 2)
+            axis.bar([x + centre for x in range(len(rows))], heights, 0.15, label=column)
         axis.set_xticks(range(len(rows)), [row["program"] for row in rows], rotation=20, ha="right")
         axis.set_ylabel("ms")
         axis.set_yscale("log")
         axis.set_title("B{batch} H{heads} S{length} D{dim}, forward".format(**result["sizes"]))
-        axis.legend(ncols=len(COLUMNS), fontsize="small")
+        axis.legend(ncols=len(measured), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
