@@ -29,6 +29,9 @@ in this order but for the masked ones, which stand at the end, the first of them
 LEAST = sympy.Float(torch.finfo(torch.float32).min, 17)
 """Only -inf is less."""
 
+NEAR = 1e4
+"""What even tiles have for all scores is no greater: scores survive what is added to them, which kernels rely on."""
+
 I0, I1, J0, J1 = sympy.symbols("i0 i1 j0 j1", integer=True, nonnegative=True)
 DISTANCE = sympy.Symbol("distance", integer=True)
 
@@ -245,7 +248,7 @@ def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[
 
     box = {I: (I0, I1), J: (J0, J1)}
     some, every = possible(mask.keep, box, load), certain(mask.keep, box, load)
-    even = sympy.And(*(sympy.Eq(*load(x), evaluate=False) for x in mask.even))
+    even = sympy.And(*(sympy.And(sympy.Eq(*ends, evaluate=False), *_near(ends)) for ends in map(load, mask.even)))
     verdicts: list[str] = []
     for name, condition in (("some", some), ("every", every), ("even", even)):
         if condition != sympy.true:
@@ -256,6 +259,10 @@ def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[
         bounds="\n".join(f"    {line}" for line in lines), verdicts="\n".join(f"    {line}" for line in verdicts)
     )
     return body, printer.helpers
+
+
+def _near(ends: Bounds) -> tuple[sympy.Basic, sympy.Basic]:
+    return ends[0] >= -NEAR, ends[1] <= NEAR
 
 
 def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int) -> Bounds:
@@ -319,7 +326,8 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[s
             *printer.lines,
             f"x = {value} + tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)",
             f"even = even & ({_over_all('(x != x).to(tl.int32)', 'max')} == 0)",
-            f"even = even & ({_over_all('x', 'min')} == {_over_all('x', 'max')})",
+            f"low = {_over_all('x', 'min')}",
+            f"even = even & (low == {_over_all('x', 'max')}) & (tl.abs(low) <= {NEAR})",
         ]
         printer.lines.clear()
     return TILE_BODY.format(possible=test, verdicts="\n".join(f"        {line}" for line in lines)), printer.helpers
@@ -366,7 +374,7 @@ def reference(
     for load in mask.even:
         x = evaluate(load)
         low, high = tiles(x, float("inf")).amin(-1), tiles(x, float("-inf")).amax(-1)
-        even &= low == high
+        even &= (low == high) & (low.abs() <= NEAR)
     return torch.where(some, torch.where(every, torch.where(even, EVEN, WHOLE), MASKED), SKIP).to(torch.int8)
 
 

@@ -104,6 +104,8 @@ def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
     shift = sympy.Add(*(term for term in terms if term is not cores[0]))
     if shift.free_symbols & {H, I, J}:  # rows of several heads stand together in decoding
         return None
+    if spec.far and not all(_is_even(term) for term in sympy.Add.make_args(shift)):
+        return None  # what it is added to may not survive it, as it would in an exponent
     scale, core = cores[0].as_coeff_Mul()
     if scale < 0:
         scale, core = -scale, -core
@@ -111,6 +113,12 @@ def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
         return None
     unit = float(LOG2E / 2 if template.wide(spec) else LOG2E)
     return Parts(float(scale) * unit, core, in_base(spec, shift) if shift != 0 else sympy.S.Zero)
+
+
+def _is_even(term: sympy.Expr) -> bool:
+    """Whether a term is 0, or what an even tile has for all scores, which is no far number (`blocks.NEAR`)."""
+    coefficient, rest = term.as_coeff_Mul()
+    return term == 0 or (rest.is_Symbol and rest.name.startswith("even") and abs(coefficient) <= 1)
 
 
 def form(found: Parts | None) -> template.Form:

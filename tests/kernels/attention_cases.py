@@ -186,6 +186,12 @@ CASES: list[Case] = [
     Case("some_rows_zero", ScoreSpec(SCALE, Ne(PythonMod(I, 3), 0), "zero")),
     Case("dead_blocks_mean", ScoreSpec(SCALE, J < I - 40, "mean", band=Band(None, I - 40, True)), sizes=Sizes(lq=90)),
     Case("nothing_kept", ScoreSpec(SCALE, sympy.false, "mean")),
+    Case("far_number", ScoreSpec(SCALE + LEAST, far=True)),  # nothing is left of any score: the mean of all values
+    Case(
+        "far_keys_of_whole_tiles",
+        ScoreSpec(SCALE + Load(0, B, J), operands=(Operand(FLOAT, 2),), far=True),
+        lambda z: [torch.full((z.batch, z.lk), float(LEAST))],
+    ),
     Case("additive_padding", ScoreSpec(SCALE + Load(0, B, J), operands=(Operand(FLOAT, 2),)), minus_infinity),
     Case(
         "far_keys",
