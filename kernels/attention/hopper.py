@@ -57,7 +57,8 @@ def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: in
 
 def _compares(x: sympy.Basic) -> bool:
     """Whether what is loaded for a query is compared with what is for a key: of such masks many tiles are mixed, and
-    more of them the larger they are. Documents took 0.33 ms in tiles of 64, and 0.49 in this kernel (an H100, D64)."""
+    more of them the larger they are. Documents took 0.33 ms in tiles of 64, and 0.49 in this kernel: an H100, D64, in
+    examples/results/programs_h100_f342528.json ("kernel") and programs_h100_lists.json ("xformers")."""
     symbols = [load.free_symbols & {I, J} for load in x.atoms(Load)]
     return {I} in symbols and {J} in symbols
 

@@ -34,15 +34,14 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Program:
     """A generated kernel in this process: its spec, its file, what lists of tiles it takes (of the mask that
-    `lists.program(mask)` has), the pieces that a kernel for other hardware is made of, what was learned about tiles
-    that fit, and the calls that were made, by the layout of their tensors."""
+    `lists.program(mask)` has), what was learned about tiles that fit, and the calls that were made, by the layout of
+    their tensors."""
 
     key: str
     spec: ScoreSpec
     source: str
     summary: Summary | None
     mask: str | None
-    pieces: codegen.Pieces
     integers: tuple[bool, ...]
     fitting: dict[tuple[object, ...], Tiles] = field(default_factory=dict)
     calls: dict[object, Call] = field(default_factory=dict)
@@ -84,7 +83,7 @@ def _program(key: str, spec: ScoreSpec, source: str) -> Program:
     found = summary(spec)
     mask = None if found is None else lists.prepare(found.mask)
     integers = tuple(bool(x.is_integer) for x in spec.scalars)
-    return Program(key, spec, source, found, mask, codegen.pieces(spec), integers)
+    return Program(key, spec, source, found, mask, integers)
 
 
 def program(key: str) -> Program:
@@ -169,10 +168,7 @@ def run(
         call = prepared.calls[layout] = _call(
             prepared, q, k, v, operands, tiles is not None, (block_m, block_n), heads_first
         )
-    if q.device.type == "cpu" or torch.cuda.current_device() == q.device.index:
-        return call(q, k, v, operands, scalars, tiles)
-    with torch.cuda.device(q.device):
-        return call(q, k, v, operands, scalars, tiles)
+    return call(q, k, v, operands, scalars, tiles)
 
 
 def layout_of(
@@ -329,9 +325,8 @@ class _Blocks:
     ) -> None:
         tensors, free = [q, k, v, out, lse, *operands], list(scalars)
         if self.prepared.mask is not None:
-            own_b, own_h = (0, 0) if tiles is None else tiles.shape[:2]
             tensors.append(q if tiles is None else tiles)  # a pointer that is not looked at, where there are none
-            free += [own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
+            free += lists.steps(tiles)
 
         def launch(sizes: Tiles) -> Any:
             if sizes not in self.launches:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, hopper
+from xfcompile.kernels.attention import cache, codegen, hopper, lists
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides
 from xfcompile.kernels.attention.tiles import HOPPER, capability, device_generation, padded
+from xfcompile.site import ScoreSpec
 
 if TYPE_CHECKING:
     from xfcompile.kernels.attention.launch import Program
@@ -33,11 +34,16 @@ def why_not(prepared: Program, device: torch.device, dtype: torch.dtype, dq: int
 
 
 @functools.cache
-def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
+def _made_of(key: str) -> tuple[ScoreSpec, codegen.Pieces]:
     from xfcompile.kernels.attention.launch import program
 
-    prepared = program(key)
-    return hopper.why_not(prepared.spec, prepared.pieces, dtype, dq, dv)
+    spec = program(key).spec
+    return spec, codegen.pieces(spec)
+
+
+@functools.cache
+def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
+    return hopper.why_not(*_made_of(key), dtype, dq, dv)
 
 
 @functools.cache
@@ -53,10 +59,7 @@ def _why_no_module(key: str) -> str | None:
 
 @functools.cache
 def _module(key: str) -> Any:
-    from xfcompile.kernels.attention.launch import program
-
-    prepared = program(key)
-    return cache.load(cache.store(hopper.module(prepared.spec, prepared.pieces)), f"xfcompile_attention_hopper_{key}")
+    return cache.load(cache.store(hopper.module(*_made_of(key))), f"xfcompile_attention_hopper_{key}")
 
 
 def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int, int]) -> bool:
@@ -122,9 +125,8 @@ class Hopper:
     ) -> None:
         tensors, free = [q, k, v, out, lse, *operands], list(scalars)
         if tiles is not None:
-            own_b, own_h = tiles.shape[:2]
             tensors.append(tiles)
-            free += [own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
+            free += lists.steps(tiles)
         self.launch(tensors, self.numbers, free)
         if self.fill is not None:
             self.fill([out, lse, v], self.fill_numbers)

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import blocks, cache
+from xfcompile.kernels.attention import blocks, cache, reference
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.score import B, H
 from xfcompile.site import MaskSpec
@@ -93,6 +93,12 @@ def output(like: Tensor, prepared: MaskProgram, shape: Sequence[Any], block_m: i
     return like.new_empty((*own, -(-lq // block_m), blocks.HEADER + -(-lk // block_n)), dtype=torch.int32)
 
 
+def steps(tiles: Tensor | None) -> list[int]:
+    """By how many lists one batch is apart from the next, and one head: 0 where they share them, or there are none."""
+    own_b, own_h = (0, 0) if tiles is None else tiles.shape[:2]
+    return [own_h if own_b > 1 else 0, 1 if own_h > 1 else 0]
+
+
 def run(
     like: Tensor,
     operands: Sequence[Tensor],
@@ -115,11 +121,8 @@ def run(
             prepared.launches.clear()
         launches = prepared.launches[layout] = _launches(prepared, made, operands, shape, block_m, block_n)
     verdicts = made.new_empty(made.numel(), dtype=torch.int8)
-    free: list[Any] = []
-    if prepared.mask.scalars:
-        whole, real = iter(ints), iter(floats)
-        free = [next(whole) if x.is_integer else next(real) for x in prepared.mask.scalars]
-    launches[0]([verdicts, *operands], launches[2], free)
+    scalars = reference.bind(prepared.mask.scalars, ints, floats)
+    launches[0]([verdicts, *operands], launches[2], list(scalars.values()))
     launches[1]([made, verdicts], launches[3])
     return made
 
@@ -149,7 +152,7 @@ def _launches(
     return verdict, listing, [heads, *shape[2:], *strides], [tiles]
 
 
-def reference(
+def tightest(
     like: Tensor,
     operands: Sequence[Tensor],
     ints: Sequence[int],
@@ -161,13 +164,11 @@ def reference(
 ) -> Tensor:
     """The same in plain PyTorch, with the tightest verdicts there are."""
     prepared = program(key)
-    mask = prepared.mask
-    whole, real = iter(ints), iter(floats)
-    scalars = {x: next(whole) if x.is_integer else next(real) for x in mask.scalars}
+    scalars = reference.bind(prepared.mask.scalars, ints, floats)
     own = (shape[0] if prepared.by_batch else 1, shape[1] if prepared.by_head else 1, shape[2], shape[3])
     if 0 in own:
         return output(like, prepared, shape, block_m, block_n).zero_()
-    return blocks.lists(blocks.reference(mask, operands, scalars, own, block_m, block_n)).to(like.device)
+    return blocks.lists(blocks.reference(prepared.mask, operands, scalars, own, block_m, block_n)).to(like.device)
 
 
 def _power(n: int) -> int:

@@ -159,7 +159,7 @@ def _tiles_cpu(
     block_n: int,
     kernel: str,
 ) -> Tensor:
-    make = lists.run if interpreting() else lists.reference
+    make = lists.run if interpreting() else lists.tightest
     return make(like, operands, ints, floats, shape, block_m, block_n, kernel)
 
 

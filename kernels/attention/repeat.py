@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LARGEST = 2**31 - 1
@@ -40,6 +41,10 @@ class Launch:
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[Any], free: Sequence[Any] = ()) -> Any:
         """Returns the compiled kernel where Triton was asked for it, else None."""
+        device = tensors[0].device
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:
+            with torch.cuda.device(device):
+                return self(tensors, numbers, free)
         aligned = tuple([x.data_ptr() % 16 == 0 for x in tensors])
         runner = self._runners.get(aligned)
         if runner is None or any(type(x) is int and not -LARGEST <= x <= LARGEST for x in free):
