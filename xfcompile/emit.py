@@ -122,6 +122,13 @@ class Emitter:
         node = self.reading.holder(value, self.reading.time[self.anchor])
         return None if node is None else self.instead.get(node, node)
 
+    def held(self, value: Value) -> fx.Node:
+        """The node that holds an operand here; `Miss` if its memory holds something else by now."""
+        node = self.holder(value)
+        if node is None:
+            raise Miss("an operand is changed before the result is computed", value)
+        return node
+
     def choose(self, readings: tuple[Placed, ...]) -> Placed:
         """The deepest reading of an operand that a node still holds here."""
         for placed in readings:

@@ -117,17 +117,28 @@ def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.N
     makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads]
     if not makers:
         raise Miss("the result is written into a tensor that is there already", site.root)
+    if any(_is_view(reading, node) for node in makers):
+        raise Miss("the result is a view of a tensor that is there already", site.root)
     scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
     if any(scopes - {reading.scope[node]} for node in makers):
         raise Miss(f"the {family.title} crosses the border of an autocast or no_grad region", site.root)
     return makers
 
 
+def _is_view(reading: Reading, node: fx.Node) -> bool:
+    """Whether a node's result lies in the memory of an older node's: a write to one of them changes the other."""
+    memories = set(reading.memories([node]))
+    older = (n for n, time in reading.time.items() if time < reading.time[node])
+    return not memories.isdisjoint(reading.memories(older))
+
+
 def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ()) -> set[fx.Node]:
     """The nodes of the program that still matter, and those that will when the planned candidates are replaced too."""
     planned = list(planned)
     gone = [*changes.done, *planned]
-    needed = {n for new in changes.inserted for n in new.all_input_nodes}
+    # What stands for a replaced node lies where the reading saw that node: writes to it still count.
+    replaced = {new: old for old, new in changes.instead.items()}
+    needed = {replaced.get(n, n) for new in changes.inserted for n in new.all_input_nodes}
     held = (reading.holder(v, reading.time[c.node]) for c in planned for v in c.operands)
     needed |= {node for node in held if node is not None}
     drawn = {reading.steps[v] for c in gone for v in c.drawn if v in reading.steps}
