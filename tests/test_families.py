@@ -269,6 +269,13 @@ def test_what_lies_inside_of_an_attention_is_a_site_only_if_that_is_left(
         assert routes(compiled(program, *tensors(3), patterns=["swish_toy"])[0]) == [("swish_toy", "silu")]
 
 
+def test_one_result_is_replaced_once(toy: Callable[[Family[Any, Any]], None]) -> None:
+    toy(replace(SWISH, match=lambda anchor, users: match(anchor, users) * 2))
+    report, code = compiled(swish, *tensors(1))
+    assert routes(report) == [("swish_toy", "silu"), ("swish_toy", "inductor")]
+    assert code.count("silu(") == 1
+
+
 def test_what_something_else_needs_is_not_computed_twice() -> None:
     def shown(x: Tensor) -> tuple[Tensor, Tensor]:
         gate = x.sigmoid()

@@ -83,6 +83,8 @@ def _rewrite(reading: Reading, search: Search, options: Options, report: Report,
         candidates = _keep_shared(reading, family, candidates, changes)
         shared: dict[Any, fx.Node] = {}
         for candidate in candidates:
+            if candidate.route.replaces and candidate.node in changes.instead:
+                candidate = _left(candidate, "another site with the same result is replaced")
             if candidate.route.replaces:
                 candidate = _replaced(reading, family, candidate, shared, changes, options, report)
             report.add(_matched(family, candidate))
