@@ -168,7 +168,7 @@ def compile_job(job: Job) -> Compiled | None:
         return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[job.dim] if job.kernel == "hopper" else 1))
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
     if job.kernel in (*BACKWARD, "load0"):
-        tiles = choose_backward(job.kernel, kind, job.dtype, job.dim, job.dim)
+        tiles = choose_backward(job.kernel, kind, job.dtype, job.dim, job.dim, "soft-cap" not in job.program)
         return outcome(job, compile_backward(job, target, tiles), tiles)
     if job.kernel == "attention_forward":
         sizes = Sizes(4, 32, 4096, job.dim)

@@ -344,7 +344,8 @@ class _Call:
         listed = self.sizes if name in ("dq", "dkdv") else None
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
         if kind not in self.program.fitting:
-            first = choose_backward(name, device_generation(self.q.device), self.q.dtype, self.dq, self.dv)
+            kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
