@@ -175,10 +175,11 @@ def layout_of(
     q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], tiles: Tensor | None, block_m: int, block_n: int
 ) -> tuple[object, ...]:
     """All that a call depends on but for where its tensors are, as long as they start at multiples of 16 bytes or do
-    not, and what scalars it has."""
+    not, and what scalars it has. That is the user's setting of fp32 products too."""
     return (
         q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
         q.shape, k.shape, v.shape, tiles if tiles is None else (tiles.shape, tiles.dtype), block_m, block_n,
+        precision(q.dtype),
         *[(x.dtype, x.device, x.stride()) for x in (q, k, v, *operands)],
     )  # fmt: skip
 
@@ -365,7 +366,7 @@ def _fitting(
 
     listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
-    kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
+    kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
     if kind in prepared.fitting:
         launch(prepared.fitting[kind])
         return prepared.fitting[kind]

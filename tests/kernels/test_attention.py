@@ -6,7 +6,10 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -82,6 +85,42 @@ def test_head_dims(dq: int, dv: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_any_strides_everywhere(case: Case, layout: str) -> None:
     check(case, inputs(case, torch.float16, layout))
+
+
+@pytest.fixture
+def fp32_products() -> Iterator[Callable[[str], None]]:
+    """Sets what matrix products may round fp32 to."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def allow(precision: str) -> None:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+    yield allow
+    allow(before)
+
+
+@pytest.mark.parametrize("lk", [40, 400], ids=["blocks", "decoding"])
+def test_the_setting_of_fp32_products_is_asked_at_every_call(
+    lk: int, fp32_products: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs(named("plain"), torch.float32, sizes=Sizes(heads=1, kv_heads=1, lq=2, lk=lk))
+    found: list[str] = []
+    called = launch._call
+
+    def recording(*args: Any) -> Any:
+        found.append(launch.precision(args[1].dtype))
+        return called(*args)
+
+    monkeypatch.setattr(launch, "_call", recording)
+    for setting in ("ieee", "tf32", "ieee"):
+        fp32_products(setting)
+        call(named("plain").spec, x)
+    assert found == ["ieee", "tf32"], "and what was made for a setting is remembered"
+    half = replace(x, q=x.q.half(), k=x.k.half(), v=x.v.half())
+    for setting in ("ieee", "tf32"):
+        fp32_products(setting)
+        call(named("plain").spec, half)
+    assert found[2:] == ["ieee"], "halves do not depend on it"
 
 
 def test_writes_all_of_the_output_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
