@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, fit, hopper, launch_decode, launch_hopper, lists, reference
+from xfcompile.kernels.attention import (
+    cache,
+    codegen,
+    fit,
+    hopper,
+    launch_decode,
+    launch_hopper,
+    lists,
+    reference,
+    template,
+)
 from xfcompile.kernels.attention.blocks import Summary, summary
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import (
@@ -215,6 +225,7 @@ def _call(
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
         "HEADS_FIRST": heads_first,
+        "UNIT": template.unit(spec, q.dtype),
     }
     kernel = prepared.kernel(interpreted)
     if "FAST" in kernel.arg_names:
@@ -234,8 +245,8 @@ def _call(
 
     launch: Callable[..., None]
     if fast:
-        fast_constant = constants.get("FAST")
-        first = launch_hopper.Hopper(prepared, q, k, v, strides, fast_constant, heads_first)
+        flags: dict[str, Any] = {name: constants[name] for name in ("UNIT", "FAST") if name in constants}
+        first = launch_hopper.Hopper(prepared, q, k, v, strides, flags, heads_first)
         launch = FirstThatRuns(first, for_any_hardware)
     else:
         launch = for_any_hardware()

@@ -14,10 +14,23 @@ from typing import Any
 import pytest
 import sympy
 import torch
-from attention_cases import CASES, Case, Inputs, Sizes, call, check, error, inputs, named, normal
+from attention_cases import (
+    CASES,
+    FAR_ROWS,
+    Case,
+    Inputs,
+    Sizes,
+    call,
+    check,
+    error,
+    exact_scores,
+    inputs,
+    named,
+    normal,
+)
 
 from xfcompile.evaluate import Unsupported
-from xfcompile.kernels.attention import attention, cache, codegen, launch, prepare, reference
+from xfcompile.kernels.attention import attention, cache, codegen, launch, launch_decode, prepare, reference
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
@@ -33,6 +46,15 @@ def slack(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernel_is_as_exact_as_eager(case: Case) -> None:
     check(case, inputs(case, torch.float32))
+
+
+@pytest.mark.parametrize("lk", [70, 300], ids=["blocks", "decoding"])
+@pytest.mark.parametrize("case", FAR_ROWS, ids=lambda case: case.name)
+def test_scores_that_are_far_from_0_are_not_rounded(case: Case, lk: int) -> None:
+    x = exact_scores(case, Sizes(heads=2, kv_heads=2, lq=4, lk=lk))
+    assert launch_decode.wanted(case.spec, x.q, x.k) == (lk == 300)
+    exact = reference.attention(case.spec, x.q, x.k, x.v, x.operands, dtype=torch.float64)[0]
+    assert error(call(case.spec, x)[0], exact) <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -354,8 +376,8 @@ def test_names_of_scalars_do_not_matter() -> None:
 def test_causal_has_no_mask_in_the_middle() -> None:
     source = codegen.generate(codegen.canonical(named("causal").spec))
     kernel = source[source.index("def attention_forward") : source.index("def decode_split")]
-    assert kernel.count("UPCAST, False, False)") == 1
-    assert kernel.count("UPCAST, True, True)") == 1
+    assert kernel.count("UPCAST, UNIT, False, False)") == 1
+    assert kernel.count("UPCAST, UNIT, True, True)") == 1
 
 
 def test_loads_are_as_small_as_their_indices() -> None:
