@@ -33,6 +33,7 @@ from xfcompile.kernels.attention import (
     launch_decode,
     lists,
     prepare,
+    template,
 )
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
@@ -215,7 +216,7 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
 
     constants: dict[str, object] = {
         "ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
-        "REGISTERS": hopper.REGISTERS, "FAST": 2,
+        "REGISTERS": hopper.REGISTERS, "UNIT": template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {
@@ -298,6 +299,7 @@ def compile_kernel(
         "BLOCK_N": tiles.block_n,
         "BLOCK_S": launch_decode.COMBINED,
         "FAST": int(dtype.itemsize == 2),
+        "UNIT": template.unit(prepared.spec, dtype),
     }
     if prepared.spec.coarse and target.backend == "cuda" and dtype == torch.bfloat16:
         constants["FAST"] = 2

@@ -19,7 +19,7 @@ from typing import Literal
 import sympy
 
 from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.codegen import in_base
+from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient, gradients
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.kernels.attention.template import HEAD, HELPERS, returned, wrapped
@@ -85,6 +85,9 @@ def without_keys(top, instead: tl.constexpr):
     """Maxima, or log-sum-exps, such that all weights of a row without keys are 0."""
     return tl.where(top == float("-inf"), instead, top)
 '''
+
+SCORES = "s = tl.dot({}, input_precision=PRECISION, max_num_imprecise_acc=1 if EXACT else 0)  # {}"
+"""As in `template.TILE`: what is added to s is not to be where its sum begins."""
 
 SEARCH = '''\
 @triton.jit
@@ -296,7 +299,7 @@ class _Writer:
         constant = not found.slope.free_symbols - set(spec.scalars) and not found.slope.has(Load)
         self.slope = found.slope if constant else None
         self.exact = spec.far or template.wide(spec)
-        self.score = spec.score if self.exact else in_base(spec, spec.score)
+        self.score = spec.score if self.exact else times(LOG2E, spec.score)
         self.listed = template.listed(spec)
         self.pointers = [f"t{n}_ptr" for n in range(len(spec.operands))]
         self.strides = [f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)]
@@ -479,7 +482,7 @@ class _Writer:
             "if UPCAST:",
             "    k = k.to(tl.float32)",
             "    v = v.to(tl.float32)",
-            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            SCORES.format("q, tl.trans(k)", "[M, N]"),
             "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
             "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
             "j = offs_n",
@@ -503,7 +506,7 @@ class _Writer:
             "k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)",
             "if UPCAST:",
             "    k = k.to(tl.float32)",
-            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            SCORES.format("q, tl.trans(k)", "[M, N]"),
             "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
             "j = offs_n",
             "if EDGE:",
@@ -683,7 +686,7 @@ class _Writer:
             "if UPCAST:",
             "    q = q.to(tl.float32)",
             "    dout = dout.to(tl.float32)",
-            "s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]",
+            SCORES.format("k, tl.trans(q)", "[N, M]"),
             "offs_m = start + tl.arange(0, BLOCK_M)[None, :]",
             "i = offs_m",
             "if EDGE:",
@@ -783,7 +786,7 @@ class _Writer:
                 scalars = "".join(f", {name}" for name in self.scalars)
                 skip += [f"if {test.format(side, scalars)}:", "    steps = 0  # no score of the tile is kept"]
         body = [
-            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            SCORES.format("q, tl.trans(k)", "[M, N]"),
             "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
             *self._scores(across=False, flags=False),
             "dx = p * (dp - delta[:, None])",
