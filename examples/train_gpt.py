@@ -45,10 +45,10 @@ console = Console()
 class Config:
     """Sizes of the model and of its training. Its vocabulary is the bytes."""
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    length: int = 512
+    layers: int = 3
+    width: int = 96
+    heads: int = 3
+    length: int = 256
     batch: int = 4
     steps: int = 200
     warmup: int = 20
