@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Launches
-from step import OPTIONS, ROUTE, check, compiled, doubled, judge, numbers, qkv, step
+from step import OPTIONS, ROUTE, Launches, check, compiled, doubled, judge, numbers, qkv, step
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils.checkpoint import checkpoint
@@ -337,7 +336,9 @@ def test_a_length_that_changes_under_way(lengths: tuple[int, ...], interpreter: 
     assert report.graphs == 2
 
 
-@pytest.mark.xfail(strict=True, raises=BackendCompilerFailed, reason="a root of an unknown head dimension is not printed")
+@pytest.mark.xfail(
+    strict=True, raises=BackendCompilerFailed, reason="a root of an unknown head dimension is not printed"
+)
 def test_a_head_dimension_that_is_not_known(interpreter: None) -> None:
     check(attention, qkv(), "kernel", expected="inductor", dynamic=True)
 
@@ -382,5 +383,5 @@ def test_a_second_derivative_of_a_rewritten_graph_is_refused(interpreter: None) 
     leaves = qkv()
     ours = torch.compile(attention, backend=backend)
     (dq,) = torch.autograd.grad(ours(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match='second derivative.*"attention": "inductor"'):
+    with pytest.raises(NotImplementedError, match=r'second derivative.*"attention": "inductor"'):
         dq.square().sum().backward()
