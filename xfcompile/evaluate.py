@@ -115,7 +115,23 @@ def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]
 
 
 # Functions of real numbers: whatever they are given is a real number first.
-REAL = frozenset(["tanh", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"])
+REAL = frozenset(
+    [
+        "tanh",
+        "exp",
+        "log",
+        "erf",
+        "Sigmoid",
+        "Softplus",
+        "Expm1",
+        "sin",
+        "cos",
+        "ToFloat",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "FloatPow",
+    ]
+)
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Add": _fold(operator.add),
@@ -130,6 +146,9 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "exp": torch.exp,
     "log": torch.log,
     "erf": torch.erf,
+    "Sigmoid": torch.sigmoid,
+    "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "Expm1": torch.expm1,
     "sin": torch.sin,
     "cos": torch.cos,
     "sign": _tensors(torch.sign),

@@ -40,10 +40,10 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="xfcompile-"))
 
 
-def store(source: str) -> Path:
+def store(source: str, prefix: str = PREFIX) -> Path:
     """Writes the source where it is not there yet, whole or not at all; returns a file that holds exactly it."""
     key = key_of(source)
-    path = directory() / f"{PREFIX}{key}.py"
+    path = directory() / f"{prefix}{key}.py"
     try:
         if _holds(path, source):
             return path
