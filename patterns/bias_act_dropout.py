@@ -40,23 +40,28 @@ class Near(Miss):
 
 
 def anchors(values: list[Value]) -> Iterator[Value]:
-    """Projections, and sums with a bias of what is none."""
+    """Projections, and sums with a bias of what is none, or is no value of its own (addmm's)."""
+    known = set(values)
     for value in values:
-        if product(value) is not None or _biased_tensor(value) is not None:
+        if product(value) is not None:
+            yield value
+            continue
+        pair = biased(value)
+        if pair is not None and (product(pair[0]) is None or pair[0] not in known):
             yield value
 
 
 def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
-    """The largest site that starts at a projection or at a sum with a bias; none where nothing is activated or dropped."""
-    made = product(anchor)
+    """The largest site that starts at a projection or a biased sum; none where nothing is activated or dropped out."""
+    made, x = product(anchor), None
     if made is None:
-        pair = _biased_tensor(anchor)
+        pair = biased(anchor)
         assert pair is not None
+        made = product(pair[0])
+        x = pair[0] if made is None else None
         reader = Reader(anchor, users, pair[1])
-        x: Value | None = pair[0]
     else:
         reader = Reader(anchor, users, anchor["bias"] if anchor.op == "linear" else None)
-        x = None
     reader.run()
     reasons: list[Miss] = list(reader.near)
     for root in sorted(reader.found, key=lambda v: -v.order):
@@ -66,7 +71,7 @@ def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
         if not _worthwhile(formula):
             continue
         interior = reader.between(root)
-        outside = next((v for v in interior if not set(users.get(v, ())) <= {*interior, root}), None)
+        outside = next((v for v in interior if not _users(users, v) <= {*interior, root}), None)
         if outside is not None:
             reasons.append(Near("what is activated is used elsewhere too", outside))
             continue
@@ -76,6 +81,11 @@ def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
     if reasons:
         raise reasons[0]
     return []
+
+
+def _users(users: Users, value: Value) -> set[Value]:
+    """The users of a value, without the masks that `native_dropout` gives beside its result."""
+    return {v for v in users.get(value, ()) if v.op != "native_dropout"}
 
 
 def _worthwhile(formula: sympy.Expr) -> bool:
@@ -131,10 +141,12 @@ def product(value: Value) -> Product | None:
 
 
 def _usable(value: Value) -> bool:
-    return value.ndim >= 2 and value.dtype.is_floating_point and isinstance(value.shape[-1], int) and value.shape[-1] > 1
+    return (
+        value.ndim >= 2 and value.dtype.is_floating_point and isinstance(value.shape[-1], int) and value.shape[-1] > 1
+    )
 
 
-_VIEWS = frozenset("permute reshape expand slice select to detach".split())
+_VIEWS = frozenset("permute reshape expand to detach".split())
 
 
 def _is_weight(value: Value) -> bool:
@@ -144,19 +156,26 @@ def _is_weight(value: Value) -> bool:
     return value.op == "leaf"
 
 
-def _biased_tensor(value: Value) -> tuple[Value, Value] | None:
-    """x and a bias, where a value is their sum and x is no projection (which then is where a site starts)."""
+def biased(value: Value) -> tuple[Value, Value] | None:
+    """x and a bias, where a value is their sum."""
     if value.op != "add" or value.args.get("alpha", 1) != 1 or not _usable(value):
         return None
     for x, bias in ((value["self"], value["other"]), (value["other"], value["self"])):
         if not (isinstance(x, Value) and isinstance(bias, Value)) or x.shape != value.shape or x.op == "full":
             continue
-        if _is_vector(bias, value.shape[-1]) and bias.shape[-1] == value.shape[-1] and _is_weight(bias):
-            inner = x
-            while inner.op in ("reshape", "to"):
-                inner = inner["self"]
-            return None if product(inner) is not None else (x, bias)
+        if bias.ndim == 0 or bias.shape[-1] != value.shape[-1] or not _is_vector(bias, value.shape[-1]):
+            continue
+        if _is_weight(bias) and not _of_projection(x):
+            return x, bias
     return None
+
+
+def _of_projection(x: Value) -> bool:
+    """Whether a tensor is another view of a projection, at which a site starts."""
+    inner = x
+    while inner.op in ("reshape", "to"):
+        inner = inner["self"]
+    return inner is not x and product(inner) is not None
 
 
 def _is_vector(value: Value, features: int) -> bool:
@@ -167,7 +186,7 @@ def _is_vector(value: Value, features: int) -> bool:
 
 
 class Reader:
-    """Formulas of all that is computed, one element from one, of `start`; as far as a single dropout and what is added go.
+    """Formulas of all that is computed, one element from one, of `start`, with a single dropout and what is added.
 
     start: the value of which one element is `X`: a projection with its bias, if it has one here.
     """

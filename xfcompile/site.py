@@ -166,7 +166,7 @@ class Product:
 class BiasActDropoutSite:
     """A function of one element of x + bias, dropped out, scaled by channel, with residuals added: all in one formula.
 
-    root: the value that is replaced, [.., N]. formula: one element of it, over `activation`'s X, KEEP, vector and tensor.
+    root: the value that is replaced, [.., N]. formula: one element of it, over the symbols of `activation`.
     product: what makes x, which the program may have with its bias only; or x, any tensor.
     bias, vectors: along the last axis. A tensor of one element stands for N of them.
     tensors: each with the shape that it is broadcast to; in the order of elements, all are as the root is.

@@ -135,8 +135,8 @@ def forward(
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
     constants = _constants(n, tile, rows, x.dtype, bias)
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
-    key = ("forward", text, p, stream, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "forward", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, [*numbers, stream])
+    key = ("forward", text, p, programs, *_signature(given), *numbers, *constants.values())
+    _launch(key, "forward", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, numbers, [stream])
 
 
 def linear(
@@ -169,8 +169,8 @@ def linear(
         "UPCAST": interpreting() and x.dtype in HALF,
     }
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
-    key = ("linear", text, p, stream, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, [*numbers, stream])
+    key = ("linear", text, p, programs, *_signature(given), *numbers, *constants.values())
+    _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, numbers, [stream])
 
 
 def backward(
@@ -211,8 +211,8 @@ def backward(
         **{f"NEED_V{k}": needed for k, needed in enumerate(needs)},
     }
     programs = parts * -(-n // tile.block_n)
-    key = ("backward", text, p, stream, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "backward", (text, len(vectors), tensors, p), programs, constants, tile)(given, [*numbers, stream])
+    key = ("backward", text, p, programs, *_signature(given), *numbers, *constants.values())
+    _launch(key, "backward", (text, len(vectors), tensors, p), programs, constants, tile)(given, numbers, [stream])
     return (None if dbias is None else dbias.sum(0)), [None if d is None else d.sum(0) for d in dv]
 
 

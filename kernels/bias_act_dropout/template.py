@@ -47,7 +47,7 @@ def kept(seed_ptr, stream, row, first, N: tl.constexpr, M: tl.constexpr, COLS: t
 '''
 
 FORWARD = '''\
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 {signature}
     """One program: BLOCK_M rows, BLOCK_N columns."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
@@ -64,7 +64,7 @@ FORWARD = '''\
 '''
 
 LINEAR = '''\
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 {signature}
     """One program: a tile [BLOCK_M, BLOCK_N] of x @ weight.T, and what becomes of it."""
     pid = tl.program_id(0)
@@ -111,7 +111,7 @@ LINEAR = '''\
 '''
 
 BACKWARD = '''\
-@triton.jit
+@triton.jit(do_not_specialize=["stream"])
 {signature}
     """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time. Sums over rows are of these: [row blocks, N]."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
