@@ -76,7 +76,7 @@ def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
             reasons.append(Near("what is activated is used elsewhere too", outside))
             continue
         if root in reader.gates:
-            raise Near("the activation is a gate: another tensor is multiplied with it", root)
+            return []  # of a gated MLP, or of the like
         return [_site(reader, root, formula, made, x, tuple(interior))]
     if reasons:
         raise reasons[0]
@@ -89,8 +89,8 @@ def _users(users: Users, value: Value) -> set[Value]:
 
 
 def _worthwhile(formula: sympy.Expr) -> bool:
-    """Whether anything is activated or dropped out."""
-    return X in formula.free_symbols and (KEEP in formula.free_symbols or X in sympy.diff(formula, X).free_symbols)
+    """Whether anything is activated or dropped out; the square in a norm is no activation."""
+    return X in formula.free_symbols and (KEEP in formula.free_symbols or not formula.is_polynomial(X))
 
 
 def _site(

@@ -258,8 +258,6 @@ NEAR_MISSES: dict[str, tuple[str, Fn]] = {
     "dropout1d": ("whole channels", lambda h, r, g: F.dropout1d(h, 0.25)),
     "dropout2d": ("whole channels", lambda h, r, g: F.dropout2d(h[None], 0.25)),
     "used elsewhere": ("used elsewhere", lambda h, r, g: F.gelu(h) + h.sum()),
-    "a gate": ("gate", lambda h, r, g: F.silu(h) * r),
-    "a gate of a sigmoid": ("gate", lambda h, r, g: r * torch.sigmoid(h)),
     "a small probability": ("16 bits", lambda h, r, g: F.dropout(h, 1e-4)),
     "a great probability": ("16 bits", lambda h, r, g: F.dropout(h, 0.9999)),
 }  # fmt: skip
@@ -280,6 +278,12 @@ NOTHING: dict[str, Fn] = {
     "a linear, scaled": lambda x, w, b, r, g: F.linear(x, w, b) * 0.5 + 1,
     "a norm": lambda x, w, b, r, g: F.layer_norm(F.linear(x, w, b), (16,)),
     "a softmax": lambda x, w, b, r, g: F.linear(x, w, b).softmax(-1),
+    "a gate": lambda x, w, b, r, g: F.silu(F.linear(x, w, b)) * r,
+    "a gate of a sigmoid": lambda x, w, b, r, g: r * torch.sigmoid(F.linear(x, w, b)),
+    "a norm, written out": lambda x, w, b, r, g: (lambda h: g * h * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5))(
+        F.linear(x, w, b)
+    ),
+    "a square": lambda x, w, b, r, g: F.linear(x, w, b).square() + F.linear(x, w, b) ** 3,
     "packed gates": lambda x, w, b, r, g: F.glu(F.linear(x, w, b)),
     "halves": lambda x, w, b, r, g: (lambda u, v: F.silu(u) * v)(*F.linear(x, w, b).chunk(2, -1)),
     "dropout of what is no projection": lambda x, w, b, r, g: F.dropout(r, 0.25) + r,
@@ -412,6 +416,43 @@ def test_what_is_written_in_place_is_seen(name: str, route: str, grad: bool) -> 
     if grad and writes_inputs:
         pytest.skip("leaves that need gradients are not written to")
     check(MUTATED[name], *given(grad), grad=grad, routes={FAMILY: route}, family=FAMILY)
+
+
+def relu_in_place_of_two(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    a = F.relu(F.linear(x, w, b), inplace=True)
+    c = F.dropout(F.linear(a, w.mT, w.sum(0)), 0.0).relu_()
+    return F.linear(c, w) + a
+
+
+def relu_in_place_of_a_view(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    a = h.view(-1, 16)
+    a = F.relu(a, inplace=True)
+    return a.sin()
+
+
+def relu_in_place_of_a_view_seen(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w, b)
+    a = h.view(-1, 16)
+    F.relu(a, inplace=True)
+    return a.sin(), h.cos()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize(
+    "program, sites",
+    [
+        (relu_in_place_then_linear, 1),
+        (relu_in_place_of_two, 2),
+        (relu_in_place_of_a_view, 1),
+        (relu_in_place_of_a_view_seen, 0),
+        (relu_in_place_seen, 0),
+    ],
+)
+def test_an_activation_in_place_of_what_nothing_else_sees(program: Fn, sites: int, route: str, grad: bool) -> None:
+    outcome = check(program, *given(grad), grad=grad, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites if s.matched] == [route] * sites
 
 
 def test_eval_leaves_bias_and_activation() -> None:
