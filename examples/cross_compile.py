@@ -1,4 +1,4 @@
-"""Compiles the attention kernels for GPUs that need not be here, and shows registers, spills and shared memory."""
+"""Compiles the kernels for GPUs that need not be here, and shows registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bias_jobs
 import sympy
 import torch
 import triton
@@ -109,6 +110,10 @@ class Compiled:
 def jobs(all_programs: bool) -> Iterator[Job]:
     """The main configurations; with all programs, everything that the benchmark runs and every dtype and head dim."""
     for target in TARGETS:
+        for kernel in bias_jobs.KERNELS:
+            for name in bias_jobs.PROGRAMS if all_programs else ("gelu, dropout",):
+                for dtype in (torch.bfloat16, torch.float32) if all_programs else (torch.bfloat16,):
+                    yield Job(name, dtype, 0, target, kernel)
         yield Job("causal", torch.bfloat16, 64, target)
         yield Job("causal", torch.bfloat16, 128, target)
         for name in ("documents", "causal from a buffer"):
@@ -159,6 +164,10 @@ BACKWARD = ("dq", "dkdv")
 def compile_job(job: Job) -> Compiled | None:
     """None where the kernel is not the one for such a program."""
     target = TARGETS[job.target]
+    if job.kernel in bias_jobs.KERNELS:
+        tile = bias_jobs.tile_of(job.kernel, job.dtype)
+        compiled = bias_jobs.compile_bias(job.program, job.kernel, job.dtype, target)
+        return outcome(job, compiled, Tiles(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages))
     if job.kernel in ("hopper", "tile_verdicts"):
         spec = mask_or_spec(job)
         compiled = compile_hopper(spec, job.dtype, job.dim) if job.kernel == "hopper" else compile_lists(spec, target)

@@ -74,6 +74,32 @@ class Expm1(sympy.Function):
         return f"expm1({printer._print(self.args[0])})"
 
 
+class Ndtr(sympy.Function):
+    """The normal distribution's cumulative function, (1 + erf(x / sqrt(2))) / 2, which has digits left where x is low."""
+
+    nargs = 1
+    is_real = True
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return real(1 / math.sqrt(2 * math.pi)) * sympy.exp(-self.args[0] ** 2 / 2)
+
+    def _sympystr(self, printer: sympy.printing.StrPrinter) -> str:
+        return f"ndtr({printer._print(self.args[0])})"
+
+
+def with_ndtr(formula: sympy.Expr) -> sympy.Expr:
+    """A formula with `Ndtr` in the place of each 1 + erf(..)."""
+
+    def is_it(x: sympy.Basic) -> bool:
+        return isinstance(x, sympy.Add) and len(x.args) == 2 and x.args[0] == 1 and isinstance(x.args[1], sympy.erf)
+
+    def scaled(x: sympy.Basic) -> sympy.Expr:
+        coefficient, rest = (math.sqrt(2) * x.args[1].args[0]).as_coeff_Mul()
+        return 2 * Ndtr(rest if abs(coefficient - 1) < 1e-15 else coefficient * rest)
+
+    return formula.replace(is_it, scaled)
+
+
 def real(x: float) -> sympy.Expr:
     """A constant of an activation."""
     return sympy.Float(x, 17)

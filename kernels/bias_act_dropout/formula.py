@@ -50,7 +50,7 @@ _SCOPE = {
 @functools.cache
 def parse(text: str, vectors: int, tensors: int) -> Formula:
     """The formula that a text of `text_of` is."""
-    value = eval(text, {"__builtins__": {}}, _SCOPE)  # sympy.srepr's own text
+    value = activation.with_ndtr(eval(text, {"__builtins__": {}}, _SCOPE))  # sympy.srepr's own text
     scaled, added = [vector(n) for n in range(vectors)], [tensor(n) for n in range(tensors)]
     unknown = value.free_symbols - {X, KEEP, *scaled, *added}
     if unknown:

@@ -130,7 +130,7 @@ def forward(
     """Into `out`, contiguous."""
     rows = rows_of(x, *tensors)
     n = x.shape[-1]
-    tile = _pointwise(n)
+    tile = pointwise(n)
     given = [out, rows.tensors[0], _or(bias, out), *map(_dense, vectors), *rows.tensors[1:], _or(seed, out)]
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
     constants = _constants(n, tile, rows, x.dtype, bias)
@@ -190,7 +190,7 @@ def backward(
     """Into `dx`, contiguous, where it is there; the sums over rows for the bias, and for each vector that needs one."""
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
-    tile = _pointwise(n, backward=True)
+    tile = pointwise(n, backward=True)
     count = -(-rows.count // tile.block_m)
     steps = max(1, -(-count // PARTS))
     steps = 1 << (steps - 1).bit_length()  # few kernels
@@ -237,16 +237,24 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
         "BLOCK_N": tile.block_n,
         "SPLIT": rows.split,
         "GROUPED": n % 8 == 0,
-        "FAST": 1 if dtype in HALF else 0,
+        "FAST": fast(dtype),
         "BIASED": bias is not None,
     }
 
 
-def _pointwise(n: int, backward: bool = False) -> Tile:
+def pointwise(n: int, backward: bool = False) -> Tile:
+    """Tiles of the kernels without a product."""
     if interpreting():
         return Tile(8, 32, 4)
     block_n = min(max(1 << (n - 1).bit_length(), 8), 256 if backward else WIDEST)
     return Tile(max(ELEMENTS // (2 if backward else 1) // block_n, 1), block_n, 4)
+
+
+def fast(dtype: torch.dtype) -> int:
+    """See `xfcompile.kernels.pointwise`."""
+    if dtype not in HALF:
+        return 0
+    return 1 if interpreting() or torch.version.hip is not None else 2
 
 
 def _signature(tensors: Sequence[Tensor]) -> list[Any]:

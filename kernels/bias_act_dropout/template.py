@@ -148,7 +148,7 @@ def module(formula: Formula, p: float) -> str:
     parts = [
         HEAD.format(value=formula.value, p=p),
         *([philox.TEXT] if formula.drops else []),
-        *(pointwise.HELPERS[name] for name in sorted(helpers | more)),
+        *pointwise.functions(helpers | more),
         FUNCTIONS.replace("{threshold}", str(philox.threshold(p))).replace("{scale}", repr(philox.scale(p)))
         if formula.drops
         else FUNCTIONS[: FUNCTIONS.index("\n\n@triton.jit\ndef kept")],
