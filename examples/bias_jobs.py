@@ -30,7 +30,7 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 def tile_of(kernel: str, dtype: torch.dtype) -> launch.Tile:
     if kernel == "bias_linear":
         return launch.PRODUCT[dtype.itemsize]
-    return launch.pointwise(FEATURES, kernel == "bias_backward")
+    return launch.pointwise(FEATURES, KERNELS[kernel])
 
 
 def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarget) -> Any:
@@ -42,7 +42,8 @@ def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarge
     tile = tile_of(kernel, dtype)
     constants: dict[str, Any] = {
         "N": FEATURES, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": False, "GROUPED": True,
-        "FAST": (2 if target.backend == "cuda" else 1) if dtype.itemsize == 2 else 0, "BIASED": True, "BLOCK_K": tile.block_k, "GROUP": launch.GROUP,
+        "FAST": 0 if dtype.itemsize == 4 else 2 if target.backend == "cuda" else 1, "BIASED": True,
+        "BLOCK_K": tile.block_k, "GROUP": launch.GROUP,
         "EVEN_K": True, "SAVE": True, "PRECISION": "ieee", "UPCAST": False, "ROWS": 4 * tile.block_m, "NEED_X": True,
         "NEED_BIAS": True, "NEED_V0": True,
     }  # fmt: skip
@@ -60,4 +61,3 @@ def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarge
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
-

@@ -102,10 +102,15 @@ def expm1(x, FAST: tl.constexpr):
     return tl.where(tl.abs(x) < 0.35, p * x * x + x, exp2(1.4426950408889634 * x, FAST) - 1.0)
 """,
 }
-"""Functions that the lines call, each after those that it calls. FAST is a compile-time argument: 0 is as exact as fp32 is,
-1 as 16 bits are; 2 is the same with NVIDIA's instructions."""
+"""Functions that the lines call, each after those that it calls. FAST is a compile-time argument: 0 is as exact as fp32
+is, 1 as 16 bits are; 2 is the same with NVIDIA's instructions."""
 
-_CALLS = {"sigmoid": {"reciprocal", "exp2"}, "tanh": {"reciprocal", "exp2"}, "erf": {"reciprocal", "exp2"}, "ndtr": {"reciprocal", "exp2"}}
+_CALLS = {
+    "sigmoid": {"reciprocal", "exp2"},
+    "tanh": {"reciprocal", "exp2"},
+    "erf": {"reciprocal", "exp2"},
+    "ndtr": {"reciprocal", "exp2"},
+}
 
 
 def functions(names: Iterable[str]) -> list[str]:

@@ -75,13 +75,13 @@ class Expm1(sympy.Function):
 
 
 class Ndtr(sympy.Function):
-    """The normal distribution's cumulative function, (1 + erf(x / sqrt(2))) / 2, which has digits left where x is low."""
+    """The normal distribution's cumulative function, (1 + erf(x / sqrt(2))) / 2, with digits left where x is low."""
 
     nargs = 1
     is_real = True
 
     def fdiff(self, argindex: int = 1) -> sympy.Expr:
-        return real(1 / math.sqrt(2 * math.pi)) * sympy.exp(-self.args[0] ** 2 / 2)
+        return real(1 / math.sqrt(2 * math.pi)) * sympy.exp(-(self.args[0] ** 2) / 2)
 
     def _sympystr(self, printer: sympy.printing.StrPrinter) -> str:
         return f"ndtr({printer._print(self.args[0])})"

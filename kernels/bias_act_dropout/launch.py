@@ -31,18 +31,26 @@ class Tile:
     num_warps: int
     block_k: int = 0
     num_stages: int = 1
+    registers: int | None = None
 
 
-WIDEST = 1024
-"""Columns of a tile without a product: a warp then loads whole lines of memory."""
+@dataclass(frozen=True)
+class Share:
+    """A program's share without a product: so many elements, in rows of `widest` columns at most."""
 
-ELEMENTS = 4096
-"""Of a tile without a product: 32 for each thread of four warps, in four loads of 16 bytes in 16-bit dtypes."""
+    elements: int
+    widest: int
+    num_warps: int
+
+
+# Not measured yet (examples/bench_bias_act_dropout.py --sweep). Forward: 32 elements a thread, in 16 bits four loads of 16
+# bytes. Backward: half of it a step, as sums over rows stand in registers too.
+POINTWISE = {"forward": Share(4096, 1024, 4), "backward": Share(2048, 256, 4)}
 
 PARTS = 512
 """Programs among which the rows of a backward are shared, at most: each gives one row of what is then summed up."""
 
-# Not measured yet (examples/bench_bias_act_dropout.py). By bytes of an element.
+# Not measured yet either. By bytes of an element.
 PRODUCT = {2: Tile(128, 128, 8, 64, 3), 4: Tile(64, 64, 4, 32, 3)}
 GROUP = 8
 """Blocks of rows that run beside each other, so that a weight's columns are read from cache."""
@@ -130,7 +138,7 @@ def forward(
     """Into `out`, contiguous."""
     rows = rows_of(x, *tensors)
     n = x.shape[-1]
-    tile = pointwise(n)
+    tile = pointwise(n, "forward")
     given = [out, rows.tensors[0], _or(bias, out), *map(_dense, vectors), *rows.tensors[1:], _or(seed, out)]
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
     constants = _constants(n, tile, rows, x.dtype, bias)
@@ -190,7 +198,7 @@ def backward(
     """Into `dx`, contiguous, where it is there; the sums over rows for the bias, and for each vector that needs one."""
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
-    tile = pointwise(n, backward=True)
+    tile = pointwise(n, "backward")
     count = -(-rows.count // tile.block_m)
     steps = max(1, -(-count // PARTS))
     steps = 1 << (steps - 1).bit_length()  # few kernels
@@ -223,9 +231,11 @@ def _launch(
     key: Any, name: str, program: tuple[str, int, int, float], programs: int, constants: dict[str, Any], tile: Tile
 ) -> Launch:
     """A launch for tensors laid out like this, made once."""
-    key = (*key, interpreting())
+    key = (*key, tile, interpreting())
     if key not in _launches:
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        if tile.registers is not None:
+            options["maxnreg"] = tile.registers
         _launches[key] = Launch(kernel(name, *program), programs, constants, options)
     return _launches[key]
 
@@ -242,12 +252,13 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
     }
 
 
-def pointwise(n: int, backward: bool = False) -> Tile:
+def pointwise(n: int, kernel: str) -> Tile:
     """Tiles of the kernels without a product."""
     if interpreting():
         return Tile(8, 32, 4)
-    block_n = min(max(1 << (n - 1).bit_length(), 8), 256 if backward else WIDEST)
-    return Tile(max(ELEMENTS // (2 if backward else 1) // block_n, 1), block_n, 4)
+    share = POINTWISE[kernel]
+    block_n = min(max(1 << (n - 1).bit_length(), 8), share.widest)
+    return Tile(max(share.elements // block_n, 1), block_n, share.num_warps)
 
 
 def fast(dtype: torch.dtype) -> int:
