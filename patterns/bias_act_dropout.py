@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
+import torch
 
 from xfcompile import activation
 from xfcompile.activation import KEEP, X
 from xfcompile.contraction import contraction
 from xfcompile.elementwise import literal, rounded
+from xfcompile.evaluate import Evaluator
 from xfcompile.kernels.philox import fine_enough
 from xfcompile.site import BiasActDropoutSite, Miss, Product
-from xfcompile.values import Value
+from xfcompile.values import Value, depends
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
     reader.run()
     reasons: list[Miss] = list(reader.near)
     for root in sorted(reader.found, key=lambda v: -v.order):
-        if root is anchor or root.op in ("reshape", "to"):
+        if root is anchor or root.op in ("reshape", "to", "permute"):
             continue
         formula = reader.found[root]
         if not _worthwhile(formula):
@@ -102,12 +104,17 @@ def _site(
     renamed = {activation.vector(n): activation.vector(k) for k, n in enumerate(vectors)}
     renamed |= {activation.tensor(n): activation.tensor(k) for k, n in enumerate(tensors)}
     drops = KEEP in symbols
+    bias = reader.bias
+    if reader.moved is not None and reader.moved in interior:
+        # Rows in another order than the projection has them: what is read is the projection, as it is seen there.
+        x, made, bias = reader.moved, None, None
+        interior = after(x, interior)
     return BiasActDropoutSite(
         root=root,
         formula=formula.xreplace(renamed),
         product=made,
         x=x,
-        bias=reader.bias,
+        bias=bias,
         vectors=tuple(reader.vectors[n] for n in vectors),
         tensors=tuple(reader.tensors[n] for n in tensors),
         features=reader.features,
@@ -116,6 +123,12 @@ def _site(
         interior=interior,
         drawn=tuple(v for v, _ in reader.dropouts if drops and (v is root or v in interior)),
     )
+
+
+def after(x: Value, interior: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The values between, where the replacement reads x."""
+    known: dict[Value, bool] = {}
+    return tuple(v for v in interior if v is not x and v.order > x.order and depends(v, x, known))
 
 
 def product(value: Value) -> Product | None:
@@ -201,6 +214,8 @@ class Reader:
         self.tensors: list[tuple[Value, tuple[Any, ...]]] = []
         self.dropouts: list[tuple[Value, float]] = []
         self.gates: set[Value] = set()
+        self.moved: Value | None = None
+        """The projection with its rows in another order."""
         self.near: list[Miss] = []
 
     def run(self) -> None:
@@ -357,6 +372,58 @@ def _reshape(r: Reader, v: Value) -> sympy.Expr:
     return r.found[v["self"]]
 
 
+def _permute(r: Reader, v: Value) -> sympy.Expr:
+    if v["dims"][-1] != v.ndim - 1 or r.found[v["self"]] != X or r.moved is not None:
+        raise Miss("moved in the middle of what is done to its elements", v)
+    views = {
+        u for u in r.users.get(r.start, ()) if u.op == "reshape" and not r.users.get(u)
+    }  # of which nothing is made
+    if set(r.users.get(r.start, ())) - views not in ({v}, {v["self"]}):
+        raise Miss("seen in two orders", v)
+    r.moved = v
+    return X
+
+
+def _custom_gradient(r: Reader, v: Value) -> sympy.Expr:
+    """An autograd function whose backward is the derivative of its forward, as far as numbers can tell."""
+    (x,) = v["args"] if len(v["args"]) == 1 else (None,)
+    if r.found.get(x) != X:
+        raise Miss("an autograd function of more than a projection", v)
+    upstream = sympy.Symbol("upstream", real=True)
+    forward = _inside(r, v["forward"], {x: X})
+    backward = _inside(r, v["backward"][0], {x: X, v["grad"]: upstream})
+    factor = sympy.diff(backward, upstream)
+    points = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    evaluated = Evaluator({X: points, upstream: torch.full_like(points, 0.7)}, (), torch.float64, points.device)
+
+    def numbers(f: sympy.Expr) -> torch.Tensor:
+        return torch.as_tensor(evaluated(f), dtype=points.dtype).expand(points.shape)
+
+    derivative = numbers(sympy.diff(forward, X))
+    for written in (numbers(factor), numbers(backward) / 0.7):
+        if not torch.allclose(written, derivative, rtol=1e-6, atol=1e-6):
+            raise Near("an autograd function whose backward is not the derivative of its forward", v)
+    return forward
+
+
+def _inside(r: Reader, value: Value, known: dict[Value, sympy.Expr]) -> sympy.Expr:
+    """A value as a formula of others, in the body of a function."""
+    inner = Reader(r.start, {}, None)
+    inner.found = dict(known)
+    todo, needed = [value], set()
+    while todo:
+        v = todo.pop()
+        if v in known or v in needed or v.op == "full":
+            continue
+        if v.op == "leaf":
+            raise Miss("a function of more than its arguments", v)
+        needed.add(v)
+        todo.extend(v.inputs())
+    for v in sorted(needed, key=lambda v: v.order):
+        inner.found[v] = inner.read(v)
+    return inner.found[value]
+
+
 def _dropout(r: Reader, v: Value) -> sympy.Expr:
     p = v["p"]
     if isinstance(p, (Value, sympy.Basic)) and not getattr(p, "is_number", False):
@@ -378,6 +445,6 @@ def _dropout(r: Reader, v: Value) -> sympy.Expr:
 _RULES: dict[str, Callable[[Reader, Value], sympy.Expr]] = {
     "add": _add, "sub": _add, "mul": _mul, "div": _div, "reciprocal": _reciprocal, "pow": _pow,
     "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp, "clamp_max": _clamp,
-    "to": _same, "reshape": _reshape, "dropout": _dropout,
+    "to": _same, "reshape": _reshape, "permute": _permute, "custom_gradient": _custom_gradient, "dropout": _dropout,
     **dict.fromkeys(activation.FUNCTIONS, _function),
 }  # fmt: skip

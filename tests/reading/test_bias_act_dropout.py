@@ -328,6 +328,83 @@ def test_the_part_that_is_a_site_is_taken(name: str, route: str) -> None:
     assert [s.route for s in outcome.sites] == [route]
 
 
+MOVED: dict[str, tuple[int, Fn]] = {
+    "rows moved": (1, lambda h, r, g: F.silu(h.transpose(0, 1)) * g + r.transpose(0, 1)),
+    "rows moved, another view": (1, lambda h, r, g: F.silu(h.view(10, 16).view(2, 5, 16).transpose(0, 1)) + r.transpose(0, 1)),
+    "moved twice": (1, lambda h, r, g: F.silu(h.transpose(0, 1)).transpose(0, 1) + r),
+    "moved after": (1, lambda h, r, g: F.silu(h).transpose(0, 1) + r.transpose(0, 1)),
+    "seen in two orders": (0, lambda h, r, g: F.silu(h)[:, :2] + h.transpose(0, 1)[:2, :2].transpose(0, 1)),
+    "columns moved": (0, lambda h, r, g: F.silu(h.mT) + r.mT),
+    "inside a call": (1, lambda h, r, g: r + g * F.silu(F.multi_head_attention_forward(
+        h, h, h, 16, 2, torch.ones(48, 16) * g[None] / 9, g.repeat(3), None, None, False, 0.0, torch.eye(16) * g, g, need_weights=False)[0])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_rows_in_another_order(name: str, route: str) -> None:
+    sites, after = MOVED[name]
+
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        return after(F.linear(x, w, b), r, g)
+
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert len([s for s in outcome.sites if s.matched]) == sites, outcome.sites
+
+
+class Bloom(torch.autograd.Function):
+    """As transformers has it: forward and backward by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return bloom(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        t = torch.tanh(0.79788456 * h * (1 + 0.044715 * h * h))
+        return (0.5 * h * ((1 - t * t) * (0.79788456 + 0.1070322243 * h * h)) + 0.5 * (1 + t)) * grad
+
+
+class Straight(torch.autograd.Function):
+    """A gradient that is not the derivative: quantisation's."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return torch.tanh(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Squared(torch.autograd.Function):
+    """A backward that is not linear in what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return torch.sigmoid(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        s = torch.sigmoid(h)
+        return grad * grad * s * (1 - s)
+
+
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize("function, matched", [(Bloom, True), (Straight, False), (Squared, False)])
+def test_an_autograd_function_whose_backward_is_the_derivative(function: Any, matched: bool, route: str) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return r + function.apply(F.linear(x, w, b))
+
+    outcome = check(program, *given()[:4], grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [(s.matched, s.route) for s in outcome.sites] == [(matched, route if matched else None)], outcome.sites
+    assert matched or "not the derivative" in outcome.reasons
+
+
 def test_an_activation_after_a_residual_is_no_site() -> None:
     _, after = PARTS["activation after a residual"]
     assert found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given()) == []

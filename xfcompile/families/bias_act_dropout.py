@@ -63,9 +63,27 @@ class BiasActDropoutCandidate(Candidate):
 
 def _at_node(reading: Reading, site: BiasActDropoutSite, node: fx.Node) -> BiasActDropoutCandidate:
     emitter = Emitter(reading, node, {})
+    site = _readable(emitter, site)
     for value in _read(emitter, site, "epilogue" if site.product is not None else "triton"):
         underlying(emitter, value)
     return BiasActDropoutCandidate(site=site, node=node, operands=(), drawn=site.drawn)
+
+
+def _readable(emitter: Emitter, site: BiasActDropoutSite) -> BiasActDropoutSite:
+    """The site, or where no node has what its product is made from (that of a larger call), one of its result."""
+    if site.product is None:
+        return site
+    try:
+        for value in (site.product.x, site.product.weight, *(() if site.bias is None else (site.bias,))):
+            underlying(emitter, value)
+    except Miss:
+        views = [site.interior[0]]
+        views += [v for v in site.interior if v.op == "reshape" and v["self"] in views]
+        for x in reversed(views):
+            if emitter.holder(x) is not None:
+                return replace(site, product=None, x=x, bias=None, interior=pattern.after(x, site.interior))
+        raise
+    return site
 
 
 def _read(emitter: Emitter, site: BiasActDropoutSite, route: str) -> tuple[Value, ...]:
@@ -82,9 +100,9 @@ def _read(emitter: Emitter, site: BiasActDropoutSite, route: str) -> tuple[Value
 
 def _source(emitter: Emitter, site: BiasActDropoutSite) -> Value | None:
     """x without its bias, where the program has that, and still has it at the emitter's place."""
-    start = site.interior[0]
     if site.product is None:
         return site.x
+    start = site.interior[0]
     alone = start.op != "add" and (start.op != "linear" or start["bias"] is None)
     return start if alone and emitter.holder(start) is not None else None
 
@@ -184,7 +202,7 @@ def _replace(emitter: Emitter, candidate: BiasActDropoutCandidate) -> fx.Node:
         made = emitter.call(torch.ops.xfcompile.linear_act_dropout.default, x, weight, *call, save)
         new = emitter.call(operator.getitem, made, 0)
     else:
-        x = _shaped(emitter, _x(emitter, site), site.interior[0].shape, site)
+        x = _shaped(emitter, _x(emitter, site), (site.x or site.interior[0]).shape, site)
         new = emitter.call(torch.ops.xfcompile.bias_act_dropout.default, x, *call)
     return with_layout(emitter, candidate.node, new)
 
