@@ -86,8 +86,9 @@ def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
 
 
 def _users(users: Users, value: Value) -> set[Value]:
-    """The users of a value, without the masks that `native_dropout` gives beside its result."""
-    return {v for v in users.get(value, ()) if v.op != "native_dropout"}
+    """The users of a value, without the masks that `native_dropout` gives beside its result, and without views of which
+    nothing is made."""
+    return {v for v in users.get(value, ()) if v.op != "native_dropout" and (v.op != "reshape" or users.get(v))}
 
 
 def _worthwhile(formula: sympy.Expr) -> bool:
@@ -375,10 +376,9 @@ def _reshape(r: Reader, v: Value) -> sympy.Expr:
 def _permute(r: Reader, v: Value) -> sympy.Expr:
     if v["dims"][-1] != v.ndim - 1 or r.found[v["self"]] != X or r.moved is not None:
         raise Miss("moved in the middle of what is done to its elements", v)
-    views = {
-        u for u in r.users.get(r.start, ()) if u.op == "reshape" and not r.users.get(u)
-    }  # of which nothing is made
-    if set(r.users.get(r.start, ())) - views not in ({v}, {v["self"]}):
+    # Else what is computed of the projection in its own order would be taken for the same.
+    inner = v["self"]
+    if _users(r.users, r.start) != ({v} if inner is r.start else {inner}) or _users(r.users, inner) != {v}:
         raise Miss("seen in two orders", v)
     r.moved = v
     return X
@@ -386,8 +386,8 @@ def _permute(r: Reader, v: Value) -> sympy.Expr:
 
 def _custom_gradient(r: Reader, v: Value) -> sympy.Expr:
     """An autograd function whose backward is the derivative of its forward, as far as numbers can tell."""
-    (x,) = v["args"] if len(v["args"]) == 1 else (None,)
-    if r.found.get(x) != X:
+    x = v["args"][0]
+    if len(v["args"]) != 1 or r.found.get(x) != X:
         raise Miss("an autograd function of more than a projection", v)
     upstream = sympy.Symbol("upstream", real=True)
     forward = _inside(r, v["forward"], {x: X})
@@ -410,7 +410,7 @@ def _inside(r: Reader, value: Value, known: dict[Value, sympy.Expr]) -> sympy.Ex
     """A value as a formula of others, in the body of a function."""
     inner = Reader(r.start, {}, None)
     inner.found = dict(known)
-    todo, needed = [value], set()
+    todo, needed = [value], set[Value]()
     while todo:
         v = todo.pop()
         if v in known or v in needed or v.op == "full":

@@ -352,6 +352,17 @@ def test_rows_in_another_order(name: str, route: str) -> None:
     assert len([s for s in outcome.sites if s.matched]) == sites, outcome.sites
 
 
+@pytest.mark.parametrize("rows", [(9,), (3, 3)])
+def test_rows_seen_in_two_orders_of_equal_sizes_are_not_confused(rows: tuple[int, ...]) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        h = F.linear(x, w, b).view(3, 3, 16)
+        return F.silu(h.transpose(0, 1)) + h
+
+    x, w, b = tensors((*rows, 8), (16, 8), (16,))
+    assert found(program, x, w, b) == []
+    check(program, x, w, b, routes={FAMILY: "triton"}, family=FAMILY)
+
+
 class Bloom(torch.autograd.Function):
     """As transformers has it: forward and backward by hand."""
 
