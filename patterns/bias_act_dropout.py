@@ -14,7 +14,6 @@ from xfcompile.activation import KEEP, X
 from xfcompile.contraction import contraction
 from xfcompile.elementwise import literal, rounded
 from xfcompile.evaluate import Evaluator
-from xfcompile.kernels.philox import fine_enough
 from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value, depends
 
@@ -429,8 +428,6 @@ def _dropout(r: Reader, v: Value) -> sympy.Expr:
     if isinstance(p, (Value, sympy.Basic)) and not getattr(p, "is_number", False):
         raise Near("a dropout whose probability is not known at compile time", v)
     p = float(p)
-    if not fine_enough(p):
-        raise Near(f"a dropout of {p:g}, which takes more than the 16 bits that our numbers have", v)
     inner = r.operand(v["self"], v)
     if KEEP in inner.free_symbols:
         raise Miss("dropped out twice", v)

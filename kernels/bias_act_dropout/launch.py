@@ -47,8 +47,8 @@ class Share:
 # Backward: half of it a step, as sums over rows stand in registers too.
 POINTWISE = {"forward": Share(4096, 1024, 4), "backward": Share(2048, 256, 4)}
 
-PARTS = 512
-"""Programs among which the rows of a backward are shared, at most: each gives one row of what is then summed up."""
+PROGRAMS = 2048
+"""Of a backward, about: more would only leave more sums to be added up, each of its own rows."""
 
 # Not measured yet either. By bytes of an element.
 PRODUCT = {2: Tile(128, 128, 8, 64, 3), 4: Tile(64, 64, 4, 32, 3)}
@@ -200,7 +200,7 @@ def backward(
     n = dout.shape[-1]
     tile = pointwise(n, "backward")
     count = -(-rows.count // tile.block_m)
-    steps = max(1, -(-count // PARTS))
+    steps = max(1, count * -(-n // tile.block_n) // PROGRAMS)
     steps = 1 << (steps - 1).bit_length()  # few kernels
     parts = -(-count // steps)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from xfcompile import activation
 from xfcompile.activation import FUNCTIONS, KEEP, X, tensor, vector
 from xfcompile.kernels import philox
-from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, reference, saves, text_of
+from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, linear_act_dropout, reference, saves, text_of
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.launch import rows_of
 
@@ -360,3 +360,12 @@ def test_the_reference_is_the_formula() -> None:
     keep = philox.linear_keep(at.seed, 0.3, at.x.shape, 3) / 0.7
     assert at.bias is not None
     torch.testing.assert_close(out, at.tensors[0] + at.vectors[0] * keep * torch.nn.functional.gelu(at.x + at.bias))
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("name", ["many rows", "everything", "features of several tiles", "transposed, 2 leading"])
+@pytest.mark.parametrize("product", [False, True], ids=["pointwise", "epilogue"])
+def test_few_programs_share_the_rows_of_a_backward(name: str, product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each then takes several steps, the last of them past the end."""
+    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    check(CASES[name], product)

@@ -258,8 +258,6 @@ NEAR_MISSES: dict[str, tuple[str, Fn]] = {
     "dropout1d": ("whole channels", lambda h, r, g: F.dropout1d(h, 0.25)),
     "dropout2d": ("whole channels", lambda h, r, g: F.dropout2d(h[None], 0.25)),
     "used elsewhere": ("used elsewhere", lambda h, r, g: F.gelu(h) + h.sum()),
-    "a small probability": ("16 bits", lambda h, r, g: F.dropout(h, 1e-4)),
-    "a great probability": ("16 bits", lambda h, r, g: F.dropout(h, 0.9999)),
 }  # fmt: skip
 
 
@@ -708,6 +706,18 @@ def test_fp64_is_left() -> None:
     )
     assert [s.route for s in outcome.sites] == ["inductor"]
     assert "float64" in str(outcome.sites[0].reason)
+
+
+@pytest.mark.parametrize("p", [1e-4, 0.9999])
+def test_a_probability_that_is_finer_than_our_numbers_is_left(p: float) -> None:
+    outcome = Outcome()
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, w, b), p)
+
+    torch.compile(program, backend=rewriting(outcome, {FAMILY: "triton"}, family=FAMILY))(*given()[:3])
+    assert [(s.matched, s.route) for s in outcome.sites] == [(True, "inductor")]
+    assert "16 bits" in str(outcome.sites[0].reason)
 
 
 def test_eagers_own_numbers_are_asked_for() -> None:

@@ -15,6 +15,7 @@ from torch import fx
 from xfcompile.activation import KEEP, X
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Words
+from xfcompile.kernels.philox import fine_enough
 from xfcompile.layout import with_layout
 from xfcompile.patterns import bias_act_dropout as pattern
 from xfcompile.read import Reading
@@ -144,6 +145,8 @@ def _why_not(site: BiasActDropoutSite, wanted: str | None) -> str | None:
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"
     if site.dropout and torch._inductor.config.fallback_random:
         return "eager's own random numbers are asked for (fallback_random)"
+    if not fine_enough(site.dropout):
+        return f"a dropout of {site.dropout:g} takes more than the 16 bits that our random numbers have"
     if wanted == "epilogue" and site.product is None:
         return "no linear makes what is activated"
     try:
