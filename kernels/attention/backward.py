@@ -596,7 +596,8 @@ class _Writer:
             if listed is None:
                 return f"for start in tl.range({start}, {end}, BLOCK_N):\n{body}"
             head = f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):"
-            return "\n".join([head, f"    start = {template.listed_at('n', listed)}", body])
+            place = f"(tl.load(key_list + {listed}) * PARTS_N + n % PARTS_N) * BLOCK_N"
+            return "\n".join([head, f"    start = {place}", body])
 
         bounded = self._between(loop, over="keys")
         if not self.listed:
@@ -607,9 +608,9 @@ class _Writer:
             "    tiles = (lk + BLOCK_N * PARTS_N - 1) // (BLOCK_N * PARTS_N)",
             "    rows = (lq + BLOCK_M * PARTS_M - 1) // (BLOCK_M * PARTS_M)",
             "    place = (b * list_b + h * list_h) * rows + block // PARTS_M",
-            "    list_ptr += tl.cast(place, tl.int64) * (tiles + 3)",
-            "    wholes = tl.load(list_ptr + 1)",
-            "    masked = tl.load(list_ptr + 2)",
+            "    key_list = list_ptr + tl.cast(place, tl.int64) * (tiles + 3)",  # the list is walked twice
+            "    wholes = tl.load(key_list + 1)",
+            "    masked = tl.load(key_list + 2)",
             _indented(loop("0", "wholes", masked=False, edge=False, listed=front).splitlines()),
             _indented(loop("0", "masked", masked=True, edge="EDGE_N", listed=back).splitlines()),
             "else:",
