@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -19,13 +19,24 @@ from xfcompile.values import Value
 
 
 class Emitter:
-    """Inserts nodes before `anchor`. Tensors made once may be used again by later emitters through `shared`."""
+    """Inserts nodes before `anchor`.
 
-    def __init__(self, reading: Reading, anchor: fx.Node, shared: dict[Any, fx.Node]) -> None:
+    shared: tensors made once, for emitters of the same family at later nodes. instead: the nodes that stand for those
+    that were replaced.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        anchor: fx.Node,
+        shared: dict[Any, fx.Node],
+        instead: Mapping[fx.Node, fx.Node] | None = None,
+    ) -> None:
         self.reading = reading
         self.anchor = anchor
         self.graph = anchor.graph
         self.shared = shared
+        self.instead = instead or {}
         self.scope = reading.scope[anchor]
 
     def call(self, fn: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> fx.Node:
@@ -82,7 +93,7 @@ class Emitter:
             if isinstance(value, Value) and self.reading.time[node] < self.reading.time[self.anchor]:
                 for k, n in enumerate(value.shape):
                     if n == expr:
-                        return self.call("size", self.shared.get(("instead of", node), node), k)
+                        return self.call("size", self.instead.get(node, node), k)
         raise Miss(f"no node holds the size {expr}")
 
     def number(self, expr: sympy.Expr) -> Any:
@@ -107,8 +118,16 @@ class Emitter:
     # -- operands -------------------------------------------------------------------------------------------
 
     def holder(self, value: Value) -> fx.Node | None:
+        """The node that holds a value here, if there is one."""
         node = self.reading.holder(value, self.reading.time[self.anchor])
-        return self.shared.get(("instead of", node), node)
+        return None if node is None else self.instead.get(node, node)
+
+    def held(self, value: Value) -> fx.Node:
+        """The node that holds an operand here; `Miss` if its memory holds something else by now."""
+        node = self.holder(value)
+        if node is None:
+            raise Miss("an operand is changed before the result is computed", value)
+        return node
 
     def choose(self, readings: tuple[Placed, ...]) -> Placed:
         """The deepest reading of an operand that a node still holds here."""

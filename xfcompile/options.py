@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_origin
 
-ROUTES: Mapping[str, tuple[str, ...]] = {"attention": ("triton", "sdpa", "inductor")}
-"""The families that are recognised, and the ways in which each can be run."""
+from xfcompile import families
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Options:
     strict: raise our own errors, instead of leaving what they concern to Inductor with a warning.
     """
 
-    patterns: frozenset[str] = frozenset(ROUTES)
+    patterns: frozenset[str] = field(default_factory=lambda: frozenset(families.routes()))
     routes: Mapping[str, str] = field(default_factory=dict, hash=False)
     strict: bool = False
 
@@ -72,7 +71,7 @@ def _families(patterns: object) -> frozenset[str]:
         raise ValueError(f"option 'patterns' must be a list of families such as ['attention'], not {patterns!r}")
     names = list(patterns)
     for name in names:
-        if not isinstance(name, str) or name not in ROUTES:
+        if not isinstance(name, str) or name not in families.routes():
             raise ValueError(_no_family("patterns", name))
     return frozenset(names)
 
@@ -80,19 +79,21 @@ def _families(patterns: object) -> frozenset[str]:
 def _routes(routes: object) -> dict[str, str]:
     if not isinstance(routes, Mapping):
         raise ValueError(f"option 'routes' must be a dict such as {{'attention': 'sdpa'}}, not {routes!r}")
+    known = families.routes()
     for family, route in routes.items():
-        if family not in ROUTES:
+        if family not in known:
             raise ValueError(_no_family("routes", family))
-        if route not in ROUTES[family]:
+        if route not in known[family]:
             raise ValueError(
-                f"option 'routes': {family} has no route {route!r}{_nearest(route, ROUTES[family])}; "
-                f"its routes are {_listed(ROUTES[family])}"
+                f"option 'routes': {family} has no route {route!r}{_nearest(route, known[family])}; "
+                f"its routes are {_listed(known[family])}"
             )
     return dict(routes)
 
 
 def _no_family(option: str, name: object) -> str:
-    return f"option {option!r}: unknown family {name!r}{_nearest(name, ROUTES)}; the families are {_listed(ROUTES)}"
+    known = families.routes()
+    return f"option {option!r}: unknown family {name!r}{_nearest(name, known)}; the families are {_listed(known)}"
 
 
 def _mode(mode: str | None) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from xfcompile.family import Candidate, Route
 from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
 from xfcompile.score import B, H, J, Load, S
-from xfcompile.site import AttentionSite
+from xfcompile.site import AttentionSite, Placed
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -34,14 +35,6 @@ UNKNOWN = "a head dimension is not known at compile time"
 
 
 @dataclass(frozen=True)
-class Route:
-    """What runs a site, and why it was chosen (None: it is the usual choice)."""
-
-    name: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
 class Told:
     """What SDPA can be told of a site: coefficient * s + rest, masked by `keep`."""
 
@@ -54,6 +47,22 @@ class Told:
     def plain(self) -> bool:
         """No mask tensor at all."""
         return self.rest == 0 and self.keep == sympy.true
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCandidate(Candidate):
+    """An attention at a node, with the readings of its operands that were chosen there, and the score of these.
+
+    words: what SDPA is told of it, where that is its route. training: whether its result needs a gradient.
+    """
+
+    site: AttentionSite
+    q: Placed
+    k: Placed
+    v: Placed
+    score: sympy.Expr
+    words: Told | None = None
+    training: bool = False
 
 
 def told(site: AttentionSite, score: sympy.Expr) -> Told | str:

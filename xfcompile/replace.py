@@ -1,9 +1,9 @@
-"""Writes the fused call of a planned site: SDPA told what was recovered, or our Triton kernel."""
+"""Writes the fused call of a planned attention: SDPA told what was recovered, or our Triton kernel."""
 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
@@ -12,21 +12,18 @@ from torch import fx
 
 from xfcompile.diagonal import vector
 from xfcompile.emit import Emitter
+from xfcompile.layout import layout_matters, stride_key, with_layout
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
-from xfcompile.plan import FEW_QUERIES, Told, operand_dtype, swallows
+from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
-
-if TYPE_CHECKING:
-    from xfcompile.rewrite import Candidate
-
 
 MANY = 4096
 """How many queries there are taken to be where that is not known."""
 
 
-def replace_attention(emitter: Emitter, candidate: Candidate) -> fx.Node:
+def replace_attention(emitter: Emitter, candidate: AttentionCandidate) -> fx.Node:
     """Emit the call that the candidate's route asks for; the node that stands for its root."""
     site = candidate.site
     dtype = operand_dtype(site, candidate.q.value.dtype, candidate.k.value.dtype, candidate.v.value.dtype)
@@ -36,10 +33,10 @@ def replace_attention(emitter: Emitter, candidate: Candidate) -> fx.Node:
         assert candidate.words is not None
         out = _sdpa(emitter, candidate, candidate.words, dtype)
     restored = emitter.restore(out, site, dtype)
-    return _with_layout(emitter, candidate.node, restored)
+    return with_layout(emitter, candidate.node, restored)
 
 
-def _operands(emitter: Emitter, candidate: Candidate, dtype: torch.dtype, grouped: bool) -> list[fx.Node]:
+def _operands(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype, grouped: bool) -> list[fx.Node]:
     site = candidate.site
     placed = ((candidate.q, I), (candidate.k, J), (candidate.v, J))
     nodes = []
@@ -76,7 +73,7 @@ def _aligned(emitter: Emitter, x: fx.Node) -> fx.Node:
     return emitter.call("clone", x, memory_format=torch.contiguous_format)
 
 
-def _heads(candidate: Candidate) -> tuple[Any, Any]:
+def _heads(candidate: AttentionCandidate) -> tuple[Any, Any]:
     """How many query heads share one head of k, and one of v."""
     site = candidate.site
     if len(site.lead) < 2:
@@ -87,7 +84,7 @@ def _heads(candidate: Candidate) -> tuple[Any, Any]:
     )
 
 
-def _sdpa(emitter: Emitter, candidate: Candidate, words: Told, dtype: torch.dtype) -> fx.Node:
+def _sdpa(emitter: Emitter, candidate: AttentionCandidate, words: Told, dtype: torch.dtype) -> fx.Node:
     site = candidate.site
     group_k, group_v = _heads(candidate)
     # Kernels that read grouped heads themselves take no mask tensor; with one, k and v are expanded.
@@ -173,7 +170,7 @@ def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
     return loads or any(x <= -FAR for x in rest.atoms(sympy.Number))
 
 
-def _coarse(candidate: Candidate, words: Told, dtype: torch.dtype) -> float:
+def _coarse(candidate: AttentionCandidate, words: Told, dtype: torch.dtype) -> float:
     """From where on SDPA may leave of scores beside their bias what eager does: on CPUs it adds both in fp32."""
     site, limit = candidate.site, COARSE / torch.finfo(dtype).eps
     if dtype not in (torch.float32, torch.float64) or site.root.meta.device.type != "cpu" or candidate.training:
@@ -242,7 +239,7 @@ def _dead_rows(emitter: Emitter, site: AttentionSite, dead: fx.Node, v: fx.Node,
     return emitter.call(torch.where, dead, mean, out)
 
 
-def _triton(emitter: Emitter, candidate: Candidate, dtype: torch.dtype) -> fx.Node:
+def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype) -> fx.Node:
     from xfcompile.kernels.attention import prepare
 
     site = candidate.site
@@ -291,7 +288,7 @@ def _tiles(
     return emitter.shared[name], block_m, block_n
 
 
-def score_spec(emitter: Emitter, candidate: Candidate) -> tuple[ScoreSpec, list[fx.Node], list[Any]]:
+def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSpec, list[fx.Node], list[Any]]:
     """The site as its kernel needs it, with the nodes of its operands and the sizes that its scalars are."""
     site = candidate.site
     full = site.full
@@ -385,35 +382,10 @@ def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load])
     return emitter.shared[key]
 
 
-# -- memory layout ------------------------------------------------------------------------------------------------
-
-_LAYOUT_BLIND_VIEWS = frozenset(
-    "transpose permute unsqueeze squeeze select getitem chunk split unbind expand t mT".split()
-)
-_LAYOUT_SENSITIVE = frozenset(
-    "view view_as as_strided stride is_contiguous data_ptr storage_offset untyped_storage output set_ resize_ unfold "
-    "view_as_complex view_as_real".split()
-)
-
-
-def _with_layout(emitter: Emitter, root: fx.Node, new: fx.Node) -> fx.Node:
-    """Give the result the strides of the replaced node where a user could tell the difference."""
-    if not _layout_matters(root, set()):
-        return new
-    example = root.meta.get("example_value", root.meta.get("val"))
-    if not isinstance(example, torch.Tensor):
-        return emitter.call("contiguous", new)
-    order = sorted(range(example.dim()), key=lambda d: _stride_key(example, d), reverse=True)
-    if order == list(range(example.dim())):
-        return emitter.call("contiguous", new)
-    dense = emitter.call("contiguous", emitter.call("permute", new, *order))
-    return emitter.call("permute", dense, *(order.index(d) for d in range(example.dim())))
-
-
-def _heads_first(candidate: Candidate) -> bool:
+def _heads_first(candidate: AttentionCandidate) -> bool:
     """Whether a user could tell the layout of the result, and each head's rows are neighbours in it."""
     site, root = candidate.site, candidate.node
-    if len(site.lead) < 2 or not _layout_matters(root, set()):
+    if len(site.lead) < 2 or not layout_matters(root):
         return False
     where = {a: d for d, run in enumerate(site.layout) for a in run}
     example = root.meta.get("example_value", root.meta.get("val"))
@@ -422,27 +394,4 @@ def _heads_first(candidate: Candidate) -> bool:
         return run.index(site.lead[-1]) < run.index(I)
     if not isinstance(example, torch.Tensor):
         return where[H] < where[I]
-    return _stride_key(example, where[H]) > _stride_key(example, where[I])
-
-
-def _stride_key(x: torch.Tensor, d: int) -> Any:
-    stride = x.stride(d)
-    hint = stride.node.hint if isinstance(stride, torch.SymInt) else stride
-    return (hint if hint is not None else 0, -d)
-
-
-def _layout_matters(node: fx.Node, seen: set[fx.Node]) -> bool:
-    for user in node.users:
-        if user in seen:
-            continue
-        seen.add(user)
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", str(user.target))
-        name = name.split(".")[0]
-        if user.op == "output" or name in _LAYOUT_SENSITIVE:
-            return True
-        if any(isinstance(a, fx.Node) and a.op == "get_attr" for a in user.all_input_nodes):
-            return True
-        follows = name in _LAYOUT_BLIND_VIEWS or (name.endswith("_") and not name.endswith("__"))
-        if follows and _layout_matters(user, seen):
-            return True
-    return False
+    return stride_key(example, where[H]) > stride_key(example, where[I])

@@ -24,7 +24,7 @@ LONGEST = 240
 class SiteReport:
     """One candidate.
 
-    family: "attention". route: what runs it ("triton", "sdpa", "inductor"), None where it is not matched.
+    family: its name, "attention". route: what runs it ("triton", "sdpa", "inductor"), None where it is not matched.
     reason: why it is not matched, or why this route. source: the user's line, "file.py:123".
     expression: what was read, in sympy's notation. mask: what its mask was recognised as ("causal", "key padding").
     module: the module that it stands in, "layers.3.attention". tiles: what was proved of the mask, the bounds of the

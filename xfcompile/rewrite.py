@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import sympy
-import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from xfcompile import families
 from xfcompile.emit import Emitter
+from xfcompile.family import Candidate, Family, Route, Setting, Site, needs_grad
 from xfcompile.liveness import erase_orphans, live_nodes
 from xfcompile.options import Options
-from xfcompile.patterns import attention
-from xfcompile.plan import UNKNOWN, Route, Told, choose
 from xfcompile.read import Reading
-from xfcompile.replace import replace_attention
 from xfcompile.report import Report, SiteReport
-from xfcompile.score import S
-from xfcompile.site import AttentionSite, Miss, Placed
-from xfcompile.sparsity import describe
-from xfcompile.trace import Constant, Ref
+from xfcompile.search import Search
+from xfcompile.site import Miss
+from xfcompile.unfold import unfold
 from xfcompile.values import Value
 
 log = logging.getLogger(__name__)
@@ -44,22 +38,14 @@ _CHECKPOINTS = frozenset({"tag_activation_checkpoint", "wrap_activation_checkpoi
 
 
 @dataclass
-class Candidate:
-    """A site at one node of the graph."""
+class Changes:
+    """What has been done to a graph so far: the candidates replaced, the nodes put in place of theirs, all nodes added,
+    and the values that are no part of any other family's site any more, each with the family that it belongs to."""
 
-    site: AttentionSite
-    node: fx.Node
-    q: Placed
-    k: Placed
-    v: Placed
-    score: sympy.Expr
-    route: Route = field(default_factory=lambda: Route("inductor"))
-    words: Told | None = None
-    training: bool = False
-
-
-Known = dict[Reading, tuple[list[AttentionSite], list[tuple[Value, Miss]]]]
-"""What has been found in each reading so far."""
+    done: list[Candidate] = field(default_factory=list)
+    instead: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    inserted: list[fx.Node] = field(default_factory=list)
+    taken: dict[Value, Family[Any, Any]] = field(default_factory=dict)
 
 
 def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> None:
@@ -67,233 +53,166 @@ def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Op
 
     example_inputs: the graph's inputs, fake or real, for placeholders without metadata of their own.
     """
-    if attention.FAMILY not in options.patterns:
+    wanted = [family for family in families.FAMILIES if family.name in options.patterns]
+    if not wanted:
         return
-    reading = Reading(gm, example_inputs)
-    known: Known = {}
-    if _unfold(reading, known):
-        reading, known = Reading(gm, example_inputs, programs=reading.programs), {}
-    _rewrite(reading, known, options, report)
+    reading, search = Reading(gm, example_inputs), Search(wanted)
+    if unfold(reading, search):
+        reading, search = Reading(gm, example_inputs, programs=reading.programs), Search(wanted)
+    _rewrite(reading, search, options, report)
 
 
-def _rewrite(reading: Reading, known: Known, options: Options, report: Report, *, recomputed: bool = False) -> None:
+def _rewrite(reading: Reading, search: Search, options: Options, report: Report, *, recomputed: bool = False) -> None:
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
         if name in _TRANSPARENT:
-            _rewrite(child, known, options, report, recomputed=recomputed or name in _CHECKPOINTS)
+            _rewrite(child, search, options, report, recomputed=recomputed or name in _CHECKPOINTS)
         else:
-            _decline_all(child, report, f"inside of {name}, whose body is not ours to change")
-    candidates, misses = _candidates(reading, known)
-    live = live_nodes(reading)
-    for anchor, miss in misses:
-        if reading.steps[anchor] in live:
-            report.add(_missed(reading, anchor, miss.reason))
-    candidates = [c for c in candidates if c.node in live]
-    for candidate in candidates:
-        _plan(reading, candidate, options)
-        if (
-            recomputed
-            and candidate.route.name == "sdpa"
-            and candidate.words
-            and not _needs_grad(candidate.node, reading)
-        ):
-            # torch refuses to compile it: SDPA counts as random, which no forward without a backward may recompute.
-            candidate.route = Route("inductor", "SDPA can't be checkpointed where nothing needs a gradient")
-    _keep_shared(reading, candidates)
-    shared: dict[Any, fx.Node] = {}
-    inserted: list[fx.Node] = []
-    replaced: set[fx.Node] = set()
-    for candidate in candidates:
-        if candidate.route.name != "inductor":
-            _replace(reading, candidate, shared, inserted, replaced, options, report)
-        report.add(_matched(candidate))
-    if replaced:
-        needed = {n for new in inserted for n in new.all_input_nodes}
-        done = [c for c in candidates if c.node in replaced]
-        after = live_nodes(reading, without=replaced, needed=needed, dispensable=_dropouts(reading, done))
-        erase_orphans(live, after, reading.gm.graph)
+            _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change")
+    before, changes = live_nodes(reading), Changes()
+    for family in search.families:
+        candidates, misses = _candidates(reading, search, family)
+        live = _live(reading, changes)
+        for anchor, miss in misses:
+            if reading.steps[anchor] in live:
+                report.add(_missed(family, reading.steps[anchor], miss.reason))
+        # In the order of the graph, for what is made once stands before the first that needs it.
+        candidates = sorted((c for c in candidates if c.node in live), key=lambda c: reading.time[c.node])
+        candidates = [_planned(reading, family, c, options, recomputed) for c in candidates]
+        candidates = _apart(family, candidates, changes)
+        candidates = _keep_shared(reading, family, candidates, changes)
+        shared: dict[Any, fx.Node] = {}
+        for candidate in candidates:
+            if candidate.route.replaces and candidate.node in changes.instead:
+                candidate = _left(candidate, "another site with the same result is replaced")
+            if candidate.route.replaces:
+                candidate = _replaced(reading, family, candidate, shared, changes, options, report)
+            report.add(_matched(family, candidate))
+        for candidate in changes.done:
+            for value in (candidate.site.root, *candidate.site.interior):
+                changes.taken.setdefault(value, family)
+    if changes.done:
+        erase_orphans(before, _live(reading, changes), reading.gm.graph)
         reading.gm.graph.lint()
         reading.gm.recompile()
 
 
-def _candidates(reading: Reading, known: Known) -> tuple[list[Candidate], list[tuple[Value, Miss]]]:
-    """Every site at every node that computes it, and every anchor around which there is none."""
-    sites, unmatched = _sites(reading, known)
-    misses = list(unmatched)
+def _candidates(
+    reading: Reading, search: Search, family: Family[Any, Any]
+) -> tuple[list[Candidate], list[tuple[Value, Miss]]]:
+    """Every site of a family at every node that computes it, and every anchor around which there is none."""
+    known = search.found(reading, family)
+    misses = list(known.misses)
     found: list[Candidate] = []
-    for site in sites:
+    for site in known.sites:
         try:
-            found += _at_nodes(reading, site)
+            found += [family.at_node(reading, site, node) for node in _makers(reading, family, site)]
         except Miss as miss:
             # Of what a single call computes (baddbmm), only the result is a step.
             misses.append((next(v for v in (*site.interior, site.root) if v in reading.steps), miss))
     return found, misses
 
 
-def _sites(reading: Reading, known: Known) -> tuple[list[AttentionSite], list[tuple[Value, Miss]]]:
-    """The attentions of a reading, and the anchors around which there is none; looked for once."""
-    if reading in known:
-        return known[reading]
-    values = list(reading.steps)
-    users: dict[Value, list[Value]] = {}
-    for value in values:
-        for source in dict.fromkeys(value.inputs()):
-            users.setdefault(source, []).append(value)
-    found: list[AttentionSite] = []
-    misses: list[tuple[Value, Miss]] = []
-    for anchor in attention.anchors(values):
-        try:
-            found += attention.match(anchor, users)
-        except Miss as miss:
-            log.debug("no attention at %s: %s", anchor, miss.reason)
-            misses.append((anchor, miss))
-    known[reading] = found, misses
-    return found, misses
-
-
-def _at_nodes(reading: Reading, site: AttentionSite) -> list[Candidate]:
-    """The site at each node that computes its root."""
-    found = []
-    makers = [n for n in reading.makers.get(site.root, ()) if not reading.effects[n].writes & reading.effects[n].reads]
+def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.Node]:
+    """The nodes that compute the root of a site, none of which has a part of it under other modes than the rest."""
+    makers = [n for n in reading.makers.get(site.root, ()) if reading.value(n) is site.root]
+    makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads]
     if not makers:
-        raise Miss("the product is written into a tensor that is there already", site.root)
-    for node in makers:
-        scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
-        if scopes - {reading.scope[node]}:
-            raise Miss("the attention crosses the border of an autocast or no_grad region", site.root)
-        emitter = Emitter(reading, node, {})
-        q, k, v = (emitter.choose(readings) for readings in (site.q, site.k, site.v))
-        factor = q.factor * k.factor
-        score = site.score.xreplace({S: factor * S}) if factor != 1 else site.score
-        if v.factor != 1:
-            raise Miss("the values carry a factor", site.root)
-        found.append(Candidate(site, node, q, k, v, score))
-    return found
+        raise Miss("the result is written into a tensor that is there already", site.root)
+    if any(_is_view(reading, node) for node in makers):
+        raise Miss("the result is a view of a tensor that is there already", site.root)
+    scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
+    if any(scopes - {reading.scope[node]} for node in makers):
+        raise Miss(f"the {family.title} crosses the border of an autocast or no_grad region", site.root)
+    return makers
 
 
-def _plan(reading: Reading, candidate: Candidate, options: Options) -> None:
-    site, node = candidate.site, candidate.node
-    training = _needs_grad(node, reading)
-    bias_grad = training and any(_needs_grad(h, reading) for v in site.loads if (h := _first(reading, v)) is not None)
-    candidate.training = training
-
-    def chosen() -> tuple[Route, Told | None]:
-        return choose(candidate.site, candidate.score, training=training, bias_grad=bias_grad, forced=options.routes)
-
-    candidate.route, candidate.words = chosen()
-    if candidate.route.reason == UNKNOWN and _specialise(candidate):
-        candidate.route, candidate.words = chosen()
-    unchanged = candidate.route.name == "sdpa" and site.call is not None and _says_it_already(site, candidate.words)
-    if unchanged:
-        candidate.route = Route("sdpa", "as it was: SDPA is told all there is to tell")
-        candidate.words = None
-    if reading.scope[node].chosen:
-        reason = "SDPA's backends are chosen here by sdpa_kernel(...)"
-        candidate.route = Route("inductor", reason) if site.call is None else Route("sdpa", f"as it was: {reason}")
-        candidate.words = None
-
-
-def _specialise(candidate: Candidate) -> bool:
-    """Holds the head dimensions to the numbers that they are: kernels are made for these, lengths stay symbols."""
-    site, example = candidate.site, candidate.node.meta.get("example_value")
-    sizes = example.shape if isinstance(example, torch.Tensor) else ()
-    symbols: list[Any] = [n for n in sizes if isinstance(n, torch.SymInt)]
-    if not symbols:
-        return False
-    try:
-        dims = [symbols[0].node.shape_env.evaluate_expr(sympy.sympify(n)) for n in (site.head_dim, site.value_dim)]
-    except GuardOnDataDependentSymNode:
-        return False
-    candidate.site = replace(site, head_dim=dims[0], value_dim=dims[1])
-    return True
-
-
-def _says_it_already(site: AttentionSite, words: Told | None) -> bool:
-    """Whether rewriting an SDPA call would tell SDPA nothing new."""
-    assert site.call is not None
-    if words is None:
-        return True
-    if words.plain:
-        return site.call["attn_mask"] is None
-    return True
-
-
-def _first(reading: Reading, value: Value) -> fx.Node | None:
-    holders = reading.holders.get(value)
-    return holders[0][0] if holders else None
-
-
-def _needs_grad(node: fx.Node, reading: Reading) -> bool:
-    """Whether a gradient may flow into the node's result."""
-    if reading.scope[node].grad is False or (reading.scope[node].grad is None and not torch.is_grad_enabled()):
-        return False
-    for key in ("example_value", "val"):
-        example = node.meta.get(key)
-        if isinstance(example, torch.Tensor):
-            return example.requires_grad or (
-                any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
-                and example.grad_fn is not None
-            )
-    return any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
-
-
-def _written_later(reading: Reading, node: fx.Node) -> bool:
+def _is_view(reading: Reading, node: fx.Node) -> bool:
+    """Whether a node's result lies in the memory of an older node's: a write to one of them changes the other."""
     memories = set(reading.memories([node]))
-    return any(reading.effects[n].writes & memories for n, time in reading.time.items() if time > reading.time[node])
+    older = (n for n, time in reading.time.items() if time < reading.time[node])
+    return not memories.isdisjoint(reading.memories(older))
 
 
-def _requires_grad(node: fx.Node) -> bool:
-    example = node.meta.get("example_value", node.meta.get("val"))
-    return isinstance(example, torch.Tensor) and example.requires_grad
+def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ()) -> set[fx.Node]:
+    """The nodes of the program that still matter, and those that will when the planned candidates are replaced too."""
+    planned = list(planned)
+    gone = [*changes.done, *planned]
+    # What stands for a replaced node lies where the reading saw that node: writes to it still count.
+    replaced = {new: old for old, new in changes.instead.items()}
+    needed = {replaced.get(n, n) for new in changes.inserted for n in new.all_input_nodes}
+    held = (reading.holder(v, reading.time[c.node]) for c in planned for v in c.operands)
+    needed |= {node for node in held if node is not None}
+    drawn = {reading.steps[v] for c in gone for v in c.drawn if v in reading.steps}
+    return live_nodes(reading, without={c.node for c in gone}, needed=needed, dispensable=drawn)
 
 
-def _keep_shared(reading: Reading, candidates: list[Candidate]) -> None:
-    """Leave a site to Inductor if something else needs its weights: they would be computed twice."""
+# -- the choice ---------------------------------------------------------------------------------------------------
+
+
+def _planned(
+    reading: Reading, family: Family[Any, Any], candidate: Candidate, options: Options, recomputed: bool
+) -> Candidate:
+    setting = Setting(needs_grad(candidate.node, reading), recomputed, options.routes)
+    return family.plan(reading, candidate, setting)
+
+
+def _apart(family: Family[Any, Any], candidates: list[Candidate], changes: Changes) -> list[Candidate]:
+    """Leave a site to Inductor if a part of it belongs to another family's that is replaced."""
+
+    def apart(candidate: Candidate) -> Candidate:
+        parts = (candidate.site.root, *candidate.site.interior)
+        other = next((changes.taken[v] for v in parts if v in changes.taken), None)
+        if other is None or not candidate.route.replaces:
+            return candidate
+        return _left(candidate, f"a part of it belongs to the {other.title} that is replaced")
+
+    return [apart(candidate) for candidate in candidates]
+
+
+def _keep_shared(
+    reading: Reading, family: Family[Any, Any], candidates: list[Candidate], changes: Changes
+) -> list[Candidate]:
+    """Leave a site to Inductor if something else needs what is costly of it, which would be computed twice."""
     while True:
-        taken = [c for c in candidates if c.route.name != "inductor"]
-        live = live_nodes(reading, without={c.node for c in taken}, dispensable=_dropouts(reading, taken))
-        shared = [
-            c
-            for c in taken
-            if c.site.call is None
-            and any(reading.steps[v] in live and reading.steps[v] is not c.node for v in _weights(c.site))
-        ]
-        if not shared:
-            return
-        for c in shared:
-            c.route = Route("inductor", "the attention weights are used elsewhere too")
+        live = _live(reading, changes, [c for c in candidates if c.route.replaces])
+
+        def kept(c: Candidate, live: set[fx.Node] = live) -> bool:
+            makers = {reading.steps[v] for v in c.costly if v in reading.steps} - {c.node}
+            return c.route.replaces and not live.isdisjoint(makers)
+
+        if not any(kept(c) for c in candidates):
+            return candidates
+        reason = f"{family.costly} are used elsewhere too"
+        candidates = [_left(c, reason) if kept(c) else c for c in candidates]
 
 
-def _dropouts(reading: Reading, candidates: list[Candidate]) -> set[fx.Node]:
-    """The nodes that drop weights out, which the fused calls do themselves."""
-    return {reading.steps[v] for c in candidates for v in c.site.interior if v.op == "dropout" and c.site.call is None}
+def _left(candidate: Candidate, reason: str) -> Candidate:
+    return replace(candidate, route=Route("inductor", reason))
 
 
-def _weights(site: AttentionSite) -> list[Value]:
-    return [v for v in site.interior if v.op == "softmax" or v.op == "exp"]
+# -- the replacement ----------------------------------------------------------------------------------------------
 
 
-def _replace(
+def _replaced(
     reading: Reading,
+    family: Family[Any, Any],
     candidate: Candidate,
     shared: dict[Any, fx.Node],
-    inserted: list[fx.Node],
-    replaced: set[fx.Node],
+    changes: Changes,
     options: Options,
     report: Report,
-) -> None:
-    if candidate.words is None and candidate.route.name == "sdpa":
-        return
+) -> Candidate:
+    """Replace a candidate; the candidate as it then is, left to Inductor with the reason where that failed."""
     graph, node = reading.gm.graph, candidate.node
     before = set(graph.nodes)
     known = dict(shared)
     try:
-        emitter = Emitter(reading, node, shared)
-        new = replace_attention(emitter, candidate)
-        if _needs_grad(node, reading) and _written_later(reading, node):
+        emitter = Emitter(reading, node, shared, changes.instead)
+        new = family.replace(emitter, candidate)
+        if needs_grad(node, reading) and _written_later(reading, node):
             new = emitter.call("clone", new)  # a fused call keeps its result for the backward, which a product does not
         node.replace_all_uses_with(new)
-        shared["instead of", node] = new
     except Exception as error:
         for made in reversed([n for n in graph.nodes if n not in before]):
             graph.erase_node(made)
@@ -302,126 +221,55 @@ def _replace(
         if not isinstance(error, Miss):
             if options.strict:
                 raise
-            report.fail(f"replacing attention at {_source(node) or node.name}", error)
-        candidate.route = Route("inductor", str(error))
-        return
-    inserted += [n for n in graph.nodes if n not in before]
-    replaced.add(node)
-    log.info("attention at %s: %s", _source(node), candidate.route.name)
+            report.fail(f"replacing {family.title} at {_source(node) or node.name}", error)
+        return _left(candidate, str(error))
+    changes.instead[node] = new
+    changes.inserted += [n for n in graph.nodes if n not in before]
+    changes.done.append(candidate)
+    log.info("%s at %s: %s", family.title, _source(node), candidate.route.name)
+    return candidate
 
 
-# -- nodes that hold a whole attention ----------------------------------------------------------------------------
-
-
-def _unfold(reading: Reading, known: Known) -> bool:
-    """Spell out nodes that hold an attention inside (`multi_head_attention_forward`) as their ATen calls."""
-    unfolded = False
-    for _, child in reading.children:
-        unfolded |= _unfold(child, known)
-    live = live_nodes(reading)
-    sites, _ = _sites(reading, known)
-    makers = {node for site in sites for node in reading.makers.get(site.root, ()) if node in live}
-    nodes = [n for n in reading.time if n in makers and not any(reading.value(n) is s.root for s in sites)]
-    for node in nodes:
-        unfolded |= _unfold_node(reading, node)
-    if nodes:
-        reading.gm.graph.lint()
-        reading.gm.recompile()
-    return unfolded
-
-
-def _unfold_node(reading: Reading, node: fx.Node) -> bool:
-    program = reading.program[node]
-    picks = [u for u in node.users if u.target is operator.getitem and isinstance(u.args[1], int)]
-    single = isinstance(program.result, Ref)
-    if not single and len(picks) != len(node.users):
-        return False
-    emitter = Emitter(reading, node, {})
-    inputs = [n for n, x in reading.tensor_arguments(node)]
-    if any(n is None for n in inputs):
-        return False
-    results: list[Any] = []
-
-    def operand(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return [operand(y) for y in x]
-        if isinstance(x, Ref):
-            return inputs[x.index] if x.item is None else results[x.index][x.item]
-        if isinstance(x, Constant):
-            return emitter.call(torch.full, list(x.meta.shape), x.value, dtype=x.meta.dtype, device=x.meta.device)
-        return emitter.size(x) if isinstance(x, sympy.Basic) else x
-
-    for call in program.calls:
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        for parameter in call.op._schema.arguments:
-            value = operand(call.args[parameter.name])
-            if parameter.kwarg_only:
-                kwargs[parameter.name] = value
-            else:
-                args.append(value)
-        made = emitter.call(call.op, *args, **kwargs)
-        many = len(call.outputs) > 1 or call.op._schema.returns[0].type.kind() == "ListType"
-        results.append([emitter.call(operator.getitem, made, k) for k in range(len(call.outputs))] if many else [made])
-    if single:
-        node.replace_all_uses_with(operand(program.result))
-    else:
-        for pick in picks:
-            chosen = program.result[pick.args[1]]
-            if chosen is None:
-                continue
-            pick.replace_all_uses_with(operand(chosen))
-            reading.gm.graph.erase_node(pick)
-    if not node.users:
-        reading.gm.graph.erase_node(node)
-    return True
+def _written_later(reading: Reading, node: fx.Node) -> bool:
+    memories = set(reading.memories([node]))
+    return any(reading.effects[n].writes & memories for n, time in reading.time.items() if time > reading.time[node])
 
 
 # -- the report ---------------------------------------------------------------------------------------------------
 
 
-def _decline_all(reading: Reading, report: Report, reason: str) -> None:
+def _decline_all(reading: Reading, search: Search, report: Report, reason: str) -> None:
     for _, child in reading.children:
-        _decline_all(child, report, reason)
-    for anchor in attention.anchors(list(reading.steps)):
-        report.add(_missed(reading, anchor, reason))
+        _decline_all(child, search, report, reason)
+    for family in search.families:
+        for anchor in family.anchors(list(reading.steps)):
+            report.add(_missed(family, reading.steps[anchor], reason))
 
 
-def _missed(reading: Reading, anchor: Value, reason: str) -> SiteReport:
+def _missed(family: Family[Any, Any], node: fx.Node, reason: str) -> SiteReport:
     return SiteReport(
-        family=attention.FAMILY,
+        family=family.name,
         matched=False,
         route=None,
         reason=reason,
-        source=_source(reading.steps[anchor]),
-        module=_module(reading.steps[anchor]),
+        source=_source(node),
+        module=_module(node),
     )
 
 
-def _matched(candidate: Candidate) -> SiteReport:
-    site = candidate.site
+def _matched(family: Family[Any, Any], candidate: Candidate) -> SiteReport:
+    words = family.words(candidate)
     return SiteReport(
-        family=site.family,
+        family=family.name,
         matched=True,
         route=candidate.route.name,
         reason=candidate.route.reason,
         source=_source(candidate.node),
-        expression=expression(site, candidate.score),
-        mask=site.mask,
+        expression=words.expression,
+        mask=words.mask,
         module=_module(candidate.node),
-        tiles=describe(site.keep, site.band, site.queries, site.keys),
+        tiles=words.tiles,
     )
-
-
-def expression(site: AttentionSite, score: sympy.Expr) -> str:
-    """The score in sympy's notation, floats short, with the mask predicate."""
-    short = score.xreplace({f: sympy.Float(f, 6) for f in score.atoms(sympy.Float)})
-    text = str(short)
-    if site.keep != sympy.true:
-        text += f" where {site.keep}"
-    if site.sink is not None:
-        text += f", sink {site.sink}"
-    return text
 
 
 def _source(node: fx.Node) -> str | None:

@@ -1,0 +1,17 @@
+"""The families of subgraphs that are recognised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xfcompile.families.attention import ATTENTION
+from xfcompile.family import Family
+
+FAMILIES: tuple[Family[Any, Any], ...] = (ATTENTION,)
+"""In the order in which they are replaced: what one has replaced, and what lay inside of it, is no part of a site of a
+later one. Its result may be an operand of theirs, and theirs of it."""
+
+
+def routes() -> dict[str, tuple[str, ...]]:
+    """The names of the families, and the ways in which each can be run."""
+    return {family.name: family.routes for family in FAMILIES}

@@ -1,0 +1,125 @@
+"""Attention as a family: what is found by its pattern, planned by `plan` and written into the graph by `replace`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from xfcompile.emit import Emitter
+from xfcompile.family import Family, Route, Setting, Words, value_needs_grad
+from xfcompile.patterns import attention
+from xfcompile.plan import UNKNOWN, AttentionCandidate, Told, choose
+from xfcompile.read import Reading
+from xfcompile.replace import replace_attention
+from xfcompile.score import S
+from xfcompile.site import AttentionSite, Miss
+from xfcompile.sparsity import describe
+
+
+def _at_node(reading: Reading, site: AttentionSite, node: fx.Node) -> AttentionCandidate:
+    """The site with those readings of its operands, and that form of its score, that hold at a node."""
+    emitter = Emitter(reading, node, {})
+    q, k, v = (emitter.choose(readings) for readings in (site.q, site.k, site.v))
+    factor = q.factor * k.factor
+    score = site.score.xreplace({S: factor * S}) if factor != 1 else site.score
+    if v.factor != 1:
+        raise Miss("the values carry a factor", site.root)
+    written_out = site.interior if site.call is None else ()
+    return AttentionCandidate(
+        site=site,
+        node=node,
+        operands=(q.value, k.value, v.value, *site.loads),
+        costly=tuple(x for x in written_out if x.op in ("softmax", "exp")),
+        drawn=tuple(x for x in written_out if x.op == "dropout"),
+        q=q,
+        k=k,
+        v=v,
+        score=score,
+    )
+
+
+def _plan(reading: Reading, candidate: AttentionCandidate, setting: Setting) -> AttentionCandidate:
+    training = setting.training
+    bias_grad = training and any(value_needs_grad(v, reading) for v in candidate.site.loads)
+
+    def chosen() -> tuple[Route, Told | None]:
+        site, score = candidate.site, candidate.score
+        return choose(site, score, training=training, bias_grad=bias_grad, forced=setting.routes)
+
+    route, words = chosen()
+    if route.reason == UNKNOWN:
+        candidate = _specialised(candidate)
+        route, words = chosen()
+    site = candidate.site
+    if route.name == "sdpa" and site.call is not None and _says_it_already(site, words):
+        route, words = Route("sdpa", "as it was: SDPA is told all there is to tell", unchanged=True), None
+    if reading.scope[candidate.node].chosen:
+        reason = "SDPA's backends are chosen here by sdpa_kernel(...)"
+        own = Route("sdpa", f"as it was: {reason}", unchanged=True)
+        route, words = Route("inductor", reason) if site.call is None else own, None
+    if setting.recomputed and not training and route.name == "sdpa" and route.replaces:
+        # torch refuses to compile it: SDPA counts as random, which no forward without a backward may recompute.
+        route = Route("inductor", "SDPA can't be checkpointed where nothing needs a gradient")
+    return replace(candidate, route=route, words=words, training=training)
+
+
+def _specialised(candidate: AttentionCandidate) -> AttentionCandidate:
+    """Holds the head dimensions to the numbers that they are: kernels are made for these, lengths stay symbols."""
+    site, example = candidate.site, candidate.node.meta.get("example_value")
+    sizes = example.shape if isinstance(example, torch.Tensor) else ()
+    symbols: list[Any] = [n for n in sizes if isinstance(n, torch.SymInt)]
+    if not symbols:
+        return candidate
+    try:
+        dims = [symbols[0].node.shape_env.evaluate_expr(sympy.sympify(n)) for n in (site.head_dim, site.value_dim)]
+    except GuardOnDataDependentSymNode:
+        return candidate
+    return replace(candidate, site=replace(site, head_dim=dims[0], value_dim=dims[1]))
+
+
+def _says_it_already(site: AttentionSite, words: Told | None) -> bool:
+    """Whether rewriting an SDPA call would tell SDPA nothing new."""
+    assert site.call is not None
+    if words is None:
+        return True
+    if words.plain:
+        return site.call["attn_mask"] is None
+    return True
+
+
+def _words(candidate: AttentionCandidate) -> Words:
+    site = candidate.site
+    return Words(
+        expression=expression(site, candidate.score),
+        mask=site.mask,
+        tiles=describe(site.keep, site.band, site.queries, site.keys),
+    )
+
+
+def expression(site: AttentionSite, score: sympy.Expr) -> str:
+    """The score in sympy's notation, floats short, with the mask predicate."""
+    short = score.xreplace({f: sympy.Float(f, 6) for f in score.atoms(sympy.Float)})
+    text = str(short)
+    if site.keep != sympy.true:
+        text += f" where {site.keep}"
+    if site.sink is not None:
+        text += f", sink {site.sink}"
+    return text
+
+
+ATTENTION: Family[AttentionSite, AttentionCandidate] = Family(
+    name=attention.FAMILY,
+    routes=("triton", "sdpa", "inductor"),
+    anchors=attention.anchors,
+    match=attention.match,
+    at_node=_at_node,
+    plan=_plan,
+    replace=replace_attention,
+    words=_words,
+    costly="the attention weights",
+)

@@ -1,0 +1,146 @@
+"""A family of subgraphs: all that the rewriting asks of one, as functions over values, nodes and sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import fx
+
+from xfcompile.emit import Emitter
+from xfcompile.read import Reading
+from xfcompile.values import Value
+
+
+class Site(Protocol):
+    """What a pattern has found. A family's own sites say what they mean besides."""
+
+    @property
+    def root(self) -> Value:
+        """The value that is replaced."""
+
+    @property
+    def interior(self) -> tuple[Value, ...]:
+        """The values, with or without the root, that the replacement does not make."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What runs a site, and why it was chosen (None: it is the usual choice).
+
+    name: one of its family's routes; "inductor" leaves the site as it is.
+    unchanged: it is the program's own call, which stays as it is.
+    """
+
+    name: str
+    reason: str | None = None
+    unchanged: bool = False
+
+    @property
+    def replaces(self) -> bool:
+        """Whether something else is put in the site's place."""
+        return self.name != "inductor" and not self.unchanged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A site at one node of the graph. A family with more to say of it adds fields of its own.
+
+    node: the node that computes the site's root.
+    operands: the values that its replacement reads.
+    costly: values of the interior that are not to be computed twice: if something else needs one of them, the site is
+        left to Inductor.
+    drawn: random values of the interior, in whose place the replacement draws its own: nothing else has to.
+    """
+
+    site: Site
+    node: fx.Node
+    operands: tuple[Value, ...]
+    costly: tuple[Value, ...] = ()
+    drawn: tuple[Value, ...] = ()
+    route: Route = Route("inductor")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the choice of a route depends on besides the site.
+
+    training: whether a gradient may flow into the site's result. recomputed: whether it stands in a checkpoint's body.
+    routes: the routes that the user asks for, by family.
+    """
+
+    training: bool = False
+    recomputed: bool = False
+    routes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the report says of a site: see `SiteReport`."""
+
+    expression: str | None = None
+    mask: str | None = None
+    tiles: str | None = None
+
+
+S = TypeVar("S", bound=Site)
+C = TypeVar("C", bound=Candidate)
+
+
+@dataclass(frozen=True)
+class Family(Generic[S, C]):
+    """A family. All but `replace` look at the graph as it was read; `replace` adds nodes and changes none.
+
+    name: as in options and reports ("gated_mlp"). routes: all ways of running a site, "inductor" among them.
+    anchors: among all values of a graph, those around which a site may stand.
+    match: the sites around an anchor, given the values that take each value. None where nothing of the kind is near;
+        `Miss` where the reason should be in the report.
+    at_node: the site at a node that computes its root; `Miss` if it cannot be replaced there.
+    plan: the candidate with its route, and all that `replace` has to know of that choice.
+    replace: a node that holds what the candidate's node holds: same shape, dtype, and strides where these matter. An
+        error, or a `Miss`, leaves the site to Inductor, and takes back the nodes that were added.
+    words: what the report says of a candidate.
+    costly: what `Candidate.costly` are, in a sentence: "... are used elsewhere too".
+    """
+
+    name: str
+    routes: tuple[str, ...]
+    anchors: Callable[[list[Value]], Iterable[Value]]
+    match: Callable[[Value, dict[Value, list[Value]]], list[S]]
+    at_node: Callable[[Reading, S, fx.Node], C]
+    plan: Callable[[Reading, C, Setting], C]
+    replace: Callable[[Emitter, C], fx.Node]
+    words: Callable[[C], Words] = lambda candidate: Words()
+    costly: str = "parts of it"
+
+    @property
+    def title(self) -> str:
+        """The name in a sentence."""
+        return self.name.replace("_", " ")
+
+
+def needs_grad(node: fx.Node, reading: Reading) -> bool:
+    """Whether a gradient may flow into the node's result."""
+    if reading.scope[node].grad is False or (reading.scope[node].grad is None and not torch.is_grad_enabled()):
+        return False
+    for key in ("example_value", "val"):
+        example = node.meta.get(key)
+        if isinstance(example, torch.Tensor):
+            return example.requires_grad or (
+                any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+                and example.grad_fn is not None
+            )
+    return any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+
+
+def value_needs_grad(value: Value, reading: Reading) -> bool:
+    """Whether a gradient may flow into a value, as far as the first node tells that holds it."""
+    holders = reading.holders.get(value, [])
+    return any(needs_grad(node, reading) for node, _ in holders[:1])
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    example = node.meta.get("example_value", node.meta.get("val"))
+    return isinstance(example, torch.Tensor) and example.requires_grad
