@@ -16,7 +16,7 @@ from xfcompile.score import Where
 from xfcompile.site import Bias, Down, GatedMLPSite, Layout, Miss, Weight
 from xfcompile.values import Value
 
-FAMILY = "gated-mlp"
+FAMILY = "gated_mlp"
 
 FEATURE = sympy.Symbol("n", integer=True, nonnegative=True)
 """The last axis of the product."""
@@ -93,6 +93,8 @@ def _ends_of(value: Value, sources: list[Value], known: dict[Value, frozenset[An
 
 
 def _smaller(bias: Value, result: Value) -> bool:
+    while bias.op == "expand":
+        bias = bias["self"]
     sizes = [n for n in bias.shape if n != 1]
     return bias.ndim < result.ndim or len(sizes) < len([n for n in result.shape if n != 1]) or result.ndim == 1
 
@@ -138,6 +140,9 @@ def match(anchor: Value, users: dict[Value, list[Value]]) -> list[GatedMLPSite]:
     gate, up = _gate_and_up(formula, used, reader.elements)
     elements = reader.elements[gate], reader.elements[up]
     interior = [v for v in reader.passed if v is not root]
+    for value in interior:
+        if any(_is_product(user) and user is not root and user not in reader.passed for user in users.get(value, ())):
+            raise Miss("gate or up goes into another product too, for which it would be computed again", root)
     value = root
     while dropout is not None and value is not dropout:  # casts after dropout
         value = value["self"]
@@ -145,6 +150,10 @@ def match(anchor: Value, users: dict[Value, list[Value]]) -> list[GatedMLPSite]:
     return [
         _site(root, formula.xreplace({gate: GATE, up: UP}), elements, lead, sizes, dropout, tuple(interior), users),
     ]
+
+
+def _is_product(value: Value) -> bool:
+    return value.op == "mul" and all(isinstance(value[k], Value) and value[k].ndim for k in ("self", "other"))
 
 
 def _extended(anchor: Value, users: dict[Value, list[Value]]) -> tuple[Value, Value | None]:
@@ -198,10 +207,10 @@ def _site(
     interior: tuple[Value, ...],
     users: dict[Value, list[Value]],
 ) -> GatedMLPSite:
-    gate, up = (_Side(e, root) for e in elements)
+    gate, up = (_Side(e, root, lead) for e in elements)
     if gate.x is not up.x:
         raise Miss("gate and up have different inputs", root)
-    if gate.x_order != up.x_order or gate.rows != up.rows or gate.expert != up.expert:
+    if gate.x_order != up.x_order or gate.offset != up.offset or gate.expert != up.expert:
         raise Miss("gate and up are of different rows of their input, or one is broadcast", root)
     if gate.product.value.dtype != up.product.value.dtype:
         raise Miss("gate and up have different dtypes", root)
@@ -236,7 +245,7 @@ def _site(
 class _Side:
     """One projection: its input and its weight, and where the element is in both."""
 
-    def __init__(self, element: Element, root: Value) -> None:
+    def __init__(self, element: Element, root: Value, lead: tuple[sympy.Symbol, ...]) -> None:
         self.product = product = _oriented(element, root)
         summed = [c for c in product.lhs_labels if c in product.summed]
         if len(product.summed) != 1 or len(summed) != 1 or summed[0] not in product.rhs_labels:
@@ -250,11 +259,15 @@ class _Side:
         x_size = dict(zip(product.lhs_labels, product.lhs.shape, strict=True))
         if any(x_size[c] != size[c] for c in (k, *shared)):
             raise Miss("an input is broadcast against its weights", root)
-        self.x = product.lhs
         rows = [c for c in product.lhs_labels if c not in (k, *shared)]
-        self.x_order = tuple(product.lhs_labels.index(c) for c in (*shared, *rows, k))
-        self.rows = tuple(element.index(c) for c in rows)
-        self.offset = linear(self.rows, tuple(integer(x_size[c]) for c in rows))
+        if all(element.index(c) == 0 or element.index(c) in lead for c in rows):  # in the order of the result
+            rows.sort(key=lambda c: lead.index(element.index(c)) if element.index(c) != 0 else -1)
+        order = tuple(product.lhs_labels.index(c) for c in (*shared, *rows, k))
+        self.x, self.x_order = product.lhs, order
+        if not shared and order == tuple(range(len(order))):
+            self.x = _unflattened(product.lhs)
+            self.x_order = tuple(range(self.x.ndim))
+        self.offset = linear(tuple(element.index(c) for c in rows), tuple(integer(x_size[c]) for c in rows))
         expert = element.index(shared[0]) if shared else None
         if expert is not None and not expert.is_Symbol:
             raise Miss("an expert is picked out of several, or there is one only", root)
@@ -282,6 +295,13 @@ def _unpermuted(value: Value, order: tuple[int, ...]) -> Weight:
         order = tuple(value["dims"][d] for d in order)
         value = value["self"]
     return Weight(value, order)
+
+
+def _unflattened(x: Value) -> Value:
+    """The input behind reshapes of its rows, which stay in their order."""
+    while x.op == "reshape" and x["self"].ndim and x["self"].shape[-1] == x.shape[-1]:
+        x = x["self"]
+    return x
 
 
 def _layout(gate: _Side, up: _Side, features: sympy.Expr) -> Layout:

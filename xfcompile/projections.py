@@ -136,8 +136,8 @@ def known(x: Any) -> sympy.Expr:
     """A number of the program, if it is one when the program is compiled."""
     if not isinstance(x, sympy.Expr) or not x.is_number or not x.is_finite:
         raise Miss(f"a gate is computed with {x}, which is no finite number that is known at compile time")
-    fraction = x * 2**FRACTION
-    return sympy.Rational(int(fraction), 2**FRACTION) if x.is_Float and int(fraction) == fraction else x
+    fraction = float(x) * 2**FRACTION
+    return sympy.Rational(int(fraction), 2**FRACTION) if x.is_Float and fraction.is_integer() else x
 
 
 # -- rules: (reader, value, index) -> formula ----------------------------------------------------------------------

@@ -196,7 +196,7 @@ class GatedMLPSite:
     dtype: of the projections. dropout: of the product. interior: the values that the replaced call never makes.
     """
 
-    family: ClassVar[str] = "gated-mlp"
+    family: ClassVar[str] = "gated_mlp"
 
     root: Value
     formula: sympy.Expr

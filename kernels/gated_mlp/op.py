@@ -7,6 +7,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.attention.tiles import interpreting
 from xfcompile.kernels.gated_mlp import launch, reference
 from xfcompile.kernels.gated_mlp.launch import Dropout, Operands
 from xfcompile.kernels.gated_mlp.tiles import supports
@@ -141,10 +142,10 @@ def _gated_mlp(
     check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
     known = cast(Layout, layout)
     reason = supports(x.device, x.dtype)
-    if reason is not None and x.device.type != "cpu":
+    if reason is not None:
         raise NotImplementedError(f"xfcompile::gated_mlp: {reason}")
     out, saved = _outputs(x, weight, up_weight, save, dtype)
-    if reason is not None:
+    if x.device.type == "cpu" and not interpreting():
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     dropout = Dropout(seed if p != 0.0 else None, p)
     if form == "packed":
@@ -259,14 +260,11 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     grad, made = _backward_fake(dout, projections, kernel, layout, product, seed, p)
     known = cast(Layout, layout)
-    reason = supports(projections.device, projections.dtype)
-    if reason is None:
+    if projections.device.type != "cpu" or interpreting():
         dropout = Dropout(seed if p != 0.0 else None, p)
         target = _three(made) if product else None
         launch.backward(kernel, _three(dout), _three(projections), known, dropout, _three(grad), target)
         return grad, made
-    if projections.device.type != "cpu":
-        raise NotImplementedError(f"xfcompile::gated_mlp_backward: {reason}")
     dtype = torch.promote_types(projections.dtype, torch.float32)
     gate, up = (t.to(dtype) for t in reference.parts(projections, known))
     d_gate, d_up, value = reference.backward(launch.program(kernel).formula, dout, gate, up, seed, p)

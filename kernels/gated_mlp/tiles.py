@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils._triton import has_triton_package
 
-from xfcompile.kernels.attention.tiles import AMD, AMPERE, HOPPER, capability, interpreting
+from xfcompile.kernels.attention.tiles import AMD, AMPERE, HOPPER, capability
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -89,13 +89,13 @@ def smaller(tiles: Tiles) -> Iterator[Tiles]:
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run such inputs there; None if they can."""
+    """Why the ops cannot run such inputs there; None if they can. On CPUs they are their definition, or interpreted."""
     if not has_triton_package():
         return "triton is not installed"
     if dtype not in DTYPES:
         return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
     if device.type == "cpu":
-        return None if interpreting() else "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+        return None
     if device.type != "cuda":
         return f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
     if torch.version.hip is None and capability(device.index) < (8, 0):
