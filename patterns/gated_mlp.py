@@ -283,6 +283,8 @@ def _oriented(element: Element, root: Value) -> Contraction:
     """The product with its input on the left: the operand along which the features of the result do not vary."""
     product = element.product
     varying = {c for c, x in element.at if FEATURE in x.free_symbols}
+    if not varying:
+        raise Miss("gate or up is the same for all features", root)
     for turned in (product, product.swapped()):
         if not varying & set(turned.lhs_labels) and varying & set(turned.rhs_labels):
             return turned

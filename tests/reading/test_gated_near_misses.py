@@ -70,9 +70,9 @@ right("some rows of both", lambda x, w, v: F.silu(L(x, w))[:, 1:] * L(x, v)[:, 1
 miss("gate broadcast along the rows", "input", lambda x, w, v: F.silu(L(x[:, :1], w)) * L(x, v))
 miss("gate's first row for all", "rows", lambda x, w, v: F.silu(L(x, w))[:, :1] * L(x, v))
 miss("gate's first batch for all", "rows", lambda x, w, v: F.silu(L(x, w))[:1] * L(x, v))
-miss("gate of one feature", "not one of features", lambda x, w, v: F.silu(L(x, w)) * L(x, v), SQUARE, (1, 4), WEIGHT)
+miss("gate of one feature", "same for all features", lambda x, w, v: F.silu(L(x, w)) * L(x, v), SQUARE, (1, 4), WEIGHT)
 miss("gate and up of one feature", "one feature", lambda x, w, v: F.silu(L(x, w)) * L(x, v), SQUARE, (1, 4), (1, 4))
-miss("gate's first feature for all", "not one of features", lambda x, w, v: F.silu(L(x, w))[..., :1] * L(x, v))
+miss("gate's first feature for all", "same for all features", lambda x, w, v: F.silu(L(x, w))[..., :1] * L(x, v))
 miss("features of the gate reversed", "", lambda x, w, v: F.silu(L(x, w)).flip(-1) * L(x, v))
 miss(
     "features of the gate taken in another order", "order", lambda x, w, v: F.silu(L(x, w)[..., ::2]) * L(x, v)[..., :2]
