@@ -232,7 +232,8 @@ class _Fitting:
 
 
 def _sizes(t: Tiles) -> dict[str, Any]:
-    return {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": t.block_k, "GROUP": t.group, "FLATTEN": t.flatten}
+    blocks = {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
+    return {**blocks, "GROUP": t.group, "PARTS": t.parts, "FLATTEN": t.flatten, "STAGES": t.num_stages}
 
 
 def _options(t: Tiles) -> dict[str, int]:

@@ -77,6 +77,46 @@ def gated_epilogue(
 
 
 @triton.jit
+def halves(x, M: tl.constexpr, N: tl.constexpr):
+    """The left and the right half of a block [M, N]."""
+    return tl.split(tl.permute(tl.reshape(x, [M, 2, N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def gated_epilogues(
+    gate, up, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
+    expert, first_m, first_n, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
+    gate_start, up_start, threshold, scale,
+    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, DROPOUT: tl.constexpr,
+    ALIGNED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
+):
+    """`gated_epilogue` of one half after the other, and so on: what a large one takes besides its sums does not fit in
+    registers."""
+    if PARTS == 1:
+        gated_epilogue(
+            gate, up, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
+            expert, first_m, first_n, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
+            gate_start, up_start, threshold, scale,
+            GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, M, N,
+        )  # fmt: skip
+    else:
+        gate_left, gate_right = halves(gate, M, N)
+        up_left, up_right = halves(up, M, N)
+        gated_epilogues(
+            gate_left, up_left, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
+            expert, first_m, first_n, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
+            gate_start, up_start, threshold, scale,
+            GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, M, N // 2, PARTS // 2,
+        )  # fmt: skip
+        gated_epilogues(
+            gate_right, up_right, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
+            expert, first_m, first_n + N // 2, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
+            gate_start, up_start, threshold, scale,
+            GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, M, N // 2, PARTS // 2,
+        )  # fmt: skip
+
+
+@triton.jit
 def gated_forward(
     x_ptr, gate_ptr, up_ptr, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
     rows, features, inner, stride_xe, stride_xm, stride_xk, stride_ge, stride_gn, stride_gk,
@@ -84,7 +124,7 @@ def gated_forward(
     gate_start, up_start, threshold, scale,
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):
     tiles_m, tiles_n = tiles_in(rows, BLOCK_M), tiles_in(features, BLOCK_N)
     expert, tile_m, tile_n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
@@ -113,11 +153,11 @@ def gated_forward(
         x_at += BLOCK_K * stride_xk
         gate_at += BLOCK_K * stride_gk
         up_at += BLOCK_K * stride_uk
-    gated_epilogue(
+    gated_epilogues(
         gate, up, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
         expert, tile_m * BLOCK_M, tile_n * BLOCK_N, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
         gate_start, up_start, threshold, scale,
-        GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, BLOCK_M, BLOCK_N,
+        GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, BLOCK_M, BLOCK_N, PARTS,
     )  # fmt: skip
 
 
@@ -129,6 +169,7 @@ def gated_forward_tma(
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """x_desc [M, K], gate_desc and up_desc [N, K]; what is beyond their ends reads as 0. No experts."""
     tiles_m, tiles_n = tiles_in(rows, BLOCK_M), tiles_in(features, BLOCK_N)
@@ -145,11 +186,11 @@ def gated_forward_tma(
                 x, g, u = x.to(tl.float32), g.to(tl.float32), u.to(tl.float32)
             gate = tl.dot(x, g.T, gate, input_precision=PRECISION)
             up = tl.dot(x, u.T, up, input_precision=PRECISION)
-        gated_epilogue(
+        gated_epilogues(
             gate, up, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
             expert, tile_m * BLOCK_M, tile_n * BLOCK_N, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
             gate_start, up_start, threshold, scale,
-            GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, BLOCK_M, BLOCK_N,
+            GATE_BIAS, UP_BIAS, SAVE, STEP, DROPOUT, ALIGNED, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
 
 
@@ -166,7 +207,7 @@ def gated_few(
     gate_start, up_start, threshold, scale,
     GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, DROPOUT: tl.constexpr,
     ALIGNED: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ONE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):
     """All rows and BLOCK_N features a program. One row (ONE) is multiplied without tensor cores, which take 16."""
     tiles_n = tiles_in(features, BLOCK_N)
@@ -180,7 +221,8 @@ def gated_few(
         x_at = x_ptr + e * stride_xe + k * stride_xk  # [K]
         gate_sum = tl.full([BLOCK_N, BLOCK_K], 0.0, tl.float32)
         up_sum = tl.full([BLOCK_N, BLOCK_K], 0.0, tl.float32)
-        for start in range(0, inner, BLOCK_K):
+        # Without products of matrices in it Triton loads ahead in a loop that says so only.
+        for start in tl.range(0, inner, BLOCK_K, num_stages=STAGES):
             if EVEN_K:
                 x, g, u = tl.load(x_at), tl.load(gate_at), tl.load(up_at)
             else:

@@ -15,7 +15,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Tiles:
-    """One program's share: block_m rows and block_n features (of gate, and of up), block_k of the sum a step."""
+    """One program's share: block_m rows and block_n features (of gate, and of up), block_k of the sum a step.
+
+    group: rows of tiles that are taken together. parts: into how many a tile is divided when it is stored. flatten: one
+    loop of tiles and steps, where programs take several.
+    """
 
     block_m: int
     block_n: int
@@ -23,6 +27,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     group: int = 8
+    parts: int = 1
     flatten: bool = False
 
 
@@ -30,7 +35,7 @@ class Tiles:
 # warps hold, and what cuBLAS takes; four stages of 48 KiB fill its shared memory. None is measured yet:
 # `examples/bench_gated.py --sweep` is what chooses. Registers and spills are examples/cross_compile.py's.
 DUAL: dict[tuple[str, int], Tiles] = {
-    (HOPPER, 16): Tiles(128, 128, 64, 8, 4),
+    (HOPPER, 16): Tiles(128, 128, 64, 8, 4, parts=2),
     (HOPPER, 32): Tiles(64, 64, 32, 8, 3),
     (AMPERE, 16): Tiles(128, 64, 64, 8, 3),
     (AMPERE, 32): Tiles(64, 64, 32, 8, 2),
@@ -55,7 +60,7 @@ POINTWISE = (1, 1024, 4)
 """Rows, columns and warps of a tile of the kernels that do not multiply: 16 bytes a thread of 16-bit numbers."""
 
 # The interpreter's time is a matter of how many programs there are; small enough for several tiles and steps in tests.
-INTERPRETED = Tiles(32, 32, 32, 4, 1)
+INTERPRETED = Tiles(32, 32, 32, 4, 1, parts=2)
 INTERPRETED_FEW = Tiles(16, 16, 32, 4, 1)
 INTERPRETED_POINTWISE = (16, 32, 4)
 
