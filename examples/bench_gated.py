@@ -188,7 +188,7 @@ def peak(call: Call, device: str) -> float | None:
 
 
 def error(column: str, program: Program, given: list[Tensor], call: Call) -> float | None:
-    """Of the first rows, or of the gradients of a program of so many rows; the largest over eager's, over all results."""
+    """Of the first rows, or of the gradients of a program of so many; the largest over eager's, over all results."""
     if column == "floor":
         return None
     detached = [t.detach() for t in given]

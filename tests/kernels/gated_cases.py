@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xfcompile import activation
 from xfcompile.activation import GATE, UP, Sigmoid
-from xfcompile.kernels.gated_mlp import prepare, reference
+from xfcompile.kernels import philox
+from xfcompile.kernels.gated_mlp import gated_mlp, gated_mlp_backward, prepare, reference
 from xfcompile.site import Layout
 
 FORMULAS: dict[str, tuple[sympy.Expr, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -63,6 +64,12 @@ class Case:
     experts: int | None = None
     dtype: torch.dtype = torch.float32
     memory: str = "usual"
+    device: str = "cpu"
+
+    @property
+    def slack(self) -> float:
+        """The interpreter truncates to bf16 where hardware rounds to the nearest, which errs by one ulp, not half."""
+        return 2.0 if self.device == "cpu" and self.dtype == torch.bfloat16 else 1.0
 
     def but(self, **about: Any) -> Case:
         return replace(self, **about)
@@ -83,12 +90,14 @@ class Inputs:
     biases: tuple[Tensor | None, Tensor | None]
 
 
-def normal(shape: tuple[int, ...], dtype: torch.dtype, memory: str, seed: int, scale: float = 1.0) -> Tensor:
-    values = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
+def normal(
+    shape: tuple[int, ...], dtype: torch.dtype, memory: str, seed: int, scale: float = 1.0, device: str = "cpu"
+) -> Tensor:
+    values = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(device, dtype)
     if memory == "transposed":
         return values.mT.contiguous().mT
     if memory == "poisoned":
-        large = torch.full([n + 3 for n in shape], torch.nan, dtype=dtype)
+        large = torch.full([n + 3 for n in shape], torch.nan, dtype=dtype, device=device)
         view = large[tuple(slice(1, n + 1) for n in shape)]
         view.copy_(values)
         return view
@@ -96,11 +105,11 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, memory: str, seed: int, s
 
 
 def inputs(case: Case) -> Inputs:
-    x = normal((*case.lead, case.rows, case.inner), case.dtype, case.memory, 0)
+    x = normal((*case.lead, case.rows, case.inner), case.dtype, case.memory, 0, device=case.device)
     both = case.layout != "separate"
     shape = (*case.lead, case.features * (2 if both else 1), case.inner)
-    weights = [normal(shape, case.dtype, case.memory, k, 2 * case.inner**-0.5) for k in (1, 2)]
-    biases = [normal((*case.lead, case.features), case.dtype, "usual", k) for k in (3, 4)]
+    weights = [normal(shape, case.dtype, case.memory, k, 2 * case.inner**-0.5, case.device) for k in (1, 2)]
+    biases = [normal((*case.lead, case.features), case.dtype, "usual", k, device=case.device) for k in (3, 4)]
     return Inputs(
         x,
         (weights[0], None if both else weights[1]),
@@ -127,11 +136,46 @@ def error(x: Tensor, truth: Tensor) -> float:
 
 
 def assert_as_exact(ours: Tensor, eagers: Tensor, truth: Tensor, slack: float = 1.0) -> None:
-    """Twice eager's error and 4 ulp of the largest number: what two right orders of summation may differ by.
-
-    slack: the interpreter truncates to bf16 where hardware rounds to the nearest, which errs by one ulp, not half.
-    """
+    """Twice eager's error and 4 ulp of the largest number: what two right orders of summation may differ by."""
     assert ours.dtype == eagers.dtype
     floor = 4 * torch.finfo(ours.dtype).eps * truth.abs().max().item()
     mine, theirs = error(ours, truth), error(eagers, truth)
     assert mine <= slack * (2 * theirs + floor), f"error {mine:.3g}, eager's own {theirs:.3g}, floor {floor:.3g}"
+
+
+def call(
+    case: Case, form: str = "dual", save: bool = True, seed: Tensor | None = None, p: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    given = inputs(case)
+    return gated_mlp(given.x, *given.weights, *given.biases, case.key, case.layout, form, save, case.dtype, seed, p)
+
+
+def check(case: Case, form: str = "dual") -> None:
+    """The product and both projections; and that the product does not depend on whether these are saved."""
+    given = inputs(case)
+    out, saved = call(case, form)
+    ours = (out, *reference.parts(saved, case.layout))
+    for mine, theirs, truth in zip(ours, eager(case, given), exact(case, given), strict=True):
+        assert_as_exact(mine, theirs, truth, case.slack)
+    assert torch.equal(call(case, form, save=False)[0], out)
+
+
+def gradients(case: Case, seed: Tensor | None = None, p: float = 0.0) -> None:
+    """gated_mlp_backward of the exact projections, rounded, against autograd in fp64 and in the dtype itself."""
+    _, gate, up = exact(case, inputs(case))
+    saved = reference.joined(gate, up, case.layout).to(case.dtype)
+    dout = normal(tuple(gate.shape), case.dtype, case.memory, 9, device=case.device)
+    grad, product = gated_mlp_backward(dout, saved, case.key, case.layout, True, seed, p)
+    assert grad.is_contiguous()
+
+    def differentiated(dtype: torch.dtype) -> list[Tensor]:
+        mine = [t.to(dtype).detach().requires_grad_() for t in reference.parts(saved, case.layout)]
+        value = FORMULAS[case.name][1](*mine)
+        if seed is not None:
+            value = torch.where(philox.linear_keep(seed, p, value.shape), value * philox.scale(p), 0.0)
+        return [*torch.autograd.grad(value, mine, dout.to(dtype)), value.detach()]
+
+    ours = (*reference.parts(grad, case.layout), product)
+    for mine, theirs, truth in zip(ours, differentiated(case.dtype), differentiated(torch.float64), strict=True):
+        assert_as_exact(mine, theirs, truth, case.slack)
+    assert gated_mlp_backward(dout, saved, case.key, case.layout, False, seed, p)[1].numel() == 0

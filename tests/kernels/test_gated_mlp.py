@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
-from gated_cases import FORMULAS, Case, assert_as_exact, eager, exact, inputs, key_of
+from gated_cases import FORMULAS, Case, assert_as_exact, call, check, gradients, inputs, key_of
 from torch import Tensor
 
 from xfcompile.activation import GATE, UP
@@ -27,7 +27,6 @@ from xfcompile.kernels.gated_mlp import (
 
 pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
-SLACK = {torch.bfloat16: 2.0}
 LAYOUTS = ("separate", "gate first", "up first", "gate even", "up even")
 
 
@@ -35,23 +34,6 @@ LAYOUTS = ("separate", "gate first", "up first", "gate even", "up even")
 def _forgotten() -> None:
     for program in launch._programs.values():
         program.calls.clear()
-
-
-def call(
-    case: Case, form: str = "dual", save: bool = True, seed: Tensor | None = None, p: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    given = inputs(case)
-    return gated_mlp(given.x, *given.weights, *given.biases, case.key, case.layout, form, save, case.dtype, seed, p)
-
-
-def check(case: Case, form: str = "dual") -> None:
-    given = inputs(case)
-    out, saved = call(case, form)
-    slack = SLACK.get(case.dtype, 1.0)
-    ours = (out, *reference.parts(saved, case.layout))
-    for mine, theirs, truth in zip(ours, eager(case, given), exact(case, given), strict=True):
-        assert_as_exact(mine, theirs, truth, slack)
-    assert torch.equal(call(case, form, save=False)[0], out)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -121,29 +103,6 @@ def test_descriptors_are_for_aligned_tensors_only(monkeypatch: pytest.MonkeyPatc
 
 
 # -- the backward --------------------------------------------------------------------------------------------------
-
-
-def gradients(case: Case, seed: Tensor | None = None, p: float = 0.0) -> None:
-    """gated_mlp_backward of the exact projections, rounded, against autograd in fp64 and in the dtype itself."""
-    _, gate, up = exact(case, inputs(case))
-    saved = reference.joined(gate, up, case.layout).to(case.dtype)
-    dout = torch.randn(gate.shape, generator=torch.Generator().manual_seed(9)).to(case.dtype)
-    if case.memory == "transposed":
-        dout = dout.mT.contiguous().mT
-    grad, product = gated_mlp_backward(dout, saved, case.key, case.layout, True, seed, p)
-    assert grad.is_contiguous()
-
-    def differentiated(dtype: torch.dtype) -> list[Tensor]:
-        mine = [t.to(dtype).detach().requires_grad_() for t in reference.parts(saved, case.layout)]
-        value = FORMULAS[case.name][1](*mine)
-        if p:
-            value = torch.where(philox.linear_keep(seed, p, value.shape), value * philox.scale(p), 0.0)  # type: ignore
-        return [*torch.autograd.grad(value, mine, dout.to(dtype)), value.detach()]
-
-    ours = (*reference.parts(grad, case.layout), product)
-    for mine, theirs, truth in zip(ours, differentiated(case.dtype), differentiated(torch.float64), strict=True):
-        assert_as_exact(mine, theirs, truth, SLACK.get(case.dtype, 1.0))
-    assert gated_mlp_backward(dout, saved, case.key, case.layout, False, seed, p)[1].numel() == 0
 
 
 @pytest.mark.parametrize("name", FORMULAS)
