@@ -42,6 +42,8 @@ class Program:
     sdpa: Callable[..., dict[str, object]] | None = None
     # What the spec loads from, of the sizes and the tensors.
     operands: Callable[..., list[Tensor]] = lambda sizes, *tensors: list(tensors)
+    # Whether the tensors are parameters, which need gradients in training.
+    learned: bool = False
 
 
 def scale(sizes: Sizes) -> sympy.Expr:
@@ -258,6 +260,7 @@ def programs(dtype: torch.dtype) -> list[Program]:
             _table,
             _flex_t5,
             operands=lambda z, table: _t5_positions(table, z.length),
+            learned=True,
         ),
         Program(
             "dense bias",
@@ -266,5 +269,6 @@ def programs(dtype: torch.dtype) -> list[Program]:
             _dense,
             lambda bias: (lambda s, b, h, i, j: s + bias[0, h, i, j], None),
             mask,
+            learned=True,
         ),
     ]

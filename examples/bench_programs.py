@@ -1,10 +1,12 @@
 """Times twelve attention programs in plain PyTorch: Inductor, FlexAttention by hand, this backend, its kernel, SDPA.
 
     python examples/bench_programs.py --json examples/results/programs.json --plot examples/results/programs.png
+    python examples/bench_programs.py --train    # forward and backward
     python examples/bench_programs.py --quick    # tiny sizes on a CPU: does it run
 
-Times are medians in ms of the forward pass in bf16 (`triton.testing.do_bench`), with the peak of extra memory. Errors
-are largest differences from the program run in fp64 on a shorter sequence, in units of eager's own.
+Times are medians in ms of the forward pass in bf16 (`triton.testing.do_bench`), or of forward and backward, with the
+peak of extra memory. Errors are largest differences from the program run in fp64 on a shorter sequence, in units of
+eager's own. In training T5's table and the dense bias are parameters: they get gradients too.
 """
 
 from __future__ import annotations
@@ -51,7 +53,12 @@ GOALS = {
     "dense bias": (1.2, 0.85),
 }
 
-Call = Callable[[], Tensor]
+# In training: at least as many times as fast as Inductor, and no more than FlexAttention's time.
+TRAINING_GOALS = {
+    name: (4.0 if name not in ("no mask", "causal", "key padding", "dense bias") else None, 1.0) for name in GOALS
+}
+
+Call = Callable[[], Any]
 
 
 def tensors(program: Program, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -93,6 +100,19 @@ def flex(program: Program, sizes: Sizes, x: list[Tensor]) -> Call:
     return lambda: compiled(q, k, v, score_mod=score, block_mask=block_mask, scale=scale)
 
 
+def trained(call: Call, program: Program, x: list[Tensor]) -> Call:
+    """The call, followed by its backward: the gradients of q, k, v and of what is learned."""
+    leaves = x if program.learned else x[:3]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    dout = torch.randn_like(x[0])
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(), leaves, dout)
+
+    return both
+
+
 def median(call: Call, device: torch.device) -> float:
     if device.type == "cuda":
         import triton
@@ -117,38 +137,58 @@ def peak_memory(call: Call, device: torch.device) -> float | None:
 
 
 def relative_error(
-    column: str, program: Program, sizes: Sizes, device: torch.device, dtype: torch.dtype
+    column: str, program: Program, sizes: Sizes, device: torch.device, dtype: torch.dtype, train: bool
 ) -> float | None:
-    """The largest difference from fp64, over eager's."""
+    """The largest difference from fp64, over eager's; in training the largest such ratio of all gradients."""
     small = Sizes(min(sizes.batch, 2), sizes.heads, min(CHECKED_LENGTH, sizes.length), sizes.dim)
     x = tensors(program, small, device, dtype)
     call = way(column, program, small, x)
     if call is None:
         return None
-    exact = program.plain(*(t.double() if t.is_floating_point() else t for t in x))
-    eager = (program.plain(*x) - exact).abs().max().item()
-    return (call() - exact).abs().max().item() / eager
+    wide = [t.double() if t.is_floating_point() else t for t in x]
+    if not train:
+        exact = program.plain(*wide)
+        return (call() - exact).abs().max().item() / (program.plain(*x) - exact).abs().max().item()
+    dout = torch.randn_like(x[0])
+    leaves = range(len(x) if program.learned else 3)
+
+    def gradients(call: Callable[[], Tensor], x: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(), [x[n] for n in leaves], dout.to(x[0].dtype))
+
+    for t in (*[x[n] for n in leaves], *[wide[n] for n in leaves]):
+        t.requires_grad_()
+    right = gradients(lambda: program.plain(*wide), wide)
+    eager = gradients(lambda: program.plain(*x), x)
+    ours = gradients(call, x)
+    largest = [((a - b).abs().max() / (c - b).abs().max()).item() for a, b, c in zip(ours, right, eager, strict=True)]
+    return max(largest)
 
 
 def measure(
-    column: str, program: Program, sizes: Sizes, device: torch.device, dtype: torch.dtype, check: bool
+    column: str, program: Program, sizes: Sizes, device: torch.device, dtype: torch.dtype, check: bool, train: bool
 ) -> dict[str, object]:
     """One cell. A column that fails says so: that too is a result."""
     torch.compiler.reset()
     try:
-        error = relative_error(column, program, sizes, device, dtype) if check else None
-        call = way(column, program, sizes, tensors(program, sizes, device, dtype))
+        error = relative_error(column, program, sizes, device, dtype, train) if check else None
+        x = tensors(program, sizes, device, dtype)
+        if train:
+            for leaf in x if program.learned else x[:3]:
+                leaf.requires_grad_()
+        call = way(column, program, sizes, x)
         if call is None:
             return {}
+        if train:
+            call = trained(call, program, x)
         call()  # compiles
         return {"ms": median(call, device), "gb": peak_memory(call, device), "error": error}
     except Exception as failure:
         return {"failed": f"{type(failure).__name__}: {str(failure).splitlines()[0][:200] if str(failure) else ''}"}
 
 
-def show(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
+def show(rows: list[dict[str, Any]], sizes: Sizes, what: str) -> Table:
     shape = f"B{sizes.batch} H{sizes.heads} S{sizes.length} D{sizes.dim}"
-    table = Table(title=f"forward at {shape}: ms (extra GB; error over eager's)")
+    table = Table(title=f"{what} at {shape}: ms (extra GB; error over eager's)")
     table.add_column("program")
     for column in COLUMNS:
         table.add_column(column, justify="right")
@@ -170,13 +210,13 @@ def show(rows: list[dict[str, Any]], sizes: Sizes) -> Table:
     return table
 
 
-def goals(rows: list[dict[str, Any]]) -> Table:
+def goals(rows: list[dict[str, Any]], train: bool) -> Table:
     """What was meant to be reached, and what was."""
     table = Table(title="goals: times as fast as Inductor, part of FlexAttention's time")
     for column in ("program", "Inductor", "FlexAttention"):
         table.add_column(column)
     for row in rows:
-        least, most = GOALS.get(row["program"], (None, None))
+        least, most = (TRAINING_GOALS if train else GOALS).get(row["program"], (None, None))
         ours, inductor, flex = (row[c].get("ms") for c in ("xformers", "inductor", "flex"))
         cells = []
         for goal, ratio, reached in (
@@ -192,7 +232,7 @@ def goals(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
+def plot(results: list[dict[str, Any]], path: Path, what: str) -> None:
     """Bars of times, a panel a size."""
     import matplotlib
 
@@ -210,7 +250,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xticks(range(len(rows)), [row["program"] for row in rows], rotation=20, ha="right")
         axis.set_ylabel("ms")
         axis.set_yscale("log")
-        axis.set_title("B{batch} H{heads} S{length} D{dim}, forward".format(**result["sizes"]))
+        axis.set_title("B{batch} H{heads} S{length} D{dim}, ".format(**result["sizes"]) + what)
         axis.legend(ncols=len(measured), fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -228,6 +268,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="only programs whose name contains this")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS), help="only these columns")
     parser.add_argument("--no-errors", action="store_true", help="time only; do not compare with fp64 first")
+    parser.add_argument("--train", action="store_true", help="forward and backward")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, also on a CPU")
     options = parser.parse_args()
     console = Console()
@@ -237,7 +278,8 @@ def main() -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen = [p for p in programs(dtype) if not options.only or any(text in p.name for text in options.only)]
     results: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True) as progress, torch.no_grad():
+    what = "forward and backward" if options.train else "forward"
+    with Progress(console=console, transient=True) as progress, torch.set_grad_enabled(options.train):
         for sizes in QUICK if options.quick else SIZES:
             task = progress.add_task(f"D{sizes.dim}", total=len(chosen) * len(options.columns))
             rows: list[dict[str, Any]] = []
@@ -246,22 +288,22 @@ def main() -> None:
                 row: dict[str, Any] = {"program": program.name, **{c: {} for c in COLUMNS}}
                 for column in options.columns:
                     progress.update(task, description=f"D{sizes.dim} {program.name}, {column}")
-                    row[column] = measure(column, program, sizes, device, dtype, not options.no_errors)
+                    row[column] = measure(column, program, sizes, device, dtype, not options.no_errors, options.train)
                     progress.advance(task)
                 rows.append(row)
                 # Written after each program: a long run that is cut off still leaves what it has measured.
                 if options.json:
-                    found = {**surroundings(device), "results": results}
+                    found = {**surroundings(device), "what": what, "results": results}
                     options.json.write_text(json.dumps(found, indent=1) + "\n")
-            console.print(show(rows, sizes))
-            console.print(goals(rows))
+            console.print(show(rows, sizes, what))
+            console.print(goals(rows, options.train))
     failures = [
         (r["program"], c, r[c]["failed"]) for x in results for r in x["rows"] for c in COLUMNS if "failed" in r[c]
     ]
     for failure in failures:
         console.print(*failure, style="red")
     if options.plot:
-        plot(results, options.plot)
+        plot(results, options.plot, what)
 
 
 if __name__ == "__main__":

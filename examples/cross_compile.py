@@ -23,12 +23,24 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xfcompile.kernels.attention import blocks, cache, codegen, decode, hopper, launch, launch_decode, lists, prepare
+from xfcompile.kernels.attention import (
+    blocks,
+    cache,
+    codegen,
+    decode,
+    hopper,
+    launch,
+    launch_backward,
+    launch_decode,
+    lists,
+    prepare,
+)
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
     Tiles,
     alternatives,
     choose,
+    choose_backward,
     choose_decoding,
     columns,
     decoding_alternatives,
@@ -112,12 +124,25 @@ def jobs(all_programs: bool) -> Iterator[Job]:
                 yield Job("causal", torch.bfloat16, dim, target, "hopper")
                 yield Job("key padding", torch.bfloat16, dim, target, "hopper")
         for dim in (64, 128):
+            for kernel in BACKWARD:
+                yield Job("soft-cap, causal", torch.bfloat16, dim, target, kernel)
+            yield Job("dense bias", torch.bfloat16, dim, target, "load0")
+        for dim in (64, 128):
             for program in ("plain", "growing cache", "mask of a cache"):
                 yield Job(program, torch.bfloat16, dim, target, "decode_split")
             yield Job("plain", torch.bfloat16, dim, target, "decode_combine")
         yield from gated(target, all_programs)
         if not all_programs:
             continue
+        for kernel in BACKWARD:
+            yield Job("causal", torch.float16, 256, target, kernel)
+            yield Job("causal", torch.float32, 128, target, kernel)
+            for program in programs(torch.bfloat16):
+                if program.name != "soft-cap, causal":
+                    yield Job(program.name, torch.bfloat16, 64, target, kernel)
+                    yield Job(program.name, torch.bfloat16, 128, target, kernel)
+        for dim in (64, 128):
+            yield Job("T5 bias", torch.bfloat16, dim, target, "load0")
         yield Job("causal", torch.float16, 256, target)
         yield Job("causal", torch.float32, 64, target)
         yield Job("causal", torch.float32, 128, target)
@@ -150,6 +175,9 @@ def gated(target: str, all_programs: bool) -> Iterator[Job]:
                         yield Job(program, dtype, 0, target, kernel, rows, dropout=True)
 
 
+BACKWARD = ("dq", "dkdv")
+
+
 def compile_job(job: Job) -> Compiled | None:
     """None where the kernel is not the one for such a program."""
     target = TARGETS[job.target]
@@ -167,6 +195,9 @@ def compile_job(job: Job) -> Compiled | None:
         rows, keys = (hopper.ROWS, hopper.KEYS) if job.kernel == "hopper" else (LISTED, LISTED)
         return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[job.dim] if job.kernel == "hopper" else 1))
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
+    if job.kernel in (*BACKWARD, "load0"):
+        tiles = choose_backward(job.kernel, kind, job.dtype, job.dim, job.dim, "soft-cap" not in job.program)
+        return outcome(job, compile_backward(job, target, tiles), tiles)
     if job.kernel == "attention_forward":
         sizes = Sizes(4, 32, 4096, job.dim)
         spec = next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
@@ -311,6 +342,35 @@ def compile_kernel(
         any_number |= {"heads", *decode.LENGTHS}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = _type(name, dtype, prepared.spec) if name not in constants else "constexpr"
+        if name not in constants and name not in any_number:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+
+
+def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
+    """As a launch would; gradients of operands are wanted where the job is of the kernel of a load."""
+    program = next(p for p in programs(job.dtype) if p.name == job.program)
+    spec = program.spec(Sizes(4, 32, 4096, job.dim))
+    needed = tuple(range(len(spec.operands))) if job.kernel == "load0" else ()
+    backward = launch_backward.prepare(prepare(spec), needed)
+    kernel = backward.kernel(job.kernel, False)
+    wide_q, wide_v = columns(job.dim, job.dim)
+    constants: dict[str, object] = {
+        "DQ": job.dim, "DV": job.dim, "BLOCK_DQ": wide_q, "BLOCK_DV": wide_v, "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n, "PRECISION": "ieee", "UPCAST": False, "EXACT": job.dtype == torch.float32,
+        "FAST": 2 if backward.spec.coarse and target.backend == "cuda" else int(job.dtype.itemsize == 2),
+        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True,
+        **dict.fromkeys(("NEED_DQ", "NEED_DK", "NEED_DV", "NEED_DX"), True),
+        **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_[a-z]d", name)},
+        **{f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(backward.spec.operands)},
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    any_number = {"group", "heads", "batch", "list_b", "list_h", *(x.name for x in backward.spec.scalars)}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        kind = "*fp32" if name in ("delta_ptr", "dload_ptr") else _type(name, job.dtype, backward.spec)
+        signature[name] = "constexpr" if name in constants else kind
         if name not in constants and name not in any_number:
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}

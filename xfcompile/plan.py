@@ -99,7 +99,7 @@ def choose(
     wanted = forced.get(site.family)
     words = told(site, score)
     sayable = words if isinstance(words, Told) else None
-    kernel = _why_no_kernel(site, training)
+    kernel = _why_no_kernel(site, score, training)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
     if training and site.call is None and (site.leaks or swallows(site, sayable)):
         sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"
@@ -115,6 +115,11 @@ def choose(
     slow = _why_slow_kernel(site)
     if sayable is not None and sayable.plain and sdpa is None and not (few and PLAIN_DECODING != "sdpa"):
         return Route("sdpa"), sayable
+    few_keys = sympy.sympify(site.keys).is_Integer and site.keys <= BIAS_KEYS
+    if bias_grad and few_keys and sdpa is None:
+        return Route(
+            "sdpa", f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
+        ), sayable
     if device == "cuda" and kernel is None and slow is None:
         return Route("triton", "few queries: their keys are split over the GPU" if few else None), sayable
     kernel = kernel or slow
@@ -175,9 +180,11 @@ def _why_slow_kernel(site: AttentionSite) -> str | None:
     return None
 
 
-def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
+def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool) -> str | None:
     if training:
-        return "our kernel has no backward yet"
+        reason = _why_no_backward(site, score)
+        if reason is not None:
+            return reason
     if site.dropout:
         return "our kernel drops no weights out yet"
     if site.dead == "unknown" and not site.alive:
@@ -193,6 +200,19 @@ def _why_no_kernel(site: AttentionSite, training: bool) -> str | None:
         if not sympy.sympify(size).is_Integer:
             return UNKNOWN
     return supports(device, _kernel_dtype(site), int(site.head_dim), int(site.value_dim))
+
+
+def _why_no_backward(site: AttentionSite, score: sympy.Expr) -> str | None:
+    if site.leaks:
+        return "rows that may see no key send gradients through their added masks, which no fused kernel does"
+    large = any(absorbs(f, site.loads, finite=True) for f in (score, site.sink) if f is not None)
+    if large or site.full is not None or site.rounding is not None:
+        return "nothing may be left of a row's scores beside its masks, whose gradients no fused kernel has"
+    try:
+        from xfcompile.kernels.attention import why_no_gradient
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    return why_no_gradient(score, site.sink)
 
 
 def _kernel_dtype(site: AttentionSite) -> torch.dtype:

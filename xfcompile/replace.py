@@ -253,14 +253,23 @@ def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype)
     v = emitter.whole_batch(v, site, candidate.v, heads=group_k != group_v)
     spec, operands, ints = score_spec(emitter, candidate)
     key = prepare(spec)
-    tiles = _tiles(emitter, site, dtype, q, (operands, ints, []), key)
-    order = {"heads_first": True} if _heads_first(candidate) else {}
-    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **order)
+    loaded: tuple[Any, Any, Any] = (operands, ints, [])
+    tiles = _tiles(emitter, site, dtype, q, loaded, key)
+    more: dict[str, Any] = {"heads_first": True} if _heads_first(candidate) else {}
+    if candidate.training and tiles:
+        more["tiles_by_key"] = _tiles(emitter, site, dtype, q, loaded, key, by_key=True)[0]
+    made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **more)
     return emitter.call(operator.getitem, made, 0)
 
 
 def _tiles(
-    emitter: Emitter, site: AttentionSite, dtype: torch.dtype, like: fx.Node, loaded: tuple[Any, Any, Any], key: str
+    emitter: Emitter,
+    site: AttentionSite,
+    dtype: torch.dtype,
+    like: fx.Node,
+    loaded: tuple[Any, Any, Any],
+    key: str,
+    by_key: bool = False,
 ) -> tuple[Any, ...]:
     """The lists of the tiles under the site's mask, made once for all attentions under it, and the sizes of the tiles;
     nothing where the kernel needs none, or makes them by itself."""
@@ -280,11 +289,12 @@ def _tiles(
     batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else sympy.S.One
     heads = site.sizes[-1] if len(site.lead) >= 2 else sympy.S.One
     sizes = (batch, heads, site.queries, site.keys)
-    name = ("tiles", mask, tuple(operands), tuple(ints), tuple(floats), sizes, block_m, block_n, device)
+    name = ("tiles", mask, tuple(operands), tuple(ints), tuple(floats), sizes, block_m, block_n, device, by_key)
     if name not in emitter.shared:
         shape = [emitter.size(n) for n in sizes]
         op = torch.ops.xfcompile.attention_tiles.default
-        emitter.shared[name] = emitter.call(op, like, operands, ints, floats, shape, block_m, block_n, mask)
+        more = {"by_key": True} if by_key else {}
+        emitter.shared[name] = emitter.call(op, like, operands, ints, floats, shape, block_m, block_n, mask, **more)
     return emitter.shared[name], block_m, block_n
 
 

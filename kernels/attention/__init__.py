@@ -1,5 +1,6 @@
-"""Attention with any score: Triton forward kernels, generated, behind `torch.ops.xfcompile.attention`."""
+"""Attention with any score: Triton kernels and their gradients, generated, behind `torch.ops.xfcompile.attention`."""
 
+from xfcompile.kernels.attention.gradient import why_no_gradient
 from xfcompile.kernels.attention.launch import FEW_TILES, mask_arguments, mask_of, tile_sizes
 from xfcompile.kernels.attention.op import attention, attention_tiles, prepare
 from xfcompile.kernels.attention.tiles import supports
@@ -13,4 +14,5 @@ __all__ = [
     "prepare",
     "supports",
     "tile_sizes",
+    "why_no_gradient",
 ]

@@ -188,6 +188,29 @@ def tile_lists(list_ptr, verdict_ptr, tiles, CHUNK: tl.constexpr):
     tl.store(list_ptr + 2, at_masked)
 '''
 
+LISTS_BY_KEY = '''\
+@triton.jit
+def tile_lists_by_key(list_ptr, verdict_ptr, blocks, tiles, CHUNK: tl.constexpr):
+    """The list of one block of keys: which blocks of queries see some of them, whole ones first, masked ones last."""
+    pid = tl.cast(tl.program_id(0), tl.int64)
+    verdict_ptr += pid // tiles * blocks * tiles + pid % tiles
+    list_ptr += pid * (blocks + 3)
+    at_whole, at_masked = 0, 0
+    for first in tl.range(0, blocks, CHUNK):
+        t = first + tl.arange(0, CHUNK)
+        verdict = tl.load(verdict_ptr + t.to(tl.int64) * tiles, mask=t < blocks, other=0).to(tl.int32)
+        whole, masked = (verdict >= 2).to(tl.int32), (verdict == 1).to(tl.int32)
+        nth_whole = at_whole + tl.associative_scan(whole, 0, tl.standard._sum_combine)
+        nth_masked = at_masked + tl.associative_scan(masked, 0, tl.standard._sum_combine)
+        tl.store(list_ptr + 2 + nth_whole, t, mask=whole > 0)
+        tl.store(list_ptr + 3 + blocks - nth_masked, t, mask=masked > 0)
+        at_whole += tl.reduce(whole, 0, tl.standard._sum_combine)
+        at_masked += tl.reduce(masked, 0, tl.standard._sum_combine)
+    tl.store(list_ptr, 0)
+    tl.store(list_ptr + 1, at_whole)
+    tl.store(list_ptr + 2, at_masked)
+'''
+
 
 def generate(mask: MaskSpec) -> str:
     """The module's text. Raises Unsupported for what has no Triton form."""
@@ -210,7 +233,7 @@ def generate(mask: MaskSpec) -> str:
     options = f"(do_not_specialize={scalars!r})" if scalars else ""
     text = TEXT.format(options=options, signature=wrapped("def tile_verdicts", arguments, ":"), body=body.rstrip("\n"))
     head = _docstring(mask) + HEAD.format(spec=_literal(mask))
-    return "\n\n".join([head, *(HELPERS[x] for x in sorted(helpers)), text, LISTS])
+    return "\n\n".join([head, *(HELPERS[x] for x in sorted(helpers)), text, LISTS, LISTS_BY_KEY])
 
 
 def _docstring(mask: MaskSpec) -> str:
@@ -376,6 +399,11 @@ def reference(
         low, high = tiles(x, float("inf")).amin(-1), tiles(x, float("-inf")).amax(-1)
         even &= (low == high) & (low.abs() <= NEAR)
     return torch.where(some, torch.where(every, torch.where(even, EVEN, WHOLE), MASKED), SKIP).to(torch.int8)
+
+
+def by_key(verdicts: torch.Tensor) -> torch.Tensor:
+    """The verdicts [.., tiles, blocks] of lists of blocks of queries, in which nothing is even."""
+    return verdicts.clamp(max=WHOLE).mT.contiguous()
 
 
 def lists(verdicts: torch.Tensor) -> torch.Tensor:

@@ -85,11 +85,15 @@ def _kernels(key: str, interpreted: bool) -> Any:
     return cache.load(cache.store(program(key).source), name)
 
 
-def output(like: Tensor, prepared: MaskProgram, shape: Sequence[Any], block_m: int, block_n: int) -> Tensor:
+def output(
+    like: Tensor, prepared: MaskProgram, shape: Sequence[Any], block_m: int, block_n: int, by_key: bool = False
+) -> Tensor:
     """Lists [B', H', blocks of queries, 3 + tiles], int32: see `blocks.HEADER`. B' and H' are 1 where the lists are the
-    same for all batches, or heads."""
+    same for all batches, or heads. by_key: [B', H', tiles, 3 + blocks of queries], for a block of keys each."""
     batch, heads, lq, lk = shape
     own = (batch if prepared.by_batch else 1, heads if prepared.by_head else 1)
+    if by_key:
+        return like.new_empty((*own, -(-lk // block_n), blocks.HEADER + -(-lq // block_m)), dtype=torch.int32)
     return like.new_empty((*own, -(-lq // block_m), blocks.HEADER + -(-lk // block_n)), dtype=torch.int32)
 
 
@@ -108,19 +112,20 @@ def run(
     block_m: int,
     block_n: int,
     key: str,
+    by_key: bool = False,
 ) -> Tensor:
     """The lists, on the device of `like`, by the kernels: on a GPU, or interpreted on a CPU."""
     prepared = program(key)
-    made = output(like, prepared, shape, block_m, block_n)
-    if made.numel() == 0 or shape[3] == 0:
+    made = output(like, prepared, shape, block_m, block_n, by_key)
+    if made.numel() == 0 or 0 in (shape[2], shape[3]):
         return made.zero_()
-    layout = (tuple(shape), block_m, block_n, like.device, *[(x.dtype, x.stride()) for x in operands])
+    layout = (tuple(shape), block_m, block_n, by_key, like.device, *[(x.dtype, x.stride()) for x in operands])
     launches = prepared.launches.get(layout)
     if launches is None:
         if len(prepared.launches) >= MANY_LAYOUTS:
             prepared.launches.clear()
-        launches = prepared.launches[layout] = _launches(prepared, made, operands, shape, block_m, block_n)
-    verdicts = made.new_empty(made.numel(), dtype=torch.int8)
+        launches = prepared.launches[layout] = _launches(prepared, made, operands, shape, block_m, block_n, by_key)
+    verdicts = made.new_empty(made.numel(), dtype=torch.int8)  # a few more than there are tiles
     scalars = reference.bind(prepared.mask.scalars, ints, floats)
     launches[0]([verdicts, *operands], launches[2], list(scalars.values()))
     launches[1]([made, verdicts], launches[3])
@@ -136,11 +141,17 @@ MANY_ELEMENTS = 64 * 64
 
 
 def _launches(
-    prepared: MaskProgram, made: Tensor, operands: Sequence[Tensor], shape: Sequence[int], block_m: int, block_n: int
+    prepared: MaskProgram,
+    made: Tensor,
+    operands: Sequence[Tensor],
+    shape: Sequence[int],
+    block_m: int,
+    block_n: int,
+    by_key: bool,
 ) -> tuple[Launch, Launch, list[int], list[int]]:
     """The launch for verdicts and the one for lists, and the numbers that each of them is given."""
-    batch, heads, rows, length = made.shape
-    tiles = length - blocks.HEADER
+    batch, heads = made.shape[:2]
+    rows, tiles = -(-shape[2] // block_m), -(-shape[3] // block_n)
     strides = [stride for operand in operands for stride in operand.stride()]
     kernels = _kernels(prepared.key, made.device.type == "cpu")
     together = 1 if prepared.single else TILES_A_PROGRAM
@@ -149,7 +160,13 @@ def _launches(
     warps = 8 if prepared.single and block_m * block_n > MANY_ELEMENTS else 4
     verdict = Launch(kernels.tile_verdicts, programs * -(-tiles // together), sizes, {"num_warps": warps})
     listing = Launch(kernels.tile_lists, programs, {"CHUNK": min(256, _power(tiles))}, {"num_warps": 1})
-    return verdict, listing, [heads, *shape[2:], *strides], [tiles]
+    numbers = [heads, *shape[2:], *strides]
+    if by_key:
+        listing = Launch(
+            kernels.tile_lists_by_key, batch * heads * tiles, {"CHUNK": min(256, _power(rows))}, {"num_warps": 1}
+        )
+        return verdict, listing, numbers, [rows, tiles]
+    return verdict, listing, numbers, [tiles]
 
 
 def tightest(
@@ -161,14 +178,16 @@ def tightest(
     block_m: int,
     block_n: int,
     key: str,
+    by_key: bool = False,
 ) -> Tensor:
     """The same in plain PyTorch, with the tightest verdicts there are."""
     prepared = program(key)
     scalars = reference.bind(prepared.mask.scalars, ints, floats)
     own = (shape[0] if prepared.by_batch else 1, shape[1] if prepared.by_head else 1, shape[2], shape[3])
     if 0 in own:
-        return output(like, prepared, shape, block_m, block_n).zero_()
-    return blocks.lists(blocks.reference(prepared.mask, operands, scalars, own, block_m, block_n)).to(like.device)
+        return output(like, prepared, shape, block_m, block_n, by_key).zero_()
+    verdicts = blocks.reference(prepared.mask, operands, scalars, own, block_m, block_n)
+    return blocks.lists(blocks.by_key(verdicts) if by_key else verdicts).to(like.device)
 
 
 def _power(n: int) -> int:

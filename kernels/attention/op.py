@@ -1,13 +1,14 @@
-"""The op `xfcompile::attention`: any attention that a `ScoreSpec` describes, forward only."""
+"""The op `xfcompile::attention`: any attention that a `ScoreSpec` describes, and its gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import launch, lists, reference
+from xfcompile.kernels.attention import launch, launch_backward, lists, reference
 from xfcompile.kernels.attention.launch import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
 
@@ -18,15 +19,24 @@ LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 # needs_exact_strides: Inductor must pass q, k and v as they are (transposed, expanded, slices of a packed projection).
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel,"
-    " Tensor? tiles=None, int block_m=0, int block_n=0, bool heads_first=False) -> (Tensor out, Tensor lse)",
+    " Tensor? tiles=None, int block_m=0, int block_n=0, bool heads_first=False,"
+    " Tensor? tiles_by_key=None) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
 
+# needs: whether a gradient is wanted, of q, k, v and each operand; what is not wanted comes back empty.
+LIBRARY.define(
+    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] operands,"
+    " SymInt[] ints, float[] floats, str kernel, bool[] needs, Tensor? tiles=None, Tensor? tiles_by_key=None,"
+    " int block_m=0, int block_n=0) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)",
+    tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+)
+
 # Made once for a mask, and given to every attention under it. `like` says where: on its device.
 LIBRARY.define(
     "attention_tiles(Tensor like, Tensor[] operands, SymInt[] ints, float[] floats, SymInt[] shape, int block_m,"
-    " int block_n, str kernel) -> Tensor",
+    " int block_n, str kernel, bool by_key=False) -> Tensor",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
@@ -54,21 +64,12 @@ def check(
         raise ValueError(f"xfcompile::attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     if any(x.device != q.device for x in (k, v, *operands)):
         raise ValueError("xfcompile::attention: q, k, v and operands must be on one device")
-    check_grad(q, k, v, operands)
     expected = launch.program(key).spec.operands
     found = [(x.dtype, x.ndim) for x in operands]
     if found != [(x.dtype, x.ndim) for x in expected]:
         raise ValueError(f"xfcompile::attention: kernel {key} loads from operands {list(expected)}, not {found}")
     if tiles is not None:
         _check_tiles(q, k, tiles, block_m, block_n, key)
-
-
-def check_grad(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor]) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *operands)):
-        raise NotImplementedError(
-            "xfcompile::attention has no backward yet, and an input requires grad: call it under torch.no_grad(), or "
-            'leave attention to Inductor in training (options={"routes": {"attention": "inductor"}})'
-        )
 
 
 def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int, key: str) -> None:
@@ -98,6 +99,7 @@ def _attention_cuda(
     block_m: int = 0,
     block_n: int = 0,
     heads_first: bool = False,
+    tiles_by_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     def checked() -> None:
         check(q, k, v, operands, kernel, tiles, block_m, block_n)
@@ -105,7 +107,6 @@ def _attention_cuda(
         if reason is not None:
             raise NotImplementedError(f"xfcompile::attention: {reason}")
 
-    check_grad(q, k, v, operands)
     return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, checked)
 
 
@@ -121,6 +122,7 @@ def _attention_cpu(
     block_m: int = 0,
     block_n: int = 0,
     heads_first: bool = False,
+    tiles_by_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel, tiles, block_m, block_n)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
@@ -144,6 +146,7 @@ def _attention_fake(
     block_m: int = 0,
     block_n: int = 0,
     heads_first: bool = False,
+    tiles_by_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel, tiles, block_m, block_n)
     return launch.outputs(q, v, heads_first)
@@ -158,9 +161,10 @@ def _tiles_cpu(
     block_m: int,
     block_n: int,
     kernel: str,
+    by_key: bool = False,
 ) -> Tensor:
     make = lists.run if interpreting() else lists.tightest
-    return make(like, operands, ints, floats, shape, block_m, block_n, kernel)
+    return make(like, operands, ints, floats, shape, block_m, block_n, kernel, by_key)
 
 
 def _tiles_fake(
@@ -172,13 +176,117 @@ def _tiles_fake(
     block_m: int,
     block_n: int,
     kernel: str,
+    by_key: bool = False,
 ) -> Tensor:
-    return lists.output(like, lists.program(kernel), shape, block_m, block_n)
+    return lists.output(like, lists.program(kernel), shape, block_m, block_n, by_key)
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
+
+
+def _backward_cuda(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    kernel: str,
+    needs: Sequence[bool],
+    tiles: Tensor | None = None,
+    tiles_by_key: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
+) -> launch_backward.Gradients:
+    wanted = launch_backward.Needs.of(needs)
+    return launch_backward.run(
+        dout, q, k, v, out, lse, operands, ints, floats, kernel, wanted, tiles, tiles_by_key, block_m, block_n
+    )
+
+
+def _backward_cpu(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    kernel: str,
+    needs: Sequence[bool],
+    *rest: Any,
+) -> launch_backward.Gradients:
+    if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
+        return _backward_cuda(dout, q, k, v, out, lse, operands, ints, floats, kernel, needs, *rest)
+    wanted = launch_backward.Needs.of(needs)
+    return launch_backward.by_definition(dout, q, k, v, operands, ints, floats, kernel, wanted)
+
+
+def _backward_fake(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    kernel: str,
+    needs: Sequence[bool],
+    *rest: Any,
+) -> launch_backward.Gradients:
+    return launch_backward.outputs(q, k, v, operands, launch_backward.Needs.of(needs))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps q, k, v, out, the log-sum-exps and what the score loads: no weights, and nothing as large as they are."""
+    q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, _, tiles_by_key = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.lists = tiles is not None and tiles_by_key is not None
+    listed = (tiles, tiles_by_key) if ctx.lists else ()
+    ctx.save_for_backward(q, k, v, out, lse, *listed, *operands)
+    ctx.numbers = ints, floats, kernel, block_m, block_n
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    # Arguments at their defaults are not among those that torch expects gradients for, and empty lists are lists.
+    others: tuple[Any, ...] = tuple([] if isinstance(x, list) else None for x in ctx.needs_input_grad[4:])
+    if dout is None:
+        return None, None, None, [None] * len(ctx.needs_input_grad[3]), *others
+    ints, floats, kernel, block_m, block_n = ctx.numbers
+    q, k, v, out, lse, *rest = ctx.saved_tensors
+    tiles, tiles_by_key = (rest.pop(0), rest.pop(0)) if ctx.lists else (None, None)
+    needs = [bool(x) for x in (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])]
+    *qkv, operands = torch.ops.xfcompile.attention_backward(
+        dout, q, k, v, out, lse, rest, ints, floats, kernel, needs, tiles, tiles_by_key, block_m, block_n
+    )
+    made = [x if needed else None for x, needed in zip([*qkv, *operands], needs, strict=True)]
+    return *made[:3], made[3:], *others
+
+
+def _no_second_gradient(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError(
+        "xfcompile::attention has no second derivative: a gradient of its gradients was asked for (double backward); "
+        'leave attention to Inductor there (options={"routes": {"attention": "inductor"}})'
+    )
 
 
 LIBRARY.impl("attention", _attention_cuda, "CUDA")
 LIBRARY.impl("attention", _attention_cpu, "CPU")
 torch.library.register_fake("xfcompile::attention", _attention_fake, lib=LIBRARY)
+torch.library.register_autograd("xfcompile::attention", _gradients, setup_context=_save, lib=LIBRARY)
+LIBRARY.impl("attention_backward", _backward_cuda, "CUDA")
+LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
+torch.library.register_fake("xfcompile::attention_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("xfcompile::attention_backward", _no_second_gradient, lib=LIBRARY)
 LIBRARY.impl("attention_tiles", lists.run, "CUDA")
 LIBRARY.impl("attention_tiles", _tiles_cpu, "CPU")
 torch.library.register_fake("xfcompile::attention_tiles", _tiles_fake, lib=LIBRARY)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator, Value
-from xfcompile.score import B, H, I, J, S
+from xfcompile.kernels.attention.gradient import Gradients
+from xfcompile.score import POSITION, B, H, I, J, S
 from xfcompile.site import ScoreSpec
 
 
@@ -51,12 +52,14 @@ def attention(
         sink = _full(evaluate(spec.sink), (batch, heads, lq, 1), dtype, q.device)
         logits = torch.cat([logits, sink], -1)
     lse = logits.logsumexp(-1) if logits.shape[-1] else logits.new_full(shape[:3], -math.inf)
-    weights = logits.softmax(-1)[..., :lk]
+    nothing = lse[..., None] == -math.inf
+    # Of 0 / 0 comes NaN, but no gradient of NaN.
+    weights = logits.masked_fill(nothing, 0.0).softmax(-1)[..., :lk].masked_fill(nothing, math.nan)
     if spec.sink is None and lk:
         empty = ~keep.any(-1, keepdim=True)
         weights = weights.masked_fill(empty, {"nan": math.nan, "mean": 1 / lk, "zero": 0.0}[spec.dead])
         if spec.dead == "zero":  # SDPA counts a row of infinite scores as one without keys
-            weights = weights.masked_fill(lse[..., None] == -math.inf, 0.0)
+            weights = weights.masked_fill(nothing, 0.0)
     return weights @ v, lse
 
 
@@ -68,3 +71,59 @@ def bind(scalars: Sequence[sympy.Symbol], ints: Sequence[int], floats: Sequence[
 
 def _full(value: Value, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.as_tensor(value, device=device).to(dtype).expand(shape)
+
+
+def backward(
+    spec: ScoreSpec,
+    found: Gradients,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor] = (),
+    ints: Sequence[int] = (),
+    floats: Sequence[float] = (),
+    dtype: torch.dtype = torch.float32,
+    absolute: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """The gradients of `attention`'s out by q, k, v, and by each load of `found`, computed in `dtype`.
+
+    dq, dk, dv have the shapes of q, k, v; that of a load [B, H, Lq, Lk] (of a sink [B, H, Lq, 1]) with 1 for the axes
+    that it has not. absolute: of a load, the sum of the sizes of what its gradient is the sum of. Rows that see no key
+    have none, but for v's where they get the mean of v.
+    """
+    out, lse = attention(spec, q, k, v, operands, ints, floats, dtype)
+    batch, heads, lq, _ = q.shape
+    kv_heads, lk = k.shape[1:3]
+    group = heads // max(kv_heads, 1)
+    dout, q, k, v = (x.to(dtype) for x in (dout, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+
+    def index(n: int, axis: int) -> Tensor:
+        return torch.arange(n, device=q.device).view([-1 if a == axis else 1 for a in range(4)])
+
+    scope: dict[sympy.Symbol, Value] = {B: index(batch, 0), H: index(heads, 1), I: index(lq, 2), J: index(lk, 3)}
+    scope.update(bind(spec.scalars, ints, floats))
+    scope[S] = q @ k.mT
+    evaluate = Evaluator(scope, operands, dtype, q.device)
+    shape = (batch, heads, lq, lk)
+    keep = _full(evaluate(spec.keep), shape, torch.bool, q.device)
+    dead = lse[..., None] == -math.inf
+    score = _full(evaluate(spec.score), shape, dtype, q.device).masked_fill(~keep | dead, -math.inf)
+    weights = (score - lse[..., None].masked_fill(dead, 0.0)).exp()
+    delta = (dout * torch.where(dead, 0.0, out)).sum(-1, keepdim=True)
+    dscore = weights * (dout @ v.mT - delta)
+    ds = dscore * _full(evaluate(found.slope), shape, dtype, q.device)
+    terms = []
+    for x in found.loads:
+        whole = dscore
+        if x.kind == "sink":
+            sink = _full(evaluate(spec.sink), (*shape[:3], 1), dtype, q.device)
+            whole = -delta * torch.where(dead, 0.0, (sink - lse[..., None]).exp())
+        by = whole * _full(evaluate(x.derivative), tuple(whole.shape), dtype, q.device)
+        terms.append((by.abs() if absolute else by, [a for a, p in enumerate(POSITION) if p not in x.axes]))
+    dv = weights.mT @ dout
+    if spec.dead == "mean" and spec.sink is None and lk:
+        dv = dv + (dout * dead).sum(-2, keepdim=True) / lk
+    loads = [by.sum(gone, keepdim=True) if gone else by for by, gone in terms]
+    own = [y.unflatten(1, (kv_heads, group)).sum(2) for y in (ds.mT @ q, dv)]
+    return ds @ k, own[0], own[1], loads

@@ -285,7 +285,7 @@ def module(
     those in HELPERS that they call.
     """
     parts = [
-        _docstring(spec) + HEAD.format(spec=_literal(spec)),
+        _docstring(spec) + HEAD.format(spec=literal(fields(spec))),
         FUNCTIONS,
         *(HELPERS[name] for name in sorted(helpers)),
         *functions,
@@ -317,13 +317,13 @@ def meaning(spec: ScoreSpec) -> str:
     return "\n".join(lines)
 
 
-def _literal(spec: ScoreSpec) -> str:
+def fields(spec: ScoreSpec) -> dict[str, object]:
     """The spec as a dict of strings, which `cache.parse` turns back."""
 
     def text(expr: sympy.Basic | None) -> str | None:
         return None if expr is None else sympy.srepr(expr)
 
-    fields: dict[str, object] = {
+    return {
         "score": text(spec.score),
         "keep": text(spec.keep),
         "dead": spec.dead,
@@ -338,7 +338,6 @@ def _literal(spec: ScoreSpec) -> str:
         "floor": text(spec.floor),
         "coarse": spec.coarse,
     }
-    return literal(fields)
 
 
 def literal(fields: Mapping[str, object]) -> str:

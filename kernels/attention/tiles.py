@@ -94,6 +94,36 @@ def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
     return replace(tiles, block_m=rows, num_warps=4 if rows < tiles.block_m else tiles.num_warps)
 
 
+# Of the backward's kernels, by (kernel, generation, bits of an element, head dim padded to a power of two): for scores
+# that are a multiple of q·k and what is added, and for others. Hopper's D64 and D128 are the best or near for two programs
+# on an H200 (examples/bench_backward.py, examples/results/backward_h200.json); D256 is not measured.
+BACKWARD: dict[tuple[str, str, int, int], tuple[Tiles, Tiles]] = {
+    ("dq", HOPPER, 16, 64): (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    ("dq", HOPPER, 16, 128): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+    ("dq", HOPPER, 16, 256): (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+    ("dkdv", HOPPER, 16, 64): (Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3)),
+    ("dkdv", HOPPER, 16, 128): (Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 2)),
+    ("dkdv", HOPPER, 16, 256): (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+    ("load", HOPPER, 16, 64): (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    ("load", HOPPER, 16, 128): (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
+    ("load", HOPPER, 16, 256): (Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
+}
+
+
+def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, linear: bool) -> Tiles:
+    """The first tiles to try for a kernel of the backward: "dq", "dkdv", or that of a load. linear: whether the score's
+    derivative by q·k is one number."""
+    wide = max(64, padded(max(dq, dv)))
+    name = "load" if name.startswith("load") else name
+    found = BACKWARD.get((name, kind, 8 * dtype.itemsize, wide))
+    if found is not None:
+        return found[0 if linear else 1]
+    if name == "load":  # square: see launch_backward.DIAGONAL
+        return Tiles(64, 64, 8, 1)
+    small = dtype.itemsize == 4 or wide == 256
+    return Tiles(32, 32, 4, 1) if small else Tiles(64, 64, 4 if wide == 64 else 8, 1 if kind == AMD else 2)
+
+
 STEP_BYTES = 32 * 1024
 """Keys and values that a step of the decoding kernel reads. Two steps under way and two or three programs on a
 multiprocessor are well above the 40 KiB each that an H200 must have under way for its bandwidth (4.8 TB/s, 1 µs)."""

@@ -255,21 +255,6 @@ def test_symbolic_sizes_in_the_fake() -> None:
 # Errors
 
 
-def test_training_is_refused() -> None:
-    x = inputs(named("plain"), torch.float32)
-    x.q.requires_grad_()
-    with pytest.raises(NotImplementedError, match="no backward yet"):
-        attention(x.q, x.k, x.v, [], [], [], prepare(ScoreSpec(S)))
-
-
-def test_training_is_refused_when_compiled() -> None:
-    x = inputs(named("plain"), torch.float32)
-    key = prepare(ScoreSpec(S))
-    program = torch.compile(lambda q: attention(q, x.k, x.v, [], [], [], key)[0], backend="aot_eager")
-    with pytest.raises(Exception, match="no backward yet"):
-        program(x.q.requires_grad_()).sum().backward()
-
-
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [

@@ -1,0 +1,755 @@
+"""From a `ScoreSpec` to the text of its backward: kernels for dq, for dk and dv, and for gradients of what is added.
+
+With x = score(s), p = exp(x - lse), dp = dout v^T and delta = sum(dout * out), the gradient of a score is
+dx = p (dp - delta) (Dao et al., FlashAttention-2, 2023). `sympy` gives dx/ds for dq and dk, and dx/dload for each load
+that needs a gradient. Nothing but lse is kept of the forward; every tile is computed anew, in two kernels that each own
+what they write: no atomics, the same numbers every time.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import sympy
+
+from xfcompile.evaluate import Unsupported
+from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention.codegen import in_base
+from xfcompile.kernels.attention.gradient import Gradients, LoadGradient, gradients
+from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
+from xfcompile.kernels.attention.template import HEAD, HELPERS, returned, wrapped
+from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.site import ScoreSpec
+
+CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "PRECISION", "UPCAST", "EXACT"]
+"""Compile-time arguments that all kernels of a backward have. EXACT: whether scores stay in base e until their
+log-sum-exp is subtracted, where fp32 is not to lose digits."""
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A generated backward: its text, what it differentiates, and what of the scores its kernels are given.
+
+    slope: the factor of dq and dk that is the same for all scores, None where the text has it for each.
+    listed: whether the kernels take lists of tiles.
+    """
+
+    text: str
+    gradients: Gradients
+    slope: sympy.Expr | None
+    listed: bool
+
+
+def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
+    """The module of a canonical spec, for gradients of q, k, v and of the operands that are `needed`.
+
+    Raises Unsupported for what cannot be differentiated, or has no Triton form.
+    """
+    if template.wide(spec):
+        raise Unsupported("a number of the score is so far from 0 that nothing is left of it beside")
+    found = gradients(spec, needed)
+    return _Writer(spec, found).module(tuple(needed))
+
+
+HELPER = '''\
+@triton.jit
+def load_vector(ptr, start, end, other: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr):
+    """Elements start ... start + N - 1 of a vector; `other` from `end` on, at an edge."""
+    offs = start + tl.arange(0, N)
+    if EDGE:
+        x = tl.load(ptr + offs, mask=offs < end, other=other)
+    else:
+        x = tl.load(ptr + offs)
+    return x  # [N]
+
+
+@triton.jit
+def weights_from(lse):
+    """Log-sum-exps such that all weights of a row without keys are 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+'''
+
+SEARCH = '''\
+@triton.jit
+def first_row_{side}(n, {parameters}):
+    """The first query row whose {side} bound on keys is above n; lq if there is none."""
+    lo = n * 0
+    hi = n * 0 + lq
+    while lo < hi:
+        mid = (lo + hi) // 2
+        if tl.cast({side}({arguments}), tl.int64) > n:
+            hi = mid
+        else:
+            lo = mid + 1
+    return lo
+'''
+
+DQ_KERNEL = '''\
+@triton.jit{options}
+{signature}
+    """One program: dq of BLOCK_M query rows of one head{more}; and delta, which the other kernels read."""
+    blocks = (lq + BLOCK_M - 1) // BLOCK_M
+    pid = tl.program_id(0)
+    b = pid // blocks // heads
+    h = pid // blocks % heads
+    block = {block}
+    first = block * BLOCK_M
+    offs_m = first + tl.arange(0, BLOCK_M)
+    row = tl.minimum(offs_m, lq - 1)  # rows past the end repeat the last one, and are not stored
+    i = row[:, None]
+    offs_dq = tl.arange(0, BLOCK_DQ)[None, :]
+    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    wide_b, wide_h, wide_i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), i.to(tl.int64)
+
+    out_ptr += wide_b * stride_ob + wide_h * stride_oh
+    dout_ptr += wide_b * stride_gb + wide_h * stride_gh
+    out = tl.load(out_ptr + wide_i * stride_om + offs_dv * stride_od, mask=offs_dv < DV, other=0.0)
+    dout = tl.load(dout_ptr + wide_i * stride_gm + offs_dv * stride_gd, mask=offs_dv < DV, other=0.0)
+    vector = (wide_b * heads + h) * lq
+    lse = tl.load(lse_ptr + vector + row)
+    delta = tl.reduce(out.to(tl.float32) * dout.to(tl.float32), 1, tl.standard._sum_combine)  # [M]
+    delta = tl.where(lse == float("-inf"), 0.0, delta)  # without keys there may be NaN in out
+    tl.store(delta_ptr + vector + offs_m, delta, mask=offs_m < lq)
+    if LOOP:
+        lse = weights_from(lse)
+        q_ptr += wide_b * stride_qb + wide_h * stride_qh
+        k_ptr += wide_b * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
+        v_ptr += wide_b * stride_vb + tl.cast(h // group, tl.int64) * stride_vh
+        q = tl.load(q_ptr + wide_i * stride_qm + offs_dq * stride_qd, mask=offs_dq < DQ, other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+            dout = dout.to(tl.float32)
+{rows}
+        dq = tl.full([BLOCK_M, BLOCK_DQ], 0.0, tl.float32)
+{sums}
+
+{loops}
+
+{stores}
+        if NEED_DQ:
+            dq_ptr += wide_b * stride_db + wide_h * stride_dh
+            mask = (offs_m[:, None] < lq) & (offs_dq < DQ)
+            dq = dq{slope}
+            tl.store(dq_ptr + wide_i * stride_dm + offs_dq * stride_dd, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+'''
+
+DKDV_KERNEL = '''\
+@triton.jit{options}
+{signature}
+    """One program: dk and dv of BLOCK_N keys of one head of keys{more}, over all query heads that share it."""
+    blocks = (lk + BLOCK_N - 1) // BLOCK_N
+    pid = tl.program_id(0)
+    kv_heads = heads // group
+    b = pid // blocks // kv_heads
+    kv_head = pid // blocks % kv_heads
+    block = pid % blocks
+    first = block * BLOCK_N
+    offs_n = first + tl.arange(0, BLOCK_N)
+    column = tl.minimum(offs_n, lk - 1)  # columns past the end repeat the last one, and are not stored
+    j = column[:, None]
+    offs_dq = tl.arange(0, BLOCK_DQ)[None, :]
+    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    wide_b, wide_h, wide_j = tl.cast(b, tl.int64), tl.cast(kv_head, tl.int64), j.to(tl.int64)
+
+    k_ptr += wide_b * stride_kb + wide_h * stride_kh
+    v_ptr += wide_b * stride_vb + wide_h * stride_vh
+    k = tl.load(k_ptr + wide_j * stride_kn + offs_dq * stride_kd, mask=offs_dq < DQ, other=0.0)
+    v = tl.load(v_ptr + wide_j * stride_vn + offs_dv * stride_vd, mask=offs_dv < DV, other=0.0)
+    if UPCAST:
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    dk = tl.full([BLOCK_N, BLOCK_DQ], 0.0, tl.float32)
+    dv = tl.full([BLOCK_N, BLOCK_DV], 0.0, tl.float32)
+{bounds}
+    for n in tl.range(0, group):
+        h = kv_head * group + n
+        vector = (tl.cast(b, tl.int64) * heads + h) * lq
+        q_head = q_ptr + wide_b * stride_qb + tl.cast(h, tl.int64) * stride_qh
+        dout_head = dout_ptr + wide_b * stride_gb + tl.cast(h, tl.int64) * stride_gh
+        lse_head = lse_ptr + vector
+        delta_head = delta_ptr + vector
+{columns}
+{sums}
+
+{loops}
+
+{stores}
+    mask = offs_n[:, None] < lk
+    if NEED_DK:
+        dk_ptr += wide_b * stride_db + wide_h * stride_dh
+        dk = dk{slope}
+        tl.store(dk_ptr + wide_j * stride_dn + offs_dq * stride_dd, dk.to(dk_ptr.dtype.element_ty),
+                 mask=mask & (offs_dq < DQ))
+    if NEED_DV:
+        dv_ptr += wide_b * stride_eb + wide_h * stride_eh
+        tl.store(dv_ptr + wide_j * stride_en + offs_dv * stride_ed, dv.to(dv_ptr.dtype.element_ty),
+                 mask=mask & (offs_dv < DV))
+'''
+
+LOAD_KERNEL = '''\
+@triton.jit{options}
+{signature}
+    """One program: the gradient by {load}, {what}."""
+    pid = tl.program_id(0)
+    rows = (lq + BLOCK_M - 1) // BLOCK_M
+    tiles = (lk + BLOCK_N - 1) // BLOCK_N
+    batches, own_heads = {batches}, {own_heads}
+{place}
+    offs_dq = tl.arange(0, BLOCK_DQ)[None, :]
+    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
+    total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    for n in tl.range(0, steps * (batch // batches) * (heads // own_heads)):
+        b = {batch}
+        h = {head}
+        first = (row0 + n % steps) * BLOCK_M
+        start = (tile0 + n % steps) * BLOCK_N
+        offs_m = first + tl.arange(0, BLOCK_M)
+        row = tl.minimum(offs_m, lq - 1)
+        i = row[:, None]
+        wide_b, wide_h, wide_i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), i.to(tl.int64)
+        vector = (wide_b * heads + h) * lq
+        lse = weights_from(load_vector(lse_ptr + vector, first, lq, float("-inf"), BLOCK_M, True))
+        delta = load_vector(delta_ptr + vector, first, lq, 0.0, BLOCK_M, True)
+        dout_head = dout_ptr + wide_b * stride_gb + wide_h * stride_gh
+        q_head = q_ptr + wide_b * stride_qb + wide_h * stride_qh
+        k_head = k_ptr + wide_b * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
+        v_head = v_ptr + wide_b * stride_vb + tl.cast(h // group, tl.int64) * stride_vh
+        q = tl.load(q_head + wide_i * stride_qm + offs_dq * stride_qd, mask=offs_dq < DQ, other=0.0)
+        dout = tl.load(dout_head + wide_i * stride_gm + offs_dv * stride_gd, mask=offs_dv < DV, other=0.0)
+        k = load_rows(k_head, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, True)
+        v = load_rows(v_head, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, True)
+        if UPCAST:
+            q, k, v, dout = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), dout.to(tl.float32)
+{rows}
+        offs_n = start + tl.arange(0, BLOCK_N)[None, :]
+        j = tl.minimum(offs_n, lk - 1)
+{columns}
+{body}
+        total += tl.where((offs_m[:, None] < lq) & (offs_n < lk), dx * {derivative}, 0.0)
+{store}
+'''
+
+DENSE_PLACE = """\
+    tile0 = pid % tiles
+    row0 = pid // tiles % rows
+    own_h = pid // tiles // rows % own_heads
+    own_b = pid // tiles // rows // own_heads
+    steps = 1
+{skip}"""
+
+DENSE_STORE = """\
+    offs_m = row0 * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = tile0 * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    dload_ptr += (tl.cast(own_b, tl.int64) * own_heads + own_h) * lq * lk
+    tl.store(dload_ptr + offs_m.to(tl.int64) * lk + offs_n, total.to(dload_ptr.dtype.element_ty),
+             mask=(offs_m < lq) & (offs_n < lk))"""
+
+DIAGONAL_PLACE = """\
+    diagonals = rows + tiles - 1
+    diagonal = pid % diagonals
+    own_h = pid // diagonals % own_heads
+    own_b = pid // diagonals // own_heads
+    row0 = tl.maximum(rows - 1 - diagonal, 0)
+    tile0 = tl.maximum(diagonal - (rows - 1), 0)
+    steps = tl.minimum(rows - row0, tiles - tile0)"""
+
+DIAGONAL_STORE = """\
+    dload_ptr += tl.cast(pid, tl.int64) * (BLOCK_M * BLOCK_N)
+    tl.store(dload_ptr + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], total)"""
+
+Loop = Callable[..., str]
+"""(start, end, *, masked, edge) -> the text of a loop between the two."""
+
+
+class _Writer:
+    """Writes the module of one spec: what its parts share is found once."""
+
+    def __init__(self, spec: ScoreSpec, found: Gradients) -> None:
+        self.spec = spec
+        self.found = found
+        constant = not found.slope.free_symbols - set(spec.scalars) and not found.slope.has(Load)
+        self.slope = found.slope if constant else None
+        self.score = in_base(spec, spec.score)
+        self.listed = template.listed(spec)
+        self.pointers = [f"t{n}_ptr" for n in range(len(spec.operands))]
+        self.strides = [f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)]
+        self.scalars = [x.name for x in spec.scalars]
+        self.scope = NAMES | {x: x.name for x in spec.scalars}
+        self.helpers: set[str] = set()
+        expressions = [self.score, spec.keep, *(x.derivative for x in found.loads if x.kind != "sink")]
+        if self.slope is None:
+            expressions.append(found.slope)
+        self.flags = ["FAST"] if any(x.has(sympy.tanh) for x in expressions) else []
+        self.rows, self.row_lines = self._hoisted("row", expressions)
+        self.columns, self.column_lines = self._hoisted("column", expressions)
+
+    def _hoisted(self, side: str, expressions: Sequence[sympy.Basic]) -> tuple[dict[sympy.Basic, Term], list[str]]:
+        """Loads that a row, or a column, of scores has once: their names, and the lines that read them."""
+        other = {S, J} if side == "row" else {S, I}
+        loads: dict[Load, None] = {}
+        for expr in expressions:
+            for load, guarded in guarded_loads(expr):
+                across = load.free_symbols & other or (side == "column" and J not in load.free_symbols)
+                if not across and (is_plain(load) or not guarded):
+                    loads[load] = None
+        printer = Printer(self.spec.operands, self.scope)
+        lines: list[str] = []
+        names: dict[sympy.Basic, Term] = {}
+        for n, load in enumerate(loads):
+            term = printer.print(load)
+            *before, last = printer.lines
+            lines += [*before, f"{side}{n} = {last.split(' = ', 1)[1]}"]
+            printer.lines.clear()
+            names[load] = printer.hoisted[load] = replace(term, text=f"{side}{n}")
+        self.helpers |= printer.helpers
+        return names, lines
+
+    @property
+    def inside(self) -> list[str]:
+        """What the site's own functions are given beside s and the position."""
+        return [
+            *self.pointers, *self.strides, *self.scalars,
+            *(t.text for t in self.rows.values()), *(t.text for t in self.columns.values()),
+        ]  # fmt: skip
+
+    @property
+    def site(self) -> str:
+        return ", ".join(["b", "h", "i", "j", *self.inside, *self.flags])
+
+    def _function(self, name: str, arguments: Sequence[str], expr: sympy.Basic, *, real: bool, tile: bool) -> str:
+        printer = Printer(self.spec.operands, self.scope, {**self.rows, **self.columns})
+        term = printer.float(expr) if real else printer.print(expr)
+        self.helpers |= printer.helpers
+        value = term.text
+        if tile and extent(expr) != {I, J}:
+            value = f"tl.full(s.shape, 0.0, tl.float32) + {term.at(PRODUCT)}"
+        body = "".join(f"    {line}\n" for line in [*printer.lines, *returned(value)])
+        return f"@triton.jit\n{wrapped(f'def {name}', arguments, ':')}\n{body}"
+
+    def _functions(self) -> list[str]:
+        spec = self.spec
+        site = ["b", "h", "i", "j", *self.inside, *(f"{flag}: tl.constexpr" for flag in self.flags)]
+        made = [
+            self._function("score", ["s", *site], self.score, real=True, tile=True),
+            self._function("exact_score", ["s", *site], spec.score, real=True, tile=True),
+        ]
+        if spec.keep != sympy.true:
+            made.append(self._function("keep", site, spec.keep, real=False, tile=False))
+        if self.slope is None:
+            made.append(self._function("slope", ["s", *site], self.found.slope, real=True, tile=True))
+        for n, x in self.found.of("rows", "columns", "dense", "diagonal"):
+            if x.derivative != 1:
+                made.append(self._function(f"by_load{n}", ["s", *site], x.derivative, real=True, tile=True))
+        for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
+            if bound is not None:
+                printer = Printer(spec.operands, self.scope)
+                text = printer.print(bound).text
+                self.helpers |= printer.helpers
+                lines = "".join(f"    {line}\n" for line in returned(text))
+                made.append(f"@triton.jit\n{wrapped(f'def {side}', ['i', *self.scalars], ':')}\n{lines}")
+                made.append(
+                    SEARCH.format(
+                        side=side,
+                        parameters=", ".join(["lq", *self.scalars]),
+                        arguments=", ".join(["mid", *self.scalars]),
+                    )
+                )
+        return made
+
+    def module(self, needed: tuple[int, ...]) -> Backward:
+        functions = self._functions()
+        kernels = [self._dq(), self._dkdv(), *(self._load(n, x) for n, x in self.found.of("dense", "diagonal"))]
+        fields = template.fields(self.spec) | {"needed": needed}
+        lines = [template.meaning(self.spec), f"slope  {self.found.slope}"]
+        lines += [f"d/d{x.load}  {x.derivative}, {x.kind}" for x in self.found.loads]
+        head = '"""Attention backward, generated by xfcompile.\n\n' + "\n".join(lines) + '\n"""\n\n'
+        text = "\n\n".join(
+            [
+                head + HEAD.format(spec=template.literal(fields)),
+                template.FUNCTIONS,
+                HELPER,
+                *(HELPERS[name] for name in sorted(self.helpers)),
+                *functions,
+                *kernels,
+            ]
+        )
+        return Backward(text, self.found, self.slope, self.listed)
+
+    # -- the gradient of a tile of scores ----------------------------------------------------------------------
+
+    def _scores(self, *, across: bool, flags: bool = True) -> list[str]:
+        """From s to the weights p of [M, N] scores, or of [N, M] with `across`. flags: whether MASKED and EDGE say
+        which masks there are; else there are all."""
+        rows, edge = ("None, :", "offs_m < lq") if across else (":, None", "offs_n < lk")
+        log2e = float(LOG2E)
+        masked = 'x = tl.where({}, x, float("-inf"))'
+        masks = [] if self.spec.keep == sympy.true else [("MASKED", masked.format(f"keep({self.site})"))]
+        masks.append(("EDGE", masked.format(edge)))
+        return [
+            "if EXACT:",
+            f"    x = exact_score(s, {self.site})",
+            "else:",
+            f"    x = score(s, {self.site})",
+            *(line for flag, mask in masks for line in ([f"if {flag}:", f"    {mask}"] if flags else [mask])),
+            "if EXACT:  # what is near is subtracted first, as the program does",
+            f"    p = tl.exp2((x - lse[{rows}]) * {log2e!r})",
+            "else:",
+            f"    p = tl.exp2(x - (lse * {log2e!r})[{rows}])",
+        ]
+
+    def _by(self, n: int, x: LoadGradient) -> str:
+        return "1.0" if x.derivative == 1 else f"by_load{n}(s, {self.site})"
+
+    def _times(self, name: str, factor: str, across: bool) -> list[str]:
+        """`name` as dx times a function of the score, which may be infinite or NaN at an edge, where dx is 0."""
+        edge = "offs_m < lq" if across else "offs_n < lk"
+        return [f"{name} = dx * {factor}", "if EDGE:", f"    {name} = tl.where({edge}, {name}, 0.0)"]
+
+    def _sums(self, name: str, sums: Sequence[tuple[int, LoadGradient]], across: bool) -> list[str]:
+        """Adds the gradients by loads up over the second axis of the tile."""
+        lines = []
+        for n, x in sums:
+            term = "dx"
+            if x.derivative != 1:
+                term = f"dload{n}"
+                lines += self._times(term, self._by(n, x), across)
+            lines.append(f"{name}{n} += tl.reduce({term}, 1, tl.standard._sum_combine)")
+        return lines
+
+    def _ds(self, across: bool) -> list[str]:
+        return ["ds = dx"] if self.slope is not None else self._times("ds", f"slope(s, {self.site})", across)
+
+    def _times_slope(self) -> str:
+        if self.slope is None or self.slope == 1:
+            return ""
+        printer = Printer(self.spec.operands, self.scope)
+        return f" * {printer.float(self.slope).at(7)}"
+
+    # -- dq ----------------------------------------------------------------------------------------------------
+
+    def _dq(self) -> str:
+        sums = self.found.of("rows")
+        names = [f"drow{n}" for n, _ in sums]
+        loaded = ["k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
+        free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.rows.values())]
+        constants = [*CONSTANTS, *self.flags, "NEED_DQ"]
+        arguments = ["dq", *names, "q", "dout", "lse", "delta", "start", "b", "h", "i", "lk", *loaded, *free]
+        signature = wrapped("def dq_tile", [*arguments, *_constexprs([*constants, "MASKED", "EDGE"])], ":")
+        lines = [
+            "k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)",
+            "v = load_rows(v_ptr, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, EDGE)",
+            "if UPCAST:",
+            "    k = k.to(tl.float32)",
+            "    v = v.to(tl.float32)",
+            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
+            "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
+            "j = offs_n",
+            "if EDGE:",
+            "    j = tl.minimum(j, lk - 1)",
+            *self.column_lines,
+            *self._scores(across=False),
+            "dx = p * (dp - delta[:, None])",
+            *self._sums("drow", sums, across=False),
+            "if NEED_DQ:",
+            *(f"    {line}" for line in self._ds(across=False)),
+            "    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)",
+            f"return {', '.join(['dq', *names])}",
+        ]
+        tile = f"@triton.jit\n{signature}\n{_indented(lines)}\n"
+
+        def step(*, masked: bool, edge: bool) -> str:
+            target = f"    {', '.join(['dq', *names])} = dq_tile"
+            return wrapped(target, [*arguments, *constants, str(masked), str(edge)])
+
+        # Forward loops are over keys: the same ones.
+        loops = self._key_loops(step)
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "dq_ptr"]
+        tensors += [f"{name}_ptr" for name in names]
+        axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd"), ("g", "bhmd"), ("d", "bhmd"))
+        upper = self.spec.keep != sympy.true and self.spec.band.upper is not None
+        stores = [f"tl.store({name}_ptr + vector + offs_m, {name}, mask=offs_m < lq)" for name in names]
+        kernel = DQ_KERNEL.format(
+            options=self._options(),
+            signature=self._signature("attention_backward_dq", tensors, axes, [*constants, "LOOP"]),
+            more=", and sums of gradients over its keys" if names else "",
+            # The last rows see most keys under a causal mask: they start first.
+            block="blocks - 1 - pid % blocks" if upper else "pid % blocks",
+            rows=_indented(self.row_lines, 2),
+            sums=_indented([f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names], 2),
+            loops=_indented(loops.splitlines(), 2),
+            stores=_indented(stores, 2),
+            slope=self._times_slope(),
+        )
+        return f"{tile}\n\n{kernel}"
+
+    def _key_loops(self, step: Callable[..., str]) -> str:
+        def loop(start: str, end: str, *, masked: bool, edge: bool, listed: str | None = None) -> str:
+            body = step(masked=masked, edge=edge)
+            if listed is None:
+                return f"for start in tl.range({start}, {end}, BLOCK_N):\n{body}"
+            head = f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):"
+            return "\n".join([head, f"    start = {template.listed_at('n', listed)}", body])
+
+        bounded = self._between(loop, over="keys")
+        if not self.listed:
+            return bounded
+        front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"
+        lines = [
+            "if LISTED:",
+            "    tiles = (lk + BLOCK_N * PARTS_N - 1) // (BLOCK_N * PARTS_N)",
+            "    rows = (lq + BLOCK_M * PARTS_M - 1) // (BLOCK_M * PARTS_M)",
+            "    place = (b * list_b + h * list_h) * rows + block // PARTS_M",
+            "    list_ptr += tl.cast(place, tl.int64) * (tiles + 3)",
+            "    wholes = tl.load(list_ptr + 1)",
+            "    masked = tl.load(list_ptr + 2)",
+            _indented(loop("0", "wholes", masked=False, edge=False, listed=front).splitlines()),
+            _indented(loop("0", "masked", masked=True, edge=True, listed=back).splitlines()),
+            "else:",
+            _indented(bounded.splitlines()),
+        ]
+        return "\n".join(lines)
+
+    def _between(self, loop: Loop, *, over: Literal["keys", "queries"]) -> str:
+        """Loops between closed bounds, over the keys of a block of queries or over the queries of a block of keys."""
+        size, end = ("BLOCK_N", "lk") if over == "keys" else ("BLOCK_M", "lq")
+        if self.spec.keep == sympy.true:
+            lines = [
+                f"full = {end} // {size} * {size}",
+                loop("0", "full", masked=False, edge=False),
+                loop("full", end, masked=False, edge=True),
+            ]
+            return "\n".join(lines)
+        return self._key_bounds(loop) if over == "keys" else self._query_bounds(loop)
+
+    def _key_bounds(self, loop: Loop) -> str:
+        band = self.spec.band
+
+        def bound(side: str, row: str) -> str:
+            if getattr(band, side) is None:
+                return "0" if side == "lower" else "lk"
+            return f"clamp({side}({', '.join([row, *self.scalars])}), lk)"
+
+        whole = " // BLOCK_N * BLOCK_N"
+        lines = [
+            "last = tl.minimum(first + BLOCK_M, lq) - 1",
+            f"lo = {bound('lower', 'first')}{whole if band.lower is not None else ''}",
+            f"hi = {bound('upper', 'last')}",
+        ]
+        if not band.exact:
+            return "\n".join([*lines, loop("lo", "hi", masked=True, edge=True)])
+        lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1){whole}, hi)"
+        lines += [
+            f"lo_full = {lo_full if band.lower is not None else 'lo'}",
+            f"hi_full = tl.maximum({bound('upper', 'first')}{whole}, lo_full)",
+            *([loop("lo", "lo_full", masked=True, edge=True)] if band.lower is not None else []),
+            loop("lo_full", "hi_full", masked=False, edge=False),
+            loop("hi_full", "hi", masked=True, edge=True),
+        ]
+        return "\n".join(lines)
+
+    def _query_bounds(self, loop: Loop) -> str:
+        band = self.spec.band
+        if not band.exact:
+            return loop("lo", "hi", masked=True, edge=True)
+        return "\n".join(
+            [
+                *([loop("lo", "lo_full", masked=True, edge=True)] if band.upper is not None else []),
+                loop("lo_full", "hi_full", masked=False, edge=False),
+                loop("hi_full", "hi", masked=True, edge=True),
+            ]
+        )
+
+    def _query_range(self) -> list[str]:
+        """Which rows see some key of the block (lo to hi), and which see all of them (lo_full to hi_full)."""
+        band = self.spec.band
+        if self.spec.keep == sympy.true:
+            return []
+        rest = ", ".join(["lq", *self.scalars])
+        lines = ["last = tl.minimum(first + BLOCK_N, lk) - 1", "lo = 0", "hi = lq"]
+        if band.upper is not None:
+            lines[1] = f"lo = first_row_upper(first, {rest}) // BLOCK_M * BLOCK_M"
+        if band.lower is not None:
+            lines[2] = f"hi = first_row_lower(last, {rest})"
+        if not band.exact:
+            return lines
+        lo_full, hi_full = "lo", "lq"
+        if band.upper is not None:
+            lo_full = f"tl.minimum((first_row_upper(last, {rest}) + BLOCK_M - 1) // BLOCK_M * BLOCK_M, hi)"
+        if band.lower is not None:
+            hi_full = f"first_row_lower(first, {rest})"
+        return [*lines, f"lo_full = {lo_full}", f"hi_full = tl.maximum({hi_full} // BLOCK_M * BLOCK_M, lo_full)"]
+
+    # -- dk and dv -----------------------------------------------------------------------------------------------
+
+    def _dkdv(self) -> str:
+        sums = self.found.of("columns")
+        names = [f"dcolumn{n}" for n, _ in sums]
+        loaded = ["q_head", "dout_head", "lse_head", "delta_head", "stride_qm", "stride_qd", "stride_gm", "stride_gd"]
+        free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.columns.values())]
+        constants = [*CONSTANTS, *self.flags, "NEED_DX", "NEED_DK", "NEED_DV"]
+        arguments = ["dk", "dv", *names, "k", "v", "start", "b", "h", "j", "lq", *loaded, *free]
+        signature = wrapped("def dkdv_tile", [*arguments, *_constexprs([*constants, "MASKED", "EDGE"])], ":")
+        lines = [
+            "q = load_rows(q_head, start, lq, stride_qm, stride_qd, DQ, BLOCK_M, BLOCK_DQ, EDGE)",
+            "dout = load_rows(dout_head, start, lq, stride_gm, stride_gd, DV, BLOCK_M, BLOCK_DV, EDGE)",
+            'lse = weights_from(load_vector(lse_head, start, lq, float("-inf"), BLOCK_M, EDGE))',
+            "delta = load_vector(delta_head, start, lq, 0.0, BLOCK_M, EDGE)",
+            "if UPCAST:",
+            "    q = q.to(tl.float32)",
+            "    dout = dout.to(tl.float32)",
+            "s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]",
+            "offs_m = start + tl.arange(0, BLOCK_M)[None, :]",
+            "i = offs_m",
+            "if EDGE:",
+            "    i = tl.minimum(i, lq - 1)",
+            *self.row_lines,
+            *self._scores(across=True),
+            "if NEED_DV:",
+            "    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)",
+            "if NEED_DX:",
+            "    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)",
+            "    dx = p * (dp - delta[None, :])",
+            *(f"    {line}" for line in self._sums("dcolumn", sums, across=True)),
+            "    if NEED_DK:",
+            *(f"        {line}" for line in self._ds(across=True)),
+            "        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)",
+            f"return {', '.join(['dk', 'dv', *names])}",
+        ]
+        tile = f"@triton.jit\n{signature}\n{_indented(lines)}\n"
+
+        def step(*, masked: bool, edge: bool) -> str:
+            target = f"    {', '.join(['dk', 'dv', *names])} = dkdv_tile"
+            return wrapped(target, [*arguments, *constants, str(masked), str(edge)])
+
+        def loop(start: str, end: str, *, masked: bool, edge: bool, listed: str | None = None) -> str:
+            body = step(masked=masked, edge=edge)
+            if listed is None:
+                return f"for start in tl.range({start}, {end}, BLOCK_M):\n{body}"
+            place = f"(tl.load(row_list + {listed}) * PARTS_M + t % PARTS_M) * BLOCK_M"
+            head = f"for t in tl.range({start} * PARTS_M, {end} * PARTS_M):"
+            return "\n".join([head, f"    start = {place}", body])
+
+        loops = self._between(loop, over="queries")
+        if self.listed:
+            front, back = "3 + t // PARTS_M", "2 + rows - t // PARTS_M"
+            loops = "\n".join(
+                [
+                    "if LISTED:",
+                    "    tiles = (lk + BLOCK_N * PARTS_N - 1) // (BLOCK_N * PARTS_N)",
+                    "    rows = (lq + BLOCK_M * PARTS_M - 1) // (BLOCK_M * PARTS_M)",
+                    "    place = (b * list_b + h * list_h) * tiles + block // PARTS_N",
+                    "    row_list = list_ptr + tl.cast(place, tl.int64) * (rows + 3)",
+                    "    wholes = tl.load(row_list + 1)",
+                    "    masked = tl.load(row_list + 2)",
+                    "    # The last rows may be ragged, whatever the mask.",
+                    _indented(loop("0", "wholes", masked=False, edge=True, listed=front).splitlines()),
+                    _indented(loop("0", "masked", masked=True, edge=True, listed=back).splitlines()),
+                    "else:",
+                    _indented(loops.splitlines()),
+                ]
+            )
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr"]
+        tensors += [f"{name}_ptr" for name in names]
+        axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd"), ("d", "bhnd"), ("e", "bhnd"))
+        stores = [
+            f"tl.store({name}_ptr + (tl.cast(b, tl.int64) * heads + h) * lk + offs_n, {name}, mask=offs_n < lk)"
+            for name in names
+        ]
+        kernel = DKDV_KERNEL.format(
+            options=self._options(),
+            signature=self._signature("attention_backward_dkdv", tensors, axes, constants),
+            more=", and sums of gradients over its queries" if names else "",
+            bounds=_indented(self._query_range()),
+            columns=_indented(self.column_lines, 2),
+            sums=_indented([f"{name} = tl.full([BLOCK_N], 0.0, tl.float32)" for name in names], 2),
+            loops=_indented(loops.splitlines(), 2),
+            stores=_indented(stores, 2),
+            slope=self._times_slope(),
+        )
+        return f"{tile}\n\n{kernel}"
+
+    # -- loads ---------------------------------------------------------------------------------------------------
+
+    def _load(self, n: int, x: LoadGradient) -> str:
+        spec = self.spec
+        dense = x.kind == "dense"
+        skip: list[str] = []
+        for side, bound, test in (
+            ("upper", spec.band.upper, "tile0 * BLOCK_N >= {}(tl.minimum((row0 + 1) * BLOCK_M, lq) - 1{})"),
+            ("lower", spec.band.lower, "(tile0 + 1) * BLOCK_N <= {}(row0 * BLOCK_M{})"),
+        ):
+            if bound is not None:
+                scalars = "".join(f", {name}" for name in self.scalars)
+                skip += [f"if {test.format(side, scalars)}:", "    steps = 0  # no score of the tile is kept"]
+        body = [
+            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
+            *self._scores(across=False, flags=False),
+            "dx = p * (dp - delta[:, None])",
+        ]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "dload_ptr"]
+        axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd"))
+        place = DENSE_PLACE.format(skip=_indented(skip)) if dense else DIAGONAL_PLACE
+        return LOAD_KERNEL.format(
+            options=self._options(lists=False),
+            signature=self._signature(
+                f"attention_backward_load{n}", tensors, axes, [*CONSTANTS, *self.flags], numbers=["batch"], lists=False
+            ),
+            load=x.load,
+            what="of a tile of scores" if dense else "of the tiles along one diagonal, whose scores are as far apart",
+            batches="batch" if B in x.axes else "1",
+            own_heads="heads" if H in x.axes else "1",
+            batch="own_b" if B in x.axes else "n // steps // (heads // own_heads)",
+            head="own_h" if H in x.axes else "n // steps % heads",
+            place=place.rstrip("\n"),
+            rows=_indented(self.row_lines, 2),
+            columns=_indented(self.column_lines, 2),
+            body=_indented(body, 2),
+            derivative=self._by(n, x),
+            store=DENSE_STORE if dense else DIAGONAL_STORE,
+        )
+
+    # -- signatures ----------------------------------------------------------------------------------------------
+
+    def _options(self, lists: bool = True) -> str:
+        free = [*self.scalars, *(["list_b", "list_h"] if self.listed and lists else [])]
+        return f"(do_not_specialize={free!r})" if free else ""
+
+    def _signature(
+        self,
+        name: str,
+        tensors: Sequence[str],
+        axes: Sequence[tuple[str, str]],
+        constants: Sequence[str],
+        numbers: Sequence[str] = (),
+        lists: bool = True,
+    ) -> str:
+        lists = lists and self.listed
+        arguments = [
+            *tensors,
+            *self.pointers,
+            *(["list_ptr"] if lists else []),
+            *(f"stride_{x}{d}" for x, dims in axes for d in dims),
+            *numbers,
+            "heads",
+            "group",
+            "lq",
+            "lk",
+            *self.strides,
+            *self.scalars,
+            *(["list_b", "list_h"] if lists else []),
+            *_constexprs([*constants, *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]),
+        ]
+        return wrapped(f"def {name}", arguments, ":")
+
+
+def _constexprs(names: Sequence[str]) -> list[str]:
+    return [f"{name}: tl.constexpr" for name in names]
+
+
+def _indented(lines: Sequence[str], depth: int = 1) -> str:
+    return textwrap.indent("\n".join(lines), "    " * depth)

@@ -1,0 +1,488 @@
+"""From saved tensors to the launches of a generated backward: dq and delta first, dk and dv, then what is loaded."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import sympy
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xfcompile.evaluate import Evaluator
+from xfcompile.kernels.attention import backward, cache, fit, launch, lists, reference
+from xfcompile.kernels.attention.backward import Backward
+from xfcompile.kernels.attention.blocks import DISTANCE, along_diagonal
+from xfcompile.kernels.attention.gradient import LoadGradient, gradients
+from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.tiles import (
+    INTERPRETED,
+    Tiles,
+    choose_backward,
+    columns,
+    device_generation,
+    smaller,
+)
+from xfcompile.score import POSITION, B, H, Load
+from xfcompile.site import ScoreSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A generated backward in this process. forward: the key of the kernel that it is the backward of. needed: the
+    operands that it has gradients for."""
+
+    key: str
+    forward: str
+    needed: tuple[int, ...]
+    made: Backward
+    fitting: dict[object, Tiles] = field(default_factory=dict)
+    launches: dict[object, Launch] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ScoreSpec:
+        return launch.program(self.forward).spec
+
+    def kernel(self, name: str, interpreted: bool) -> Any:
+        return getattr(_module(self.forward, self.needed, interpreted), f"attention_backward_{name}")
+
+
+@functools.cache
+def prepare(forward: str, needed: tuple[int, ...]) -> Program:
+    """Generates the backward of a prepared kernel, with gradients by these operands, and stores its source.
+
+    Raises evaluate.Unsupported where the score cannot be differentiated.
+    """
+    prepared = launch.program(forward)
+    made = backward.generate(prepared.spec, needed)
+    key = cache.key_of(made.text)
+    log.info("attention backward %s: slope %s", cache.store(made.text), made.gradients.slope)
+    return Program(key, forward, needed, made)
+
+
+@functools.cache
+def _module(forward: str, needed: tuple[int, ...], interpreted: bool) -> ModuleType:
+    program = prepare(forward, needed)
+    name = f"xfcompile_attention_backward_{program.key}{'_interpreted' if interpreted else ''}"
+    return cache.load(cache.store(program.made.text), name)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted: of q, k, v, and of operands by their numbers."""
+
+    q: bool
+    k: bool
+    v: bool
+    operands: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(flags: Sequence[bool]) -> Needs:
+        """From a flag for each of q, k, v and the operands."""
+        q, k, v, *rest = flags
+        return Needs(q, k, v, tuple(n for n, needed in enumerate(rest) if needed))
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+"""dq, dk, dv and one for each operand; those that are not wanted are empty."""
+
+
+def outputs(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], needs: Needs) -> Gradients:
+    """Memory for the gradients, laid out as what they are of; empty where none is wanted."""
+
+    def like(x: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(x) if wanted else x.new_empty((0,))
+
+    made = [torch.zeros_like(x) if n in needs.operands else x.new_empty((0,)) for n, x in enumerate(operands)]
+    return like(q, needs.q), like(k, needs.k), like(v, needs.v), made
+
+
+def run(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    forward: str,
+    needs: Needs,
+    tiles: Tensor | None = None,
+    tiles_by_key: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
+) -> Gradients:
+    """The gradients, by kernels: on a GPU, or interpreted on a CPU.
+
+    dout, out [B, Hq, Lq, Dv]; lse [B, Hq, Lq]; all others as in the forward, with its lists of tiles, if it had any, by
+    blocks of queries and by blocks of keys.
+    """
+    program = prepare(forward, needs.operands)
+    made = outputs(q, k, v, operands, needs)
+    if q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0:
+        for x in made[:3]:
+            x.zero_()
+        return made
+    call = _Call(program, needs, dout, q, k, v, out, lse, operands, ints, floats)
+    call.listed(tiles, tiles_by_key, block_m, block_n)
+    call.fill(made)
+    return made
+
+
+def by_definition(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    forward: str,
+    needs: Needs,
+) -> Gradients:
+    """The gradients as the definition has them, in plain PyTorch, in fp32 at least."""
+    spec = launch.program(forward).spec
+    found = gradients(spec, needs.operands)
+    made = outputs(q, k, v, operands, needs)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    arguments = (dout, q, k, v, operands, ints, floats)
+    *own, loads = reference.backward(spec, found, *arguments, dtype)
+    for given, value in zip(made, own, strict=False):
+        assert isinstance(given, Tensor)
+        if given.numel():
+            given.copy_(value)
+    evaluate = evaluator(spec, (*q.shape[:3], k.shape[2]), operands, ints, floats, q.device)
+    for x, value in zip(found.loads, loads, strict=True):
+        deposit(made[3][x.load.operand], x.load, value, evaluate)
+    return made
+
+
+def evaluator(
+    spec: ScoreSpec,
+    sizes: Sequence[int],
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    device: torch.device,
+) -> Evaluator:
+    """Evaluates formulas of a score over the positions [B, 1, 1, 1] to [1, 1, 1, Lk]."""
+
+    def index(n: int, axis: int) -> Tensor:
+        return torch.arange(n, device=device).view([-1 if a == axis else 1 for a in range(4)])
+
+    scope: dict[sympy.Symbol, Any] = {x: index(n, a) for a, (x, n) in enumerate(zip(POSITION, sizes, strict=True))}
+    scope.update(reference.bind(spec.scalars, ints, floats))
+    return Evaluator(scope, operands, torch.float32, device)
+
+
+class _Call:
+    """One backward: its tensors, and what its kernels have in common."""
+
+    def __init__(
+        self,
+        program: Program,
+        needs: Needs,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
+        ints: Sequence[int],
+        floats: Sequence[float],
+    ) -> None:
+        self.program, self.needs = program, needs
+        self.dout, self.q, self.k, self.v, self.out, self.lse = dout, q, k, v, out, lse
+        self.operands = operands
+        self.forward = launch.program(program.forward)
+        self.scalars = self.forward.scalars(ints, floats)
+        self.ints, self.floats = ints, floats
+        self.batch, self.heads, self.lq, self.dq = q.shape
+        self.kv_heads, self.lk, self.dv = k.shape[1], k.shape[2], v.shape[3]
+        self.interpreted = q.device.type == "cpu"
+        self.delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+        self.lists: tuple[Tensor, Tensor] | None = None
+        self.sizes: tuple[int, int] | None = None
+
+    def listed(self, tiles: Tensor | None, tiles_by_key: Tensor | None, block_m: int, block_n: int) -> None:
+        """Takes the lists of tiles, or makes them where they are worth their while."""
+        mask = self.forward.mask
+        if mask is None:
+            return
+        if tiles is None or tiles_by_key is None:
+            block_m, block_n = launch.tile_sizes(
+                self.program.forward, self.q.device, self.q.dtype, self.dq, self.dv, self.lq
+            )
+            if -(-self.lk // block_n) <= launch.FEW_TILES:
+                return
+            values = launch.mask_values(self.forward, self.operands, self.scalars)
+            shape = (self.batch, self.heads, self.lq, self.lk)
+            made = [lists.run(self.q, *values, shape, block_m, block_n, mask, by_key=x) for x in (False, True)]
+            tiles, tiles_by_key = made
+        self.lists, self.sizes = (tiles, tiles_by_key), (block_m, block_n)
+
+    def fill(self, made: Gradients) -> None:
+        """Launches the kernels, which write the gradients."""
+        dq, dk, dv, doperands = made
+        found = self.program.made.gradients
+        rows = {n: self._vector(self.lq) for n, _ in found.of("rows")}
+        columns_ = {n: self._vector(self.lk) for n, _ in found.of("columns")}
+        flags = {"NEED_DQ": self.needs.q, "LOOP": self.needs.q or bool(rows)}
+        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.delta, dq if self.needs.q else self.q]
+        strided = [self.q, self.k, self.v, self.out, self.dout, own[7]]
+        self._launch("dq", [*own, *rows.values()], strided, flags, self.lq, "BLOCK_M", self.heads, lists_of=0)
+        if self.needs.k or self.needs.v or columns_:
+            flags = {"NEED_DX": self.needs.k or bool(columns_), "NEED_DK": self.needs.k, "NEED_DV": self.needs.v}
+            own = [self.q, self.k, self.v, self.dout, self.lse, self.delta]
+            own += [dk if self.needs.k else self.k, dv if self.needs.v else self.v]
+            strided = [self.q, self.k, self.v, self.dout, own[6], own[7]]
+            tensors = [*own, *columns_.values()]
+            self._launch("dkdv", tensors, strided, flags, self.lk, "BLOCK_N", self.kv_heads, lists_of=1)
+        if self.needs.v and self.program.spec.dead == "mean" and self.program.spec.sink is None:
+            self._mean_rows(dv)
+        for n, x in enumerate(found.loads):
+            self._deposit(x, self._of_load(n, x, rows, columns_), doperands)
+
+    def _vector(self, length: int) -> Tensor:
+        return self.q.new_empty((self.batch, self.heads, length), dtype=torch.float32)
+
+    # -- launches ----------------------------------------------------------------------------------------------
+
+    def _launch(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        strided: Sequence[Tensor],
+        flags: dict[str, Any],
+        length: int,
+        block: str,
+        heads: int,
+        lists_of: int,
+    ) -> None:
+        """One of the two main kernels: programs for blocks of `length`, of each batch and head."""
+        kernel = self.program.kernel(name, self.interpreted)
+        tensors = [*tensors, *self.operands]
+        free = list(self.scalars)
+        if self.program.made.listed:
+            given = None if self.lists is None else self.lists[lists_of]
+            tensors.append(self.q if given is None else given)
+            free += lists.steps(given)
+        numbers = [stride for x in strided for stride in x.stride()]
+        numbers += [self.heads, self.heads // self.kv_heads, self.lq, self.lk]
+        numbers += [stride for x in self.operands for stride in x.stride()]
+
+        def with_tiles(sizes: Tiles) -> Any:
+            constants = self._constants(sizes) | flags
+            if self.program.made.listed:
+                m, n = self.sizes or (sizes.block_m, sizes.block_n)
+                constants |= {
+                    "LISTED": self.lists is not None,
+                    "PARTS_M": m // sizes.block_m,
+                    "PARTS_N": n // sizes.block_n,
+                }
+            programs = self.batch * heads * -(-length // getattr(sizes, block.lower()))
+            return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, free)
+
+        self._fitting(name, with_tiles)
+
+    def _constants(self, sizes: Tiles) -> dict[str, Any]:
+        wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted)
+        return {
+            "DQ": self.dq,
+            "DV": self.dv,
+            "BLOCK_DQ": wide_q,
+            "BLOCK_DV": wide_v,
+            "PRECISION": launch.precision(self.q.dtype),
+            "UPCAST": self.interpreted and self.q.dtype == torch.bfloat16,
+            "EXACT": self.q.dtype == torch.float32,
+            "FAST": launch.speed(self.program.spec, self.q),
+            "BLOCK_M": sizes.block_m,
+            "BLOCK_N": sizes.block_n,
+        }
+
+    def _repeat(
+        self,
+        name: str,
+        kernel: Any,
+        programs: int,
+        constants: dict[str, Any],
+        sizes: Tiles,
+        tensors: Sequence[Tensor],
+        numbers: Sequence[Any],
+        free: Sequence[Any],
+    ) -> Any:
+        ordered = {x: constants[x] for x in kernel.arg_names if x in constants}
+        described = tuple((x.dtype, x.device) for x in tensors)
+        key = (name, programs, tuple(ordered.items()), sizes, tuple(numbers), described)
+        found = self.program.launches.get(key)
+        if found is None:
+            if len(self.program.launches) >= launch.MANY_CALLS:
+                self.program.launches.clear()
+            options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+            found = self.program.launches[key] = Launch(kernel, programs, ordered, options)
+        return found(tensors, numbers, free)
+
+    def _fitting(self, name: str, launch_with: Callable[[Tiles], Any]) -> None:
+        """Launches with the tiles that were found to fit; at first, finds them by launching."""
+        if self.interpreted:
+            wanted = INTERPRETED
+            if self.sizes is not None and name in ("dq", "dkdv"):
+                wanted = replace(wanted, block_m=self.sizes[0], block_n=self.sizes[1])
+            launch_with(wanted)
+            return
+        listed = self.sizes if name in ("dq", "dkdv") else None
+        kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
+        if kind not in self.program.fitting:
+            kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear)
+            if listed is not None:
+                first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+            # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
+            chosen = fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
+            self.program.fitting[kind] = chosen
+            return
+        launch_with(self.program.fitting[kind])
+
+    # -- loads -------------------------------------------------------------------------------------------------
+
+    def _of_load(
+        self, n: int, x: LoadGradient, rows: dict[int, Tensor], columns_: dict[int, Tensor]
+    ) -> tuple[Tensor, bool]:
+        """The gradient by a load as [b, h, i, j], 1 where it has no axis, or as [b, h, distances]; and whether that."""
+        if x.kind == "rows":
+            return _summed(rows[n][..., None], x.axes), False
+        if x.kind == "columns":
+            return _summed(columns_[n][:, :, None, :], x.axes), False
+        if x.kind == "sink":
+            return _summed(self._of_sink(x), x.axes), False
+        own = (self.batch if B in x.axes else 1, self.heads if H in x.axes else 1)
+        if x.kind == "dense":
+            alone = sum(y.load.operand == x.load.operand for y in self.program.made.gradients.loads) == 1
+            dtype = self.operands[x.load.operand].dtype if alone else torch.float32
+            total = self.q.new_empty((*own, self.lq, self.lk), dtype=dtype)
+            self._launch_load(n, total, lambda rows, tiles: rows * tiles)
+            return total, False
+        return self._of_diagonal(n, own), True
+
+    def _launch_load(self, n: int, total: Tensor, count: Callable[[int, int], int]) -> None:
+        name = f"load{n}"
+        kernel = self.program.kernel(name, self.interpreted)
+        tensors = [self.q, self.k, self.v, self.dout, self.lse, self.delta, total, *self.operands]
+        numbers = [stride for x in tensors[:4] for stride in x.stride()]
+        numbers += [self.batch, self.heads, self.heads // self.kv_heads, self.lq, self.lk]
+        numbers += [stride for x in self.operands for stride in x.stride()]
+
+        def with_tiles(sizes: Tiles) -> Any:
+            blocks = count(-(-self.lq // sizes.block_m), -(-self.lk // sizes.block_n))
+            programs = total.shape[0] * total.shape[1] * blocks
+            constants = self._constants(sizes)
+            return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, self.scalars)
+
+        self._fitting(name, with_tiles)
+
+    def _of_diagonal(self, n: int, own: tuple[int, int]) -> Tensor:
+        """[b, h, Lq + Lk - 1]: what scores at distances 1 - Lq ... Lk - 1 have together.
+
+        The kernel leaves a tile [T, T] of sums for each diagonal of tiles; element (r, c) of diagonal d is at the
+        distance (d - rows + 1) T + c - r. Tiles are skewed, so that what is as far apart is one column.
+        """
+        size = (INTERPRETED if self.interpreted else DIAGONAL).block_m
+        rows, tiles = -(-self.lq // size), -(-self.lk // size)
+        total = self.q.new_empty((*own, rows + tiles - 1, size, size), dtype=torch.float32)
+        self._launch_load(n, total, lambda rows, tiles: rows + tiles - 1)
+        skewed = F.pad(total.flip(-2), (0, size)).flatten(-2)[..., :-size].unflatten(-1, (size, 2 * size - 1)).sum(-2)
+        halves = F.pad(skewed, (0, 1)).unflatten(-1, (2, size))
+        joined = F.pad(halves[..., 0, :], (0, 0, 0, 1)) + F.pad(halves[..., 1, :], (0, 0, 1, 0))
+        vector = joined.flatten(-2)  # element 0 is at the distance 1 - rows T
+        first = rows * size - self.lq
+        return vector[..., first : first + self.lq + self.lk - 1]
+
+    def _of_sink(self, x: LoadGradient) -> Tensor:
+        """Of p = exp(sink - lse), the sink's weight, which meets no value: -p delta."""
+        spec = self.program.spec
+        assert spec.sink is not None
+        evaluate = self._evaluator()
+        weights = (torch.as_tensor(evaluate(spec.sink), device=self.q.device) - self.lse[..., None]).exp()
+        weights = weights.masked_fill((self.lse == -math.inf)[..., None], 0.0)
+        by = torch.as_tensor(evaluate(x.derivative), device=self.q.device)
+        return -weights * self.delta[..., None] * by
+
+    def _evaluator(self) -> Evaluator:
+        sizes = (self.batch, self.heads, self.lq, self.lk)
+        return evaluator(self.program.spec, sizes, self.operands, self.ints, self.floats, self.q.device)
+
+    def _deposit(self, x: LoadGradient, found: tuple[Tensor, bool], doperands: Sequence[Tensor]) -> None:
+        """Adds the gradient by a load to that of its operand, at the places that it is loaded from."""
+        value, diagonal = found
+        evaluate = self._evaluator()
+        load = x.load
+        if diagonal:
+            moved = along_diagonal(load)
+            assert moved is not None
+            load = moved
+            evaluate.scope = {  # [b, h, distance]
+                **{s: v.view(v.shape[:3]) if isinstance(v, Tensor) and s in (B, H) else v
+                   for s, v in evaluate.scope.items()},
+                DISTANCE: torch.arange(1 - self.lq, self.lk, device=self.q.device).view(1, 1, -1),
+            }  # fmt: skip
+        deposit(doperands[x.load.operand], load, value, evaluate)
+
+    def _mean_rows(self, dv: Tensor) -> None:
+        """Rows that see no key got the mean of all values: each has its part of what comes back."""
+        dead = (self.lse == -math.inf).to(self.dout.dtype)
+        back = (dead[:, :, None, :] @ self.dout).float()  # [B, Hq, 1, Dv]
+        dv += (back.unflatten(1, (self.kv_heads, -1)).sum(2) / self.lk).to(dv.dtype)
+
+
+DIAGONAL = Tiles(64, 64, 4, 2)
+"""Square: tiles along a diagonal then have the same distances at the same places."""
+
+
+def _summed(x: Tensor, axes: Sequence[sympy.Symbol]) -> Tensor:
+    gone = [a for a, p in enumerate(POSITION) if p not in axes and x.shape[a] > 1]
+    return x.sum(gone, keepdim=True) if gone else x
+
+
+def deposit(doperand: Tensor, load: Load, value: Tensor, evaluate: Evaluator) -> None:
+    """Adds `value`, the gradient by a load for each position, to the operand's gradient where the load reads it.
+
+    value: of the shape that the load's indices have when they are evaluated and broadcast.
+    """
+    if not load.indices:
+        doperand += value.reshape(()).to(doperand.dtype)
+        return
+    positions = [x for x in load.indices if x != 0]
+    if all(x in POSITION for x in positions) and len(set(positions)) == len(positions):
+        # Positions as they are: the gradient is one for each element, in another order. Where the operand is shorter,
+        # a condition of the score keeps loads inside.
+        order = [POSITION.index(x) for x in load.indices if x != 0]
+        rest = [a for a in range(4) if a not in order]
+        placed = value.permute(*order, *rest).reshape([value.shape[a] for a in order])
+        lengths = [
+            min(size, value.shape[POSITION.index(x)] if x != 0 else 1)
+            for x, size in zip(load.indices, doperand.shape, strict=True)
+        ]
+        placed = placed[tuple(slice(0, n) for n, x in zip(lengths, load.indices, strict=True) if x != 0)]
+        for d, x in enumerate(load.indices):
+            if x == 0:
+                placed = placed.unsqueeze(d)
+        doperand[tuple(slice(0, n) for n in lengths)] += placed.to(doperand.dtype)
+        return
+    index = []
+    for size, x in zip(doperand.shape, load.indices, strict=True):
+        index.append(torch.as_tensor(evaluate(x), device=doperand.device).clamp(0, max(size - 1, 0)))
+    whole = torch.zeros_like(doperand, dtype=torch.float32)
+    shape = torch.broadcast_shapes(*(x.shape for x in index), value.shape)
+    whole.index_put_(tuple(x.expand(shape) for x in index), value.float().expand(shape), accumulate=True)
+    doperand += whole.to(doperand.dtype)

@@ -1,0 +1,62 @@
+"""Gradients of attention on a CUDA device: every case in every dtype, against fp64 and eager's own error."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+from attention_cases import Case, Inputs, Sizes, inputs, named
+from backward_cases import DIFFERENTIABLE, check
+
+from xfcompile.kernels.attention import launch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def on_gpu(x: Inputs) -> Inputs:
+    return Inputs(x.q.cuda(), x.k.cuda(), x.v.cuda(), [y.cuda() for y in x.operands], x.ints, x.floats)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None:
+    check(case, on_gpu(inputs(case, dtype)))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_at_head_dims_of_models(case: Case, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    z = case.sizes
+    sizes = Sizes(2, 4, 2, max(z.lq, 300) if z.lq >= z.lk else 290, 300 if z.lq == z.lk else max(z.lk, 310), dim, dim)
+    check(case, on_gpu(inputs(case, dtype, "transposed", sizes)))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "poisoned", "key_major", "expanded"])
+@pytest.mark.parametrize(
+    "name", ["plain", "bottom_right", "window", "documents", "alibi", "bias_hij", "t5", "soft_cap"]
+)
+def test_any_strides_and_grouped_heads(name: str, layout: str) -> None:
+    z = Sizes(heads=4, kv_heads=2 if layout != "expanded" else 1, lq=150, lk=141, dq=17, dv=33)
+    check(named(name), on_gpu(inputs(named(name), torch.bfloat16, layout, z)))
+
+
+@pytest.mark.parametrize(
+    ("dq", "dv"), [(1, 1), (3, 17), (40, 24), (64, 16), (80, 80), (96, 128), (128, 64), (192, 128), (256, 256)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims(dq: int, dv: int, dtype: torch.dtype) -> None:
+    for name in ("plain", "soft_cap_causal", "bias_hij"):
+        z = Sizes(1, 2, 2, 150, 130, dq, dv)
+        check(named(name), on_gpu(inputs(named(name), dtype, "transposed", z)))

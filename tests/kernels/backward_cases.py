@@ -1,0 +1,79 @@
+"""How gradients of attention are compared with fp64 and with eager's own, in the interpreter and on GPUs alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from attention_cases import CASES, Case, Inputs, call, error
+from torch import Tensor
+
+from xfcompile.kernels.attention import launch_backward, prepare, reference
+from xfcompile.kernels.attention.gradient import gradients, why_not
+from xfcompile.kernels.attention.launch_backward import Needs
+
+DIFFERENTIABLE = [case for case in CASES if why_not(case.spec) is None]
+
+
+def floating(x: Inputs) -> list[int]:
+    return [n for n, y in enumerate(x.operands) if y.is_floating_point()]
+
+
+def exact(case: Case, x: Inputs, dout: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """The gradients by autograd through the definition, in `dtype`: of q, k, v and the floating operands."""
+    leaves = [y.detach().to(dtype).requires_grad_() for y in (x.q, x.k, x.v)]
+    operands = [y.to(dtype).requires_grad_() if y.is_floating_point() else y for y in x.operands]
+    # Of a row that is NaN nothing comes back.
+    spec = dataclasses.replace(case.spec, dead="zero") if case.spec.dead == "nan" else case.spec
+    out, _ = reference.attention(spec, *leaves, operands, x.ints, x.floats, dtype)
+    wanted = [*leaves, *(operands[n] for n in floating(x))]
+    found = torch.autograd.grad(out, wanted, dout.to(dtype), allow_unused=True)
+    return [torch.zeros_like(y) if g is None else g for g, y in zip(found, wanted, strict=True)]
+
+
+def kernels(case: Case, x: Inputs, dout: Tensor) -> list[Tensor]:
+    key = prepare(case.spec)
+    out, lse = call(case.spec, x)
+    needs = Needs(True, True, True, tuple(floating(x)))
+    dq, dk, dv, rest = launch_backward.run(dout, x.q, x.k, x.v, out, lse, x.operands, x.ints, x.floats, key, needs)
+    return [dq, dk, dv, *(rest[n] for n in floating(x))]
+
+
+def sizes_of_terms(case: Case, x: Inputs, dout: Tensor) -> dict[str, float]:
+    """The sum of the sizes of what an operand's gradient is the sum of: what its roundings are measured in."""
+    found = gradients(case.spec, floating(x))
+    *_, loads = reference.backward(
+        case.spec, found, dout, x.q, x.k, x.v, x.operands, x.ints, x.floats, torch.float64, absolute=True
+    )
+    sizes: dict[str, float] = {}
+    for load, value in zip(found.loads, loads, strict=True):
+        name = f"t{load.load.operand}"
+        sizes[name] = sizes.get(name, 0.0) + value.max().item()
+    return sizes
+
+
+def height(case: Case, x: Inputs) -> float:
+    """Of log-sum-exps, which are rounded to fp32: a relative error of weights that eager, which divides, has not."""
+    lse = reference.attention(case.spec, x.q, x.k, x.v, x.operands, x.ints, x.floats, torch.float64)[1]
+    return lse[lse.isfinite()].abs().max().item() / 2 if lse.isfinite().any() else 0.0
+
+
+def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
+    """Each gradient's error against fp64 is at most that of eager's autograd in the inputs' own dtype, and some
+    roundings of what it is the sum of."""
+    dout = torch.randn(x.q.shape[:3] + x.v.shape[3:], generator=torch.Generator().manual_seed(1)).to(x.q)
+    ours = kernels(case, x, dout)
+    right = exact(case, x, dout, torch.float64)
+    eager = exact(case, x, dout, x.q.dtype)
+    terms = sizes_of_terms(case, x, dout)
+    tall = 1 + height(case, x) if x.q.dtype == torch.float32 else 1.0
+    names = ["dq", "dk", "dv", *(f"t{n}" for n in floating(x))]
+    for name, a, b, c in zip(names, ours, right, eager, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == (x.operands[int(name[1:])].dtype if name in terms else x.q.dtype) or name[0] == "t"
+        magnitude = max(b.abs().max().item(), terms.get(name, 0.0))
+        eps = max(torch.finfo(a.dtype).eps, torch.finfo(x.q.dtype).eps)
+        theirs = (c.double() - b).abs().max().item()  # NaN where eager's own gradient overflows
+        allowed = (2 * theirs if math.isfinite(theirs) else 0.0) + slack * 2 * eps * tall * magnitude
+        assert error(a, b) <= allowed, f"{case.name} {name}: {error(a, b):.3g} > {allowed:.3g} of {magnitude:.3g}"

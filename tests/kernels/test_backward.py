@@ -1,0 +1,105 @@
+"""Gradients of attention, in Triton's interpreter, against fp64 and against autograd through the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import Case, Inputs, Sizes, error, inputs, named
+from backward_cases import DIFFERENTIABLE, check, exact, floating, height, sizes_of_terms
+from torch import Tensor
+
+from xfcompile.kernels.attention import prepare, reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype, interpreter: None) -> None:
+    check(case, inputs(case, dtype))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "poisoned", "key_major", "expanded"])
+@pytest.mark.parametrize(
+    "name", ["plain", "bottom_right", "window", "documents", "alibi", "bias_hij", "t5", "soft_cap"]
+)
+def test_any_strides_and_grouped_heads(name: str, layout: str, interpreter: None) -> None:
+    z = Sizes(heads=4, kv_heads=2 if layout != "expanded" else 1, lq=50, lk=41, dq=17, dv=33)
+    check(named(name), inputs(named(name), torch.float32, layout, z))
+
+
+class Through(torch.nn.Module):
+    """The op as autograd sees it."""
+
+    def __init__(self, case: Case, x: Inputs) -> None:
+        super().__init__()
+        self.key, self.x = prepare(case.spec), x
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *operands: Tensor) -> Tensor:
+        x = self.x
+        return torch.ops.xfcompile.attention(q, k, v, list(operands), x.ints, x.floats, self.key)[0]
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+@pytest.mark.parametrize(
+    "name", ["causal", "bias_hij", "alibi", "t5", "sink", "documents", "concatenated", "padding_mean"]
+)
+def test_the_op_has_gradients(name: str, interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if interpreted:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = named(name)
+    x = inputs(case, torch.float32)
+    dout = torch.randn(x.q.shape[:3] + x.v.shape[3:], generator=torch.Generator().manual_seed(1))
+    leaves = [y.detach().clone().requires_grad_(y.is_floating_point()) for y in (x.q, x.k, x.v, *x.operands)]
+    Through(case, x)(*leaves).backward(dout)
+    right = exact(case, x, dout, torch.float64)
+    terms = sizes_of_terms(case, x, dout)
+    found = [y.grad for y in leaves if y.is_floating_point()]
+    for name, a, b in zip(["dq", "dk", "dv", *(f"t{n}" for n in floating(x))], found, right, strict=True):
+        assert a is not None
+        magnitude = max(b.abs().max().item(), terms.get(name, 0.0))
+        assert error(a, b) <= 8 * torch.finfo(a.dtype).eps * (1 + height(case, x)) * magnitude, name
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
+def test_only_what_is_wanted(wanted: tuple[int, ...], interpreter: None) -> None:
+    case = named("bias_bj")
+    x = inputs(case, torch.float32)
+    leaves = [y.detach().clone().requires_grad_(n in wanted) for n, y in enumerate((x.q, x.k, x.v, *x.operands))]
+    dout = torch.randn(x.q.shape[:3] + x.v.shape[3:], generator=torch.Generator().manual_seed(1))
+    Through(case, x)(*leaves).backward(dout)
+    right = exact(case, x, dout, torch.float64)
+    for n, (leaf, b) in enumerate(zip(leaves, right, strict=True)):
+        assert (leaf.grad is not None) == (n in wanted)
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_one_tensor_for_keys_and_values(interpreter: None) -> None:
+    case = named("causal")
+    x = inputs(case, torch.float32)
+    q, k = x.q.clone().requires_grad_(), x.k.clone().requires_grad_()
+    Through(case, x)(q, k, k).sum().backward()
+    again = [y.double().detach().requires_grad_() for y in (x.q, x.k)]
+    reference.attention(case.spec, again[0], again[1], again[1], dtype=torch.float64)[0].sum().backward()
+    for a, b in zip((q, k), again, strict=True):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = named("causal")
+    x = inputs(case, torch.float32)
+    leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
+    (dq,) = torch.autograd.grad(Through(case, x)(*leaves).square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["causal", "bias_hij", "alibi", "documents", "sink"])
+def test_the_op_is_what_torch_expects(name: str) -> None:
+    """Schema, fake tensors, autograd's registration, and AOTAutograd with static and with dynamic shapes."""
+    case = named(name)
+    x = inputs(case, torch.float32)
+    tensors = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
+    operands = [y.clone().requires_grad_(y.is_floating_point()) for y in x.operands]
+    arguments = (*tensors, operands, x.ints, x.floats, prepare(case.spec))
+    torch.library.opcheck(torch.ops.xfcompile.attention.default, arguments)
