@@ -11,7 +11,11 @@ from xfcompile.family import Route
 from xfcompile.kernels import philox
 from xfcompile.site import GatedMLPSite
 
-ROUTES = ("triton", "cublas", "inductor")
+RECOMPUTE = "_recompute"
+
+ROUTES = ("triton", "cublas", f"triton{RECOMPUTE}", f"cublas{RECOMPUTE}", "inductor")
+"""Those that recompute keep nothing of a gated MLP but its input, and project again in the backward: two more products
+beside nine, for the memory of both projections. They are for who asks for them."""
 
 UNKNOWN = "the number of features is not known at compile time"
 
@@ -76,7 +80,7 @@ def _why_not(site: GatedMLPSite, name: str) -> str | None:
         from xfcompile.kernels.gated_mlp import prepare, supports
     except ImportError as error:
         return f"Triton is not installed ({error})"
-    if name == "cublas" and site.layout == "separate":
+    if name.startswith("cublas") and site.layout == "separate":
         return "gate and up have a weight each, which one product would have to copy into one"
     if not (site.features.is_Integer and site.inner.is_Integer):
         return UNKNOWN

@@ -130,16 +130,30 @@ def starts(layout: Layout, features: int) -> tuple[int, int, int]:
     return (gate, up, 2) if reference.interleaved(layout) else (gate * features, up * features, 1)
 
 
-def forward(key: str, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, saved: Tensor | None) -> None:
-    """Fills out [E, M, N] and, if there is one, saved [E, M, 2 N] with both projections."""
+def forward(
+    key: str,
+    operands: Operands,
+    layout: Layout,
+    dropout: Dropout,
+    out: Tensor,
+    saved: Tensor | None,
+    check: Callable[[], None],
+) -> None:
+    """Fills out [E, M, N] and, if there is one, saved [E, M, 2 N] with both projections.
+
+    check: called at the first of all calls with such tensors.
+    """
     prepared = program(key)
     if out.numel() == 0:
         return
     tensors = [operands.x, operands.gate, operands.up, out, saved, operands.gate_bias, operands.up_bias, dropout.seed]
     described = ("forward", layout, dropout.p, precision(out.dtype), *map(_layout_of, tensors))
-    call = _remembered(
-        prepared, described, lambda: _forward(prepared, operands, layout, dropout, out, saved is not None)
-    )
+
+    def make() -> Callable[..., None]:
+        check()
+        return _forward(prepared, operands, layout, dropout, out, saved is not None)
+
+    call = _remembered(prepared, described, make)
     # Pointers that are not looked at, where there is no such tensor.
     call([operands.x if t is None else t for t in tensors], dropout.numbers)
 

@@ -139,11 +139,15 @@ def _gated_mlp(
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
+    def checked() -> None:
+        check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
+        reason = supports(x.device, x.dtype)
+        if reason is not None:
+            raise NotImplementedError(f"xfcompile::gated_mlp: {reason}")
+
     known = cast(Layout, layout)
-    reason = supports(x.device, x.dtype)
-    if reason is not None:
-        raise NotImplementedError(f"xfcompile::gated_mlp: {reason}")
+    if form == "packed" or x.device.type == "cpu":
+        checked()
     out, saved = _outputs(x, weight, up_weight, save, dtype)
     if x.device.type == "cpu" and not interpreting():
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
@@ -153,7 +157,7 @@ def _gated_mlp(
         launch.product(kernel, _three(both), known, dropout, _three(out))
         return out, both if save else saved
     operands = _operands(x, weight, up_weight, gate_bias, up_bias, known)
-    launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None)
+    launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None, checked)
     return out, saved
 
 

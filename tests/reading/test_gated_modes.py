@@ -90,6 +90,21 @@ def test_without_a_linear_after_it_only_projections_are_saved() -> None:
     assert [shape for shape in saved(outcome) if shape not in {(10, 8), (12, 8)}] == [(10, 24)]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_with_recompute_only_inputs_are_saved(packed: bool) -> None:
+    def program(x: Tensor, w: Tensor, d: Tensor) -> Tensor:
+        gate, up = L(x, w).chunk(2, -1)
+        return L(F.silu(gate) * up, d)
+
+    routes = {"gated_mlp": "cublas_recompute" if packed else "triton_recompute"}
+    fn, shapes = (program, (X, PACKED, DOWN)) if packed else (swiglu, (X, W, W, DOWN))
+    outcome = check(fn, *tensors(*shapes, grad=True), grad=True, routes=routes)
+    assert site(outcome) == (True, routes["gated_mlp"], "asked for")
+    assert [shape for shape in saved(outcome) if shape not in {(10, 8), (12, 8), (24, 8), (6, 12)}] == []
+    (forward,) = outcome.programs
+    assert not [n for n in forward.graph.nodes if "mm." in str(n.target)], "projected once more, in the forward"
+
+
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), ()])
 def test_frozen_inputs(needed: tuple[int, ...]) -> None:
     inputs = tensors(X, W, W, DOWN)

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Setting, Words, needs_grad
-from xfcompile.gated_routes import ROUTES, UNKNOWN, choose
+from xfcompile.gated_routes import RECOMPUTE, ROUTES, UNKNOWN, choose
 from xfcompile.layout import with_layout
 from xfcompile.patterns import gated_mlp
 from xfcompile.projections import PROJECTIONS
@@ -174,8 +174,10 @@ def _replace(emitter: Emitter, candidate: GatedMLPCandidate) -> fx.Node:
     if down is not None:
         bias = None if down.bias is None else _operand(emitter, down.bias, product)
         second = [_weight(emitter, down.weight, product), bias]
-    form = "packed" if candidate.route.name == "cublas" else "dual"
-    about = (prepare(site.formula), site.layout, form, candidate.training, product)
+    route = candidate.route.name
+    form = "packed" if route.startswith("cublas") else "dual"
+    save = candidate.training and not route.endswith(RECOMPUTE)
+    about = (prepare(site.formula), site.layout, form, save, product)
     made = emitter.call(
         op.default if down is None else gated_mlp_down.default,
         x,
