@@ -57,6 +57,9 @@ def vector(emitter: Emitter, site: AttentionSite, load: Load) -> tuple[fx.Node, 
     return emitter.shared[key], Load(load.args[0], *indices, sympy.S.Zero, J - I + site.queries - 1)
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 class _Diagonal:
     """Plans how elements at (b, h, distance) are computed."""
 
@@ -156,7 +159,12 @@ class _Diagonal:
             held = self.emitter.holder(table)
             assert held is not None
             at = [self._tensor(x, torch.int64) if isinstance(x, sympy.Basic) else x() for x in index]
-            return self.emitter.call(torch.ops.aten.index.Tensor, held, at)
+            example = held.meta.get("example_value")
+            if not isinstance(example, torch.Tensor) or not example.requires_grad or example.dtype not in HALF:
+                return self.emitter.call(torch.ops.aten.index.Tensor, held, at)
+            # Many distances read one row, and its gradients are added up one by one: in fp32, exactly and at once.
+            rows = self.emitter.call(torch.ops.aten.index.Tensor, self.emitter.call("float", held), at)
+            return self.emitter.call("to", rows, table.dtype)
 
         return make
 

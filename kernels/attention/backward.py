@@ -4,6 +4,9 @@ With x = score(s), p = exp(x - lse), dp = dout v^T and delta = sum(dout * out), 
 dx = p (dp - delta) (Dao et al., FlashAttention-2, 2023). `sympy` gives dx/ds for dq and dk, and dx/dload for each load
 that needs a gradient. Nothing but lse is kept of the forward; every tile is computed anew, in two kernels that each own
 what they write: no atomics, the same numbers every time.
+
+In fp32, and of scores that may be far from 0, lse says too little: it is rounded, and beside finfo.min nothing is left
+of the number of keys. The first kernel then finds the maximum and the sum of a row anew: p = exp(x - max) / sum.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from typing import Literal
 
 import sympy
 
-from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.codegen import in_base
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient, gradients
@@ -25,8 +27,8 @@ from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "PRECISION", "UPCAST", "EXACT"]
-"""Compile-time arguments that all kernels of a backward have. EXACT: whether scores stay in base e until their
-log-sum-exp is subtracted, where fp32 is not to lose digits."""
+"""Compile-time arguments that all kernels of a backward have. EXACT: whether weights come from the maximum and
+the sum of a row, in base e until the one is subtracted, rather than from its log-sum-exp."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Backward:
     """A generated backward: its text, what it differentiates, and what of the scores its kernels are given.
 
     slope: the factor of dq and dk that is the same for all scores, None where the text has it for each.
-    listed: whether the kernels take lists of tiles.
+    listed: whether the kernels take lists of tiles. exact: whether they are `EXACT` whatever the dtype.
     """
 
     text: str
     gradients: Gradients
     slope: sympy.Expr | None
     listed: bool
+    exact: bool
 
 
 def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
@@ -48,8 +51,6 @@ def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
 
     Raises Unsupported for what cannot be differentiated, or has no Triton form.
     """
-    if template.wide(spec):
-        raise Unsupported("a number of the score is so far from 0 that nothing is left of it beside")
     found = gradients(spec, needed)
     return _Writer(spec, found).module(tuple(needed))
 
@@ -67,9 +68,9 @@ def load_vector(ptr, start, end, other: tl.constexpr, N: tl.constexpr, EDGE: tl.
 
 
 @triton.jit
-def weights_from(lse):
-    """Log-sum-exps such that all weights of a row without keys are 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def without_keys(top, instead: tl.constexpr):
+    """Maxima, or log-sum-exps, such that all weights of a row without keys are 0."""
+    return tl.where(top == float("-inf"), instead, top)
 '''
 
 SEARCH = '''\
@@ -109,12 +110,13 @@ DQ_KERNEL = '''\
     out = tl.load(out_ptr + wide_i * stride_om + offs_dv * stride_od, mask=offs_dv < DV, other=0.0)
     dout = tl.load(dout_ptr + wide_i * stride_gm + offs_dv * stride_gd, mask=offs_dv < DV, other=0.0)
     vector = (wide_b * heads + h) * lq
-    lse = tl.load(lse_ptr + vector + row)
+    top = tl.load(lse_ptr + vector + row)
     delta = tl.reduce(out.to(tl.float32) * dout.to(tl.float32), 1, tl.standard._sum_combine)  # [M]
-    delta = tl.where(lse == float("-inf"), 0.0, delta)  # without keys there may be NaN in out
+    delta = tl.where(top == float("-inf"), 0.0, delta)  # without keys there may be NaN in out
     tl.store(delta_ptr + vector + offs_m, delta, mask=offs_m < lq)
-    if LOOP:
-        lse = weights_from(lse)
+    if LOOP or EXACT:
+        top = without_keys(top, float("inf"))
+        inverse = top
         q_ptr += wide_b * stride_qb + wide_h * stride_qh
         k_ptr += wide_b * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
         v_ptr += wide_b * stride_vb + tl.cast(h // group, tl.int64) * stride_vh
@@ -123,6 +125,14 @@ DQ_KERNEL = '''\
             q = q.to(tl.float32)
             dout = dout.to(tl.float32)
 {rows}
+        if EXACT:
+{state}
+{first_loops}
+            top = without_keys(m, 0.0)
+            inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
+            tl.store(top_ptr + vector + offs_m, top, mask=offs_m < lq)
+            tl.store(inverse_ptr + vector + offs_m, inverse, mask=offs_m < lq)
+    if LOOP:
         dq = tl.full([BLOCK_M, BLOCK_DQ], 0.0, tl.float32)
 {sums}
 
@@ -169,7 +179,8 @@ DKDV_KERNEL = '''\
         vector = (tl.cast(b, tl.int64) * heads + h) * lq
         q_head = q_ptr + wide_b * stride_qb + tl.cast(h, tl.int64) * stride_qh
         dout_head = dout_ptr + wide_b * stride_gb + tl.cast(h, tl.int64) * stride_gh
-        lse_head = lse_ptr + vector
+        top_head = top_ptr + vector
+        inverse_head = inverse_ptr + vector
         delta_head = delta_ptr + vector
 {columns}
 {sums}
@@ -211,7 +222,8 @@ LOAD_KERNEL = '''\
         i = row[:, None]
         wide_b, wide_h, wide_i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), i.to(tl.int64)
         vector = (wide_b * heads + h) * lq
-        lse = weights_from(load_vector(lse_ptr + vector, first, lq, float("-inf"), BLOCK_M, True))
+        top = without_keys(load_vector(top_ptr + vector, first, lq, float("-inf"), BLOCK_M, True), float("inf"))
+        inverse = load_vector(inverse_ptr + vector, first, lq, 0.0, BLOCK_M, True)
         delta = load_vector(delta_ptr + vector, first, lq, 0.0, BLOCK_M, True)
         dout_head = dout_ptr + wide_b * stride_gb + wide_h * stride_gh
         q_head = q_ptr + wide_b * stride_qb + wide_h * stride_qh
@@ -272,7 +284,8 @@ class _Writer:
         self.found = found
         constant = not found.slope.free_symbols - set(spec.scalars) and not found.slope.has(Load)
         self.slope = found.slope if constant else None
-        self.score = in_base(spec, spec.score)
+        self.exact = spec.far or template.wide(spec)
+        self.score = spec.score if self.exact else in_base(spec, spec.score)
         self.listed = template.listed(spec)
         self.pointers = [f"t{n}_ptr" for n in range(len(spec.operands))]
         self.strides = [f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)]
@@ -282,7 +295,8 @@ class _Writer:
         expressions = [self.score, spec.keep, *(x.derivative for x in found.loads if x.kind != "sink")]
         if self.slope is None:
             expressions.append(found.slope)
-        self.flags = ["FAST"] if any(x.has(sympy.tanh) for x in expressions) else []
+        tanh = any(x is not None and x.has(sympy.tanh) for x in (*expressions, spec.sink))
+        self.flags = ["FAST"] if tanh else []
         self.rows, self.row_lines = self._hoisted("row", expressions)
         self.columns, self.column_lines = self._hoisted("column", expressions)
 
@@ -332,10 +346,16 @@ class _Writer:
     def _functions(self) -> list[str]:
         spec = self.spec
         site = ["b", "h", "i", "j", *self.inside, *(f"{flag}: tl.constexpr" for flag in self.flags)]
-        made = [
-            self._function("score", ["s", *site], self.score, real=True, tile=True),
-            self._function("exact_score", ["s", *site], spec.score, real=True, tile=True),
-        ]
+        made = [self._function("exact_score", ["s", *site], spec.score, real=True, tile=True)]
+        if not self.exact:
+            made.append(self._function("score", ["s", *site], self.score, real=True, tile=True))
+        if spec.sink is not None:
+            own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
+            printer = Printer(spec.operands, self.scope)
+            text = printer.float(spec.sink).text
+            self.helpers |= printer.helpers
+            lines = "".join(f"    {line}\n" for line in [*printer.lines, *returned(text)])
+            made.append(f"@triton.jit\n{wrapped('def sink', own, ':')}\n{lines}")
         if spec.keep != sympy.true:
             made.append(self._function("keep", site, spec.keep, real=False, tile=False))
         if self.slope is None:
@@ -376,29 +396,33 @@ class _Writer:
                 *kernels,
             ]
         )
-        return Backward(text, self.found, self.slope, self.listed)
+        return Backward(text, self.found, self.slope, self.listed, self.exact)
 
     # -- the gradient of a tile of scores ----------------------------------------------------------------------
 
-    def _scores(self, *, across: bool, flags: bool = True) -> list[str]:
-        """From s to the weights p of [M, N] scores, or of [N, M] with `across`. flags: whether MASKED and EDGE say
-        which masks there are; else there are all."""
-        rows, edge = ("None, :", "offs_m < lq") if across else (":, None", "offs_n < lk")
-        log2e = float(LOG2E)
+    def _masked(self, *, across: bool, scores: Sequence[str], flags: bool = True) -> list[str]:
+        """Scores x of [M, N], or of [N, M] with `across`, -inf where masked. flags: whether MASKED and EDGE say which
+        masks there are; else there are all."""
         masked = 'x = tl.where({}, x, float("-inf"))'
         masks = [] if self.spec.keep == sympy.true else [("MASKED", masked.format(f"keep({self.site})"))]
-        masks.append(("EDGE", masked.format(edge)))
+        masks.append(("EDGE", masked.format("offs_m < lq" if across else "offs_n < lk")))
         return [
-            "if EXACT:",
-            f"    x = exact_score(s, {self.site})",
-            "else:",
-            f"    x = score(s, {self.site})",
+            *scores,
             *(line for flag, mask in masks for line in ([f"if {flag}:", f"    {mask}"] if flags else [mask])),
-            "if EXACT:  # what is near is subtracted first, as the program does",
-            f"    p = tl.exp2((x - lse[{rows}]) * {log2e!r})",
-            "else:",
-            f"    p = tl.exp2(x - (lse * {log2e!r})[{rows}])",
         ]
+
+    def _scores(self, *, across: bool, flags: bool = True) -> list[str]:
+        """From s to the weights p; see `_masked`."""
+        rows, log2e = ("None, :" if across else ":, None"), float(LOG2E)
+        exact = f"p = tl.exp2((x - top[{rows}]) * {log2e!r}) * inverse[{rows}]"
+        lines = self._masked(across=across, scores=self._score_lines(), flags=flags)
+        if self.exact:
+            return [*lines, exact]
+        return [*lines, "if EXACT:", f"    {exact}", "else:", f"    p = tl.exp2(x - (top * {log2e!r})[{rows}])"]
+
+    def _score_lines(self) -> list[str]:
+        exact, other = (f"x = {name}(s, {self.site})" for name in ("exact_score", "score"))
+        return [exact] if self.exact else ["if EXACT:", f"    {exact}", "else:", f"    {other}"]
 
     def _by(self, n: int, x: LoadGradient) -> str:
         return "1.0" if x.derivative == 1 else f"by_load{n}(s, {self.site})"
@@ -436,7 +460,7 @@ class _Writer:
         loaded = ["k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
         free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.rows.values())]
         constants = [*CONSTANTS, *self.flags, "NEED_DQ"]
-        arguments = ["dq", *names, "q", "dout", "lse", "delta", "start", "b", "h", "i", "lk", *loaded, *free]
+        arguments = ["dq", *names, "q", "dout", "top", "inverse", "delta", "start", "b", "h", "i", "lk", *loaded, *free]
         signature = wrapped("def dq_tile", [*arguments, *_constexprs([*constants, "MASKED", "EDGE"])], ":")
         lines = [
             "k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)",
@@ -460,14 +484,46 @@ class _Writer:
             f"return {', '.join(['dq', *names])}",
         ]
         tile = f"@triton.jit\n{signature}\n{_indented(lines)}\n"
+        first_arguments = ["m", "l", "q", "start", "b", "h", "i", "lk", "k_ptr", "stride_kn", "stride_kd", *free]
+        first_signature = wrapped(
+            "def row_tile", [*first_arguments, *_constexprs([*constants[:-1], "MASKED", "EDGE"])], ":"
+        )
+        first_lines = [
+            "k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)",
+            "if UPCAST:",
+            "    k = k.to(tl.float32)",
+            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
+            "j = offs_n",
+            "if EDGE:",
+            "    j = tl.minimum(j, lk - 1)",
+            *self.column_lines,
+            *self._masked(across=False, scores=[f"x = exact_score(s, {self.site})"]),
+            "m_new = tl.maximum(m, tl.reduce(x, 1, tl.standard._elementwise_max))",
+            "m_safe = without_keys(m_new, 0.0)",
+            f"p = tl.exp2((x - m_safe[:, None]) * {float(LOG2E)!r})",
+            f"l = l * tl.exp2((m - m_safe) * {float(LOG2E)!r}) + tl.reduce(p, 1, tl.standard._sum_combine)",
+            "return m_new, l",
+        ]
+        first = f"@triton.jit\n{first_signature}\n{_indented(first_lines)}\n"
+        state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
+        if self.spec.sink is not None:
+            own = ", ".join(["b", "h", "row", *self.pointers, *self.strides, *self.scalars, *self.flags])
+            state = [
+                f"m = sink({own}) + tl.full([BLOCK_M], 0.0, tl.float32)",
+                'l = tl.where(m == float("-inf"), 0.0, 1.0)',
+            ]
 
         def step(*, masked: bool, edge: bool) -> str:
             target = f"    {', '.join(['dq', *names])} = dq_tile"
             return wrapped(target, [*arguments, *constants, str(masked), str(edge)])
 
-        # Forward loops are over keys: the same ones.
+        def first_step(*, masked: bool, edge: bool) -> str:
+            return wrapped("    m, l = row_tile", [*first_arguments, *constants[:-1], str(masked), str(edge)])
+
         loops = self._key_loops(step)
-        tensors = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "dq_ptr"]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "top_ptr", "inverse_ptr"]
+        tensors.append("dq_ptr")
         tensors += [f"{name}_ptr" for name in names]
         axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd"), ("g", "bhmd"), ("d", "bhmd"))
         upper = self.spec.keep != sympy.true and self.spec.band.upper is not None
@@ -479,12 +535,14 @@ class _Writer:
             # The last rows see most keys under a causal mask: they start first.
             block="blocks - 1 - pid % blocks" if upper else "pid % blocks",
             rows=_indented(self.row_lines, 2),
+            state=_indented(state, 3),
+            first_loops=_indented(self._key_loops(first_step).splitlines(), 3),
             sums=_indented([f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names], 2),
             loops=_indented(loops.splitlines(), 2),
             stores=_indented(stores, 2),
             slope=self._times_slope(),
         )
-        return f"{tile}\n\n{kernel}"
+        return f"{first}\n\n{tile}\n\n{kernel}"
 
     def _key_loops(self, step: Callable[..., str]) -> str:
         def loop(start: str, end: str, *, masked: bool, edge: bool, listed: str | None = None) -> str:
@@ -588,7 +646,17 @@ class _Writer:
     def _dkdv(self) -> str:
         sums = self.found.of("columns")
         names = [f"dcolumn{n}" for n, _ in sums]
-        loaded = ["q_head", "dout_head", "lse_head", "delta_head", "stride_qm", "stride_qd", "stride_gm", "stride_gd"]
+        loaded = [
+            "q_head",
+            "dout_head",
+            "top_head",
+            "inverse_head",
+            "delta_head",
+            "stride_qm",
+            "stride_qd",
+            "stride_gm",
+            "stride_gd",
+        ]
         free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.columns.values())]
         constants = [*CONSTANTS, *self.flags, "NEED_DX", "NEED_DK", "NEED_DV"]
         arguments = ["dk", "dv", *names, "k", "v", "start", "b", "h", "j", "lq", *loaded, *free]
@@ -596,7 +664,8 @@ class _Writer:
         lines = [
             "q = load_rows(q_head, start, lq, stride_qm, stride_qd, DQ, BLOCK_M, BLOCK_DQ, EDGE)",
             "dout = load_rows(dout_head, start, lq, stride_gm, stride_gd, DV, BLOCK_M, BLOCK_DV, EDGE)",
-            'lse = weights_from(load_vector(lse_head, start, lq, float("-inf"), BLOCK_M, EDGE))',
+            'top = without_keys(load_vector(top_head, start, lq, float("-inf"), BLOCK_M, EDGE), float("inf"))',
+            "inverse = load_vector(inverse_head, start, lq, 0.0, BLOCK_M, EDGE) if EXACT else top",
             "delta = load_vector(delta_head, start, lq, 0.0, BLOCK_M, EDGE)",
             "if UPCAST:",
             "    q = q.to(tl.float32)",
@@ -652,7 +721,7 @@ class _Writer:
                     _indented(loops.splitlines()),
                 ]
             )
-        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "dk_ptr", "dv_ptr"]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "top_ptr", "inverse_ptr", "delta_ptr", "dk_ptr", "dv_ptr"]
         tensors += [f"{name}_ptr" for name in names]
         axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd"), ("d", "bhnd"), ("e", "bhnd"))
         stores = [
@@ -691,7 +760,7 @@ class _Writer:
             *self._scores(across=False, flags=False),
             "dx = p * (dp - delta[:, None])",
         ]
-        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "dload_ptr"]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "top_ptr", "inverse_ptr", "delta_ptr", "dload_ptr"]
         axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd"))
         place = DENSE_PLACE.format(skip=_indented(skip)) if dense else DIAGONAL_PLACE
         return LOAD_KERNEL.format(

@@ -65,8 +65,6 @@ def why_not(spec: ScoreSpec) -> str | None:
     """Why a score has no backward here; None if it has."""
     if spec.full is not None:
         return "rows that score as low as masked keys have gradients that depend on all keys"
-    if spec.far:
-        return "a term of the score may be so far from 0 that nothing is left of it beside"
     if any(S in load.free_symbols for load in spec.score.atoms(Load)):
         return "a term of the score is loaded at a place that depends on the score"
     return None

@@ -212,6 +212,11 @@ class _Call:
         self.kv_heads, self.lk, self.dv = k.shape[1], k.shape[2], v.shape[3]
         self.interpreted = q.device.type == "cpu"
         self.delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
+        self.exact = q.dtype == torch.float32 or program.made.exact
+        # What weights are made of: the maximum of each row and one over its sum, or its log-sum-exp.
+        self.top, self.inverse = (
+            (torch.empty_like(self.delta), torch.empty_like(self.delta)) if self.exact else (lse, lse)
+        )
         self.lists: tuple[Tensor, Tensor] | None = None
         self.sizes: tuple[int, int] | None = None
 
@@ -239,14 +244,15 @@ class _Call:
         rows = {n: self._vector(self.lq) for n, _ in found.of("rows")}
         columns_ = {n: self._vector(self.lk) for n, _ in found.of("columns")}
         flags = {"NEED_DQ": self.needs.q, "LOOP": self.needs.q or bool(rows)}
-        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.delta, dq if self.needs.q else self.q]
-        strided = [self.q, self.k, self.v, self.out, self.dout, own[7]]
+        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.delta, self.top, self.inverse]
+        own.append(dq if self.needs.q else self.q)
+        strided = [self.q, self.k, self.v, self.out, self.dout, own[-1]]
         self._launch("dq", [*own, *rows.values()], strided, flags, self.lq, "BLOCK_M", self.heads, lists_of=0)
         if self.needs.k or self.needs.v or columns_:
             flags = {"NEED_DX": self.needs.k or bool(columns_), "NEED_DK": self.needs.k, "NEED_DV": self.needs.v}
-            own = [self.q, self.k, self.v, self.dout, self.lse, self.delta]
+            own = [self.q, self.k, self.v, self.dout, self.top, self.inverse, self.delta]
             own += [dk if self.needs.k else self.k, dv if self.needs.v else self.v]
-            strided = [self.q, self.k, self.v, self.dout, own[6], own[7]]
+            strided = [self.q, self.k, self.v, self.dout, *own[-2:]]
             tensors = [*own, *columns_.values()]
             self._launch("dkdv", tensors, strided, flags, self.lk, "BLOCK_N", self.kv_heads, lists_of=1)
         if self.needs.v and self.program.spec.dead == "mean" and self.program.spec.sink is None:
@@ -305,7 +311,7 @@ class _Call:
             "BLOCK_DV": wide_v,
             "PRECISION": launch.precision(self.q.dtype),
             "UPCAST": self.interpreted and self.q.dtype == torch.bfloat16,
-            "EXACT": self.q.dtype == torch.float32,
+            "EXACT": self.exact,
             "FAST": launch.speed(self.program.spec, self.q),
             "BLOCK_M": sizes.block_m,
             "BLOCK_N": sizes.block_n,
@@ -378,7 +384,8 @@ class _Call:
     def _launch_load(self, n: int, total: Tensor, count: Callable[[int, int], int]) -> None:
         name = f"load{n}"
         kernel = self.program.kernel(name, self.interpreted)
-        tensors = [self.q, self.k, self.v, self.dout, self.lse, self.delta, total, *self.operands]
+        vectors = [self.top, self.inverse, self.delta]
+        tensors = [self.q, self.k, self.v, self.dout, *vectors, total, *self.operands]
         numbers = [stride for x in tensors[:4] for stride in x.stride()]
         numbers += [self.batch, self.heads, self.heads // self.kv_heads, self.lq, self.lk]
         numbers += [stride for x in self.operands for stride in x.stride()]
@@ -413,7 +420,9 @@ class _Call:
         spec = self.program.spec
         assert spec.sink is not None
         evaluate = self._evaluator()
-        weights = (torch.as_tensor(evaluate(spec.sink), device=self.q.device) - self.lse[..., None]).exp()
+        weights = (torch.as_tensor(evaluate(spec.sink), device=self.q.device) - self.top[..., None]).exp()
+        if self.exact:
+            weights = weights * self.inverse[..., None]
         weights = weights.masked_fill((self.lse == -math.inf)[..., None], 0.0)
         by = torch.as_tensor(evaluate(x.derivative), device=self.q.device)
         return -weights * self.delta[..., None] * by

@@ -107,18 +107,20 @@ def backward(
     evaluate = Evaluator(scope, operands, dtype, q.device)
     shape = (batch, heads, lq, lk)
     keep = _full(evaluate(spec.keep), shape, torch.bool, q.device)
+    score = _full(evaluate(spec.score), shape, dtype, q.device).masked_fill(~keep, -math.inf)
     dead = lse[..., None] == -math.inf
-    score = _full(evaluate(spec.score), shape, dtype, q.device).masked_fill(~keep | dead, -math.inf)
-    weights = (score - lse[..., None].masked_fill(dead, 0.0)).exp()
+    sink = score[..., :0]
+    if spec.sink is not None:
+        sink = _full(evaluate(spec.sink), (*shape[:3], 1), dtype, q.device)
+    # Not exp(score - lse): beside finfo.min nothing is left of the number of keys.
+    weights = torch.cat([score, sink], -1).masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
+    weights, sink_weights = weights[..., :lk], weights[..., lk:]
     delta = (dout * torch.where(dead, 0.0, out)).sum(-1, keepdim=True)
     dscore = weights * (dout @ v.mT - delta)
     ds = dscore * _full(evaluate(found.slope), shape, dtype, q.device)
     terms = []
     for x in found.loads:
-        whole = dscore
-        if x.kind == "sink":
-            sink = _full(evaluate(spec.sink), (*shape[:3], 1), dtype, q.device)
-            whole = -delta * torch.where(dead, 0.0, (sink - lse[..., None]).exp())
+        whole = -delta * sink_weights if x.kind == "sink" else dscore
         by = whole * _full(evaluate(x.derivative), tuple(whole.shape), dtype, q.device)
         terms.append((by.abs() if absolute else by, [a for a, p in enumerate(POSITION) if p not in x.axes]))
     dv = weights.mT @ dout

@@ -95,8 +95,8 @@ def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
 
 
 # Of the backward's kernels, by (kernel, generation, bits of an element, head dim padded to a power of two): for scores
-# that are a multiple of q·k and what is added, and for others. Hopper's D64 and D128 are the best or near for two programs
-# on an H200 (examples/bench_backward.py, examples/results/backward_h200.json); D256 is not measured.
+# that are a multiple of q·k and what is added, and for others. Hopper's D64 and D128 are the best or near for two
+# programs on an H200 (examples/bench_backward.py, examples/results/backward_h200.json); D256 is not measured.
 BACKWARD: dict[tuple[str, str, int, int], tuple[Tiles, Tiles]] = {
     ("dq", HOPPER, 16, 64): (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
     ("dq", HOPPER, 16, 128): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),

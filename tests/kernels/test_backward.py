@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import Case, Inputs, Sizes, error, inputs, named
-from backward_cases import DIFFERENTIABLE, check, exact, floating, height, sizes_of_terms
+from backward_cases import DIFFERENTIABLE, check, exact, floating, sizes_of_terms
 from torch import Tensor
 
 from xfcompile.kernels.attention import prepare, reference
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def smaller(case: Case) -> Sizes:
+    """Half as many heads: the interpreter takes its time."""
+    return replace(case.sizes, heads=2, kv_heads=2)
+
+
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
-def test_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype, interpreter: None) -> None:
-    check(case, inputs(case, dtype))
+def test_gradients_are_as_exact_as_eager(case: Case, interpreter: None) -> None:
+    check(case, inputs(case, torch.float32, sizes=smaller(case)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "window", "documents", "padding_mean", "some_rows_nan", "far_keys", "bias_hij", "bias_bj", "alibi",
+     "soft_cap_causal", "sink_dead_rows", "t5"],
+)  # fmt: skip
+def test_gradients_in_half_precision(name: str, dtype: torch.dtype, interpreter: None) -> None:
+    check(named(name), inputs(named(name), dtype, sizes=smaller(named(name))))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "poisoned", "key_major", "expanded"])
@@ -56,7 +72,7 @@ def test_the_op_has_gradients(name: str, interpreted: bool, monkeypatch: pytest.
     for name, a, b in zip(["dq", "dk", "dv", *(f"t{n}" for n in floating(x))], found, right, strict=True):
         assert a is not None
         magnitude = max(b.abs().max().item(), terms.get(name, 0.0))
-        assert error(a, b) <= 8 * torch.finfo(a.dtype).eps * (1 + height(case, x)) * magnitude, name
+        assert error(a, b) <= 32 * torch.finfo(a.dtype).eps * magnitude, name
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 3), (1, 2)])
