@@ -147,7 +147,7 @@ def forward(
     if out.numel() == 0:
         return
     tensors = [operands.x, operands.gate, operands.up, out, saved, operands.gate_bias, operands.up_bias, dropout.seed]
-    described = ("forward", layout, dropout.p, precision(out.dtype), *map(_layout_of, tensors))
+    described = ("forward", layout, dropout.p, precision(operands.x.dtype), *map(_layout_of, tensors))
 
     def make() -> Callable[..., None]:
         check()
