@@ -260,13 +260,11 @@ class _Side:
         if any(x_size[c] != size[c] for c in (k, *shared)):
             raise Miss("an input is broadcast against its weights", root)
         rows = [c for c in product.lhs_labels if c not in (k, *shared)]
-        if all(element.index(c) == 0 or element.index(c) in lead for c in rows):  # in the order of the result
-            rows.sort(key=lambda c: lead.index(element.index(c)) if element.index(c) != 0 else -1)
+        at = [lead.index(element.index(c)) for c in rows if element.index(c) in lead]
+        if at != sorted(at):  # in the order of the result; where there is one element, there is no order
+            rows.sort(key=lambda c: lead.index(element.index(c)) if element.index(c) in lead else -1)
         order = tuple(product.lhs_labels.index(c) for c in (*shared, *rows, k))
-        self.x, self.x_order = product.lhs, order
-        if not shared and order == tuple(range(len(order))):
-            self.x = _unflattened(product.lhs)
-            self.x_order = tuple(range(self.x.ndim))
+        self.x, self.x_order = _input(product.lhs, order, experts=bool(shared))
         self.offset = linear(tuple(element.index(c) for c in rows), tuple(integer(x_size[c]) for c in rows))
         expert = element.index(shared[0]) if shared else None
         if expert is not None and not expert.is_Symbol:
@@ -299,11 +297,20 @@ def _unpermuted(value: Value, order: tuple[int, ...]) -> Weight:
     return Weight(value, order)
 
 
-def _unflattened(x: Value) -> Value:
-    """The input behind reshapes of its rows, which stay in their order."""
-    while x.op == "reshape" and x["self"].ndim and x["self"].shape[-1] == x.shape[-1]:
+def _input(x: Value, order: tuple[int, ...], *, experts: bool) -> tuple[Value, tuple[int, ...]]:
+    """The input behind transpositions, and behind reshapes of its rows, which stay in their order."""
+    while True:
+        if x.op == "permute":
+            order = tuple(x["dims"][d] for d in order)
+        elif x.op == "reshape" and not experts and order == tuple(range(x.ndim)) and _keeps_features(x):
+            order = tuple(range(x["self"].ndim))
+        else:
+            return x, order
         x = x["self"]
-    return x
+
+
+def _keeps_features(reshape: Value) -> bool:
+    return bool(reshape["self"].ndim) and reshape["self"].shape[-1] == reshape.shape[-1]
 
 
 def _layout(gate: _Side, up: _Side, features: sympy.Expr) -> Layout:

@@ -53,7 +53,7 @@ L = F.linear
 
 miss("two inputs", "different inputs", lambda x, y, w, v: F.silu(L(x, w)) * L(y, v), SQUARE, SQUARE, WEIGHT, WEIGHT)
 miss("an input and the same plus one", "different inputs", lambda x, w, v: F.silu(L(x, w)) * L(x + 1, v))
-miss("an input and its transpose", "different inputs", lambda x, w, v: F.silu(L(x, w)) * L(x.mT, v))
+miss("an input and its transpose", "different rows", lambda x, w, v: F.silu(L(x, w)) * L(x.mT, v))
 miss("an input and its rows reversed", "different inputs", lambda x, w, v: F.silu(L(x, w)) * L(x.flip(1), v))
 miss("an input before and after a write", "different inputs",
      lambda x, w, v: (lambda y: F.silu(L(y, w)) * L(y.add_(1), v))(x * 1), grad=False)  # fmt: skip
