@@ -34,6 +34,7 @@ from xfcompile.kernels.attention import (
     launch_decode,
     lists,
     prepare,
+    template,
 )
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
@@ -243,7 +244,7 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
 
     constants: dict[str, object] = {
         "ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
-        "REGISTERS": hopper.REGISTERS, "FAST": 2,
+        "REGISTERS": hopper.REGISTERS, "UNIT": template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {
@@ -326,6 +327,7 @@ def compile_kernel(
         "BLOCK_N": tiles.block_n,
         "BLOCK_S": launch_decode.COMBINED,
         "FAST": int(dtype.itemsize == 2),
+        "UNIT": template.unit(prepared.spec, dtype),
     }
     if prepared.spec.coarse and target.backend == "cuda" and dtype == torch.bfloat16:
         constants["FAST"] = 2
@@ -360,16 +362,20 @@ def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
         "DQ": job.dim, "DV": job.dim, "BLOCK_DQ": wide_q, "BLOCK_DV": wide_v, "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "PRECISION": "ieee", "UPCAST": False, "EXACT": job.dtype == torch.float32,
         "FAST": 2 if backward.spec.coarse and target.backend == "cuda" else int(job.dtype.itemsize == 2),
-        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True,
+        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "EDGE_M": False, "EDGE_N": False,
         **dict.fromkeys(("NEED_DQ", "NEED_DK", "NEED_DV", "NEED_DX"), True),
-        **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_[a-z]d", name)},
+        **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_([a-z]d|ln)", name)},
         **{f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(backward.spec.operands)},
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     any_number = {"group", "heads", "batch", "list_b", "list_h", *(x.name for x in backward.spec.scalars)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        kind = "*fp32" if name in ("delta_ptr", "dload_ptr") else _type(name, job.dtype, backward.spec)
+        kind = (
+            "*fp32"
+            if name in ("delta_ptr", "top_ptr", "inverse_ptr", "dload_ptr")
+            else _type(name, job.dtype, backward.spec)
+        )
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and name not in any_number:
             attributes[(position,)] = [["tt.divisibility", 16]]

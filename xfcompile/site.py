@@ -56,7 +56,7 @@ class ScoreSpec:
     sink: an extra logit, a function of (b, h, i), that takes part in the softmax but has no value (attention sinks).
     band: closed bounds on j, derived from `keep`.
     far: whether a score may be finite and so far from 0 that its product with log2(e) is not: finfo.min, added by a
-        mask that is data. Kernels then clamp it, or compute in base 4.
+        mask that is data. Kernels for halves then clamp it, or compute exponents of 4.
     full, floor: where a key that is kept may score as low as one that is masked by a finite number: the score with its
         masks, and the greatest of those numbers. Rows whose maximum is not above it have the softmax of `full`.
     coarse: whether the program itself rounds q·k to bf16, before anything else happens to it.

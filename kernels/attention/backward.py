@@ -19,16 +19,29 @@ from typing import Literal
 import sympy
 
 from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.codegen import in_base
+from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient, gradients
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.kernels.attention.template import HEAD, HELPERS, returned, wrapped
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import ScoreSpec
 
-CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "PRECISION", "UPCAST", "EXACT"]
+CONSTANTS = [
+    "DQ",
+    "DV",
+    "BLOCK_DQ",
+    "BLOCK_DV",
+    "BLOCK_M",
+    "BLOCK_N",
+    "PRECISION",
+    "UPCAST",
+    "EXACT",
+    "EDGE_M",
+    "EDGE_N",
+]
 """Compile-time arguments that all kernels of a backward have. EXACT: whether weights come from the maximum and
-the sum of a row, in base e until the one is subtracted, rather than from its log-sum-exp."""
+the sum of a row, in base e until the one is subtracted, rather than from its log-sum-exp. EDGE_M, EDGE_N: whether the
+last block of queries, or of keys, is ragged."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,9 @@ def without_keys(top, instead: tl.constexpr):
     return tl.where(top == float("-inf"), instead, top)
 '''
 
+SCORES = "s = tl.dot({}, input_precision=PRECISION, max_num_imprecise_acc=1 if EXACT else 0)  # {}"
+"""As in `template.TILE`: what is added to s is not to be where its sum begins."""
+
 SEARCH = '''\
 @triton.jit
 def first_row_{side}(n, {parameters}):
@@ -94,8 +110,7 @@ DQ_KERNEL = '''\
     """One program: dq of BLOCK_M query rows of one head{more}; and delta, which the other kernels read."""
     blocks = (lq + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
-    b = pid // blocks // heads
-    h = pid // blocks % heads
+{place}
     block = {block}
     first = block * BLOCK_M
     offs_m = first + tl.arange(0, BLOCK_M)
@@ -153,8 +168,7 @@ DKDV_KERNEL = '''\
     blocks = (lk + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     kv_heads = heads // group
-    b = pid // blocks // kv_heads
-    kv_head = pid // blocks % kv_heads
+{place}
     block = pid % blocks
     first = block * BLOCK_N
     offs_n = first + tl.arange(0, BLOCK_N)
@@ -255,9 +269,9 @@ DENSE_PLACE = """\
 DENSE_STORE = """\
     offs_m = row0 * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = tile0 * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    dload_ptr += (tl.cast(own_b, tl.int64) * own_heads + own_h) * lq * lk
-    tl.store(dload_ptr + offs_m.to(tl.int64) * lk + offs_n, total.to(dload_ptr.dtype.element_ty),
-             mask=(offs_m < lq) & (offs_n < lk))"""
+    dload_ptr += tl.cast(own_b, tl.int64) * stride_lb + tl.cast(own_h, tl.int64) * stride_lh
+    places = offs_m.to(tl.int64) * stride_lm + offs_n.to(tl.int64) * stride_ln
+    tl.store(dload_ptr + places, total.to(dload_ptr.dtype.element_ty), mask=(offs_m < lq) & (offs_n < lk))"""
 
 DIAGONAL_PLACE = """\
     diagonals = rows + tiles - 1
@@ -285,7 +299,7 @@ class _Writer:
         constant = not found.slope.free_symbols - set(spec.scalars) and not found.slope.has(Load)
         self.slope = found.slope if constant else None
         self.exact = spec.far or template.wide(spec)
-        self.score = spec.score if self.exact else in_base(spec, spec.score)
+        self.score = spec.score if self.exact else times(LOG2E, spec.score)
         self.listed = template.listed(spec)
         self.pointers = [f"t{n}_ptr" for n in range(len(spec.operands))]
         self.strides = [f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)]
@@ -468,7 +482,7 @@ class _Writer:
             "if UPCAST:",
             "    k = k.to(tl.float32)",
             "    v = v.to(tl.float32)",
-            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            SCORES.format("q, tl.trans(k)", "[M, N]"),
             "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
             "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
             "j = offs_n",
@@ -492,7 +506,7 @@ class _Writer:
             "k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)",
             "if UPCAST:",
             "    k = k.to(tl.float32)",
-            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            SCORES.format("q, tl.trans(k)", "[M, N]"),
             "offs_n = start + tl.arange(0, BLOCK_N)[None, :]",
             "j = offs_n",
             "if EDGE:",
@@ -514,11 +528,11 @@ class _Writer:
                 'l = tl.where(m == float("-inf"), 0.0, 1.0)',
             ]
 
-        def step(*, masked: bool, edge: bool) -> str:
+        def step(*, masked: bool, edge: bool | str) -> str:
             target = f"    {', '.join(['dq', *names])} = dq_tile"
             return wrapped(target, [*arguments, *constants, str(masked), str(edge)])
 
-        def first_step(*, masked: bool, edge: bool) -> str:
+        def first_step(*, masked: bool, edge: bool | str) -> str:
             return wrapped("    m, l = row_tile", [*first_arguments, *constants[:-1], str(masked), str(edge)])
 
         loops = self._key_loops(step)
@@ -534,6 +548,7 @@ class _Writer:
             more=", and sums of gradients over its keys" if names else "",
             # The last rows see most keys under a causal mask: they start first.
             block="blocks - 1 - pid % blocks" if upper else "pid % blocks",
+            place=self._place("heads", "h"),
             rows=_indented(self.row_lines, 2),
             state=_indented(state, 3),
             first_loops=_indented(self._key_loops(first_step).splitlines(), 3),
@@ -545,7 +560,7 @@ class _Writer:
         return f"{first}\n\n{tile}\n\n{kernel}"
 
     def _key_loops(self, step: Callable[..., str]) -> str:
-        def loop(start: str, end: str, *, masked: bool, edge: bool, listed: str | None = None) -> str:
+        def loop(start: str, end: str, *, masked: bool, edge: bool | str, listed: str | None = None) -> str:
             body = step(masked=masked, edge=edge)
             if listed is None:
                 return f"for start in tl.range({start}, {end}, BLOCK_N):\n{body}"
@@ -565,7 +580,7 @@ class _Writer:
             "    wholes = tl.load(list_ptr + 1)",
             "    masked = tl.load(list_ptr + 2)",
             _indented(loop("0", "wholes", masked=False, edge=False, listed=front).splitlines()),
-            _indented(loop("0", "masked", masked=True, edge=True, listed=back).splitlines()),
+            _indented(loop("0", "masked", masked=True, edge="EDGE_N", listed=back).splitlines()),
             "else:",
             _indented(bounded.splitlines()),
         ]
@@ -573,12 +588,13 @@ class _Writer:
 
     def _between(self, loop: Loop, *, over: Literal["keys", "queries"]) -> str:
         """Loops between closed bounds, over the keys of a block of queries or over the queries of a block of keys."""
-        size, end = ("BLOCK_N", "lk") if over == "keys" else ("BLOCK_M", "lq")
+        size, end, edge = ("BLOCK_N", "lk", "EDGE_N") if over == "keys" else ("BLOCK_M", "lq", "EDGE_M")
         if self.spec.keep == sympy.true:
             lines = [
                 f"full = {end} // {size} * {size}",
                 loop("0", "full", masked=False, edge=False),
-                loop("full", end, masked=False, edge=True),
+                f"if {edge}:",
+                _indented(loop("full", end, masked=False, edge=True).splitlines()),
             ]
             return "\n".join(lines)
         return self._key_bounds(loop) if over == "keys" else self._query_bounds(loop)
@@ -598,26 +614,26 @@ class _Writer:
             f"hi = {bound('upper', 'last')}",
         ]
         if not band.exact:
-            return "\n".join([*lines, loop("lo", "hi", masked=True, edge=True)])
+            return "\n".join([*lines, loop("lo", "hi", masked=True, edge="EDGE_N")])
         lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1){whole}, hi)"
         lines += [
             f"lo_full = {lo_full if band.lower is not None else 'lo'}",
             f"hi_full = tl.maximum({bound('upper', 'first')}{whole}, lo_full)",
-            *([loop("lo", "lo_full", masked=True, edge=True)] if band.lower is not None else []),
+            *([loop("lo", "lo_full", masked=True, edge="EDGE_N")] if band.lower is not None else []),
             loop("lo_full", "hi_full", masked=False, edge=False),
-            loop("hi_full", "hi", masked=True, edge=True),
+            loop("hi_full", "hi", masked=True, edge="EDGE_N"),
         ]
         return "\n".join(lines)
 
     def _query_bounds(self, loop: Loop) -> str:
         band = self.spec.band
         if not band.exact:
-            return loop("lo", "hi", masked=True, edge=True)
+            return loop("lo", "hi", masked=True, edge="EDGE_M")
         return "\n".join(
             [
-                *([loop("lo", "lo_full", masked=True, edge=True)] if band.upper is not None else []),
+                *([loop("lo", "lo_full", masked=True, edge="EDGE_M")] if band.upper is not None else []),
                 loop("lo_full", "hi_full", masked=False, edge=False),
-                loop("hi_full", "hi", masked=True, edge=True),
+                loop("hi_full", "hi", masked=True, edge="EDGE_M"),
             ]
         )
 
@@ -670,7 +686,7 @@ class _Writer:
             "if UPCAST:",
             "    q = q.to(tl.float32)",
             "    dout = dout.to(tl.float32)",
-            "s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, M]",
+            SCORES.format("k, tl.trans(q)", "[N, M]"),
             "offs_m = start + tl.arange(0, BLOCK_M)[None, :]",
             "i = offs_m",
             "if EDGE:",
@@ -690,11 +706,11 @@ class _Writer:
         ]
         tile = f"@triton.jit\n{signature}\n{_indented(lines)}\n"
 
-        def step(*, masked: bool, edge: bool) -> str:
+        def step(*, masked: bool, edge: bool | str) -> str:
             target = f"    {', '.join(['dk', 'dv', *names])} = dkdv_tile"
             return wrapped(target, [*arguments, *constants, str(masked), str(edge)])
 
-        def loop(start: str, end: str, *, masked: bool, edge: bool, listed: str | None = None) -> str:
+        def loop(start: str, end: str, *, masked: bool, edge: bool | str, listed: str | None = None) -> str:
             body = step(masked=masked, edge=edge)
             if listed is None:
                 return f"for start in tl.range({start}, {end}, BLOCK_M):\n{body}"
@@ -715,8 +731,8 @@ class _Writer:
                     "    wholes = tl.load(row_list + 1)",
                     "    masked = tl.load(row_list + 2)",
                     "    # The last rows may be ragged, whatever the mask.",
-                    _indented(loop("0", "wholes", masked=False, edge=True, listed=front).splitlines()),
-                    _indented(loop("0", "masked", masked=True, edge=True, listed=back).splitlines()),
+                    _indented(loop("0", "wholes", masked=False, edge="EDGE_M", listed=front).splitlines()),
+                    _indented(loop("0", "masked", masked=True, edge="EDGE_M", listed=back).splitlines()),
                     "else:",
                     _indented(loops.splitlines()),
                 ]
@@ -732,6 +748,7 @@ class _Writer:
             options=self._options(),
             signature=self._signature("attention_backward_dkdv", tensors, axes, constants),
             more=", and sums of gradients over its queries" if names else "",
+            place=self._place("kv_heads", "kv_head"),
             bounds=_indented(self._query_range()),
             columns=_indented(self.column_lines, 2),
             sums=_indented([f"{name} = tl.full([BLOCK_N], 0.0, tl.float32)" for name in names], 2),
@@ -740,6 +757,20 @@ class _Writer:
             slope=self._times_slope(),
         )
         return f"{tile}\n\n{kernel}"
+
+    def _place(self, heads: str, head: str) -> str:
+        """Which batch and head a program has: batches that share a bias follow each other, and find it in the cache."""
+        dense = [load for load in self.spec.score.atoms(Load) if {I, J} <= load.free_symbols]
+        if any(B not in load.free_symbols for load in dense):
+            return _indented(
+                [
+                    f"batch = tl.num_programs(0) // (blocks * {heads})",
+                    "b = pid % batch",
+                    "pid = pid // batch",
+                    f"{head} = pid // blocks",
+                ]
+            )
+        return _indented([f"b = pid // blocks // {heads}", f"{head} = pid // blocks % {heads}"])
 
     # -- loads ---------------------------------------------------------------------------------------------------
 
@@ -755,13 +786,15 @@ class _Writer:
                 scalars = "".join(f", {name}" for name in self.scalars)
                 skip += [f"if {test.format(side, scalars)}:", "    steps = 0  # no score of the tile is kept"]
         body = [
-            "s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]",
+            SCORES.format("q, tl.trans(k)", "[M, N]"),
             "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
             *self._scores(across=False, flags=False),
             "dx = p * (dp - delta[:, None])",
         ]
         tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "top_ptr", "inverse_ptr", "delta_ptr", "dload_ptr"]
-        axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd"))
+        axes = [("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd")]
+        if dense:
+            axes.append(("l", "bhmn"))
         place = DENSE_PLACE.format(skip=_indented(skip)) if dense else DIAGONAL_PLACE
         return LOAD_KERNEL.format(
             options=self._options(lists=False),

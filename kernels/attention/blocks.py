@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import indent
 
 import sympy
 import torch
@@ -141,12 +142,14 @@ TILE_BODY = """\
     j1 = tl.minimum(j0 + BLOCK_N, lk) - 1
     verdict = 0
     if {possible}:
-        i = tl.minimum(i0 + tl.arange(0, BLOCK_M), i1)[:, None]
-        j = tl.minimum(j0 + tl.arange(0, BLOCK_N), j1)[None, :]
-        some = True
-        every = j0 + BLOCK_N <= lk  # the last tile may be ragged
-        even = True
-{verdicts}
+        i = (i0 + tl.arange(0, BLOCK_M))[:, None]
+        j = (j0 + tl.arange(0, BLOCK_N))[None, :]
+        if (i0 + BLOCK_M <= lq) & (j0 + BLOCK_N <= lk):
+            # Of these it is known that they follow each other, and 16 bytes are read at once.
+{look}
+        else:
+{look_at_edge}
+        every = every & (j0 + BLOCK_N <= lk)  # the last tile may be ragged
         if some:
             verdict = 1
             if every:
@@ -155,6 +158,17 @@ TILE_BODY = """\
                     verdict = 3
     tl.store(verdict_ptr + t, tl.cast(verdict, tl.int8))
 """
+
+LOOK = '''\
+@triton.jit
+{signature}
+    """Of one tile, element by element: whether some scores are kept, all are, and what may be even is."""
+    some = True
+    every = True
+    even = True
+{lines}
+    return some, every, even
+'''
 
 LISTS = '''\
 @triton.jit
@@ -215,15 +229,14 @@ def tile_lists_by_key(list_ptr, verdict_ptr, blocks, tiles, CHUNK: tl.constexpr)
 def generate(mask: MaskSpec) -> str:
     """The module's text. Raises Unsupported for what has no Triton form."""
     scope = NAMES | {x: x.name for x in mask.scalars} | {x: x.name for x in (I0, I1, J0, J1)}
-    body, helpers = (_tile if elementwise(mask) else _chunk)(mask, scope)
+    functions, body, helpers = (_tile if elementwise(mask) else _chunk)(mask, scope)
     arguments = [
         "verdict_ptr",
-        *(f"t{n}_ptr" for n in range(len(mask.operands))),
+        *_outside(mask)[: len(mask.operands)],
         "heads",
         "lq",
         "lk",
-        *(f"t{n}_stride{d}" for n, operand in enumerate(mask.operands) for d in range(operand.ndim)),
-        *(x.name for x in mask.scalars),
+        *_outside(mask)[len(mask.operands) :],
         "BLOCK_M: tl.constexpr",
         "BLOCK_N: tl.constexpr",
         "TILES: tl.constexpr",
@@ -233,7 +246,16 @@ def generate(mask: MaskSpec) -> str:
     options = f"(do_not_specialize={scalars!r})" if scalars else ""
     text = TEXT.format(options=options, signature=wrapped("def tile_verdicts", arguments, ":"), body=body.rstrip("\n"))
     head = _docstring(mask) + HEAD.format(spec=_literal(mask))
-    return "\n\n".join([head, *(HELPERS[x] for x in sorted(helpers)), text, LISTS, LISTS_BY_KEY])
+    return "\n\n".join([head, *(HELPERS[x] for x in sorted(helpers)), *functions, text, LISTS, LISTS_BY_KEY])
+
+
+def _outside(mask: MaskSpec) -> list[str]:
+    """Arguments that say where tensors are, and the scalars."""
+    return [
+        *(f"t{n}_ptr" for n in range(len(mask.operands))),
+        *(f"t{n}_stride{d}" for n, operand in enumerate(mask.operands) for d in range(operand.ndim)),
+        *(x.name for x in mask.scalars),
+    ]
 
 
 def _docstring(mask: MaskSpec) -> str:
@@ -256,7 +278,7 @@ def _literal(mask: MaskSpec) -> str:
     )
 
 
-def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[str]]:
+def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str], str, set[str]]:
     """Many tiles at once, by interval arithmetic."""
     printer = Printer(mask.operands, scope)
     lines: list[str] = []
@@ -281,7 +303,7 @@ def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[
     body = CHUNK_BODY.format(
         bounds="\n".join(f"    {line}" for line in lines), verdicts="\n".join(f"    {line}" for line in verdicts)
     )
-    return body, printer.helpers
+    return [], body, printer.helpers
 
 
 def _near(ends: Bounds) -> tuple[sympy.Basic, sympy.Basic]:
@@ -325,7 +347,7 @@ def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int)
     return low, high
 
 
-def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[str]]:
+def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str], str, set[str]]:
     """One tile, element by element, unless its positions alone say that nothing is kept."""
     printer = Printer(mask.operands, scope)
     reachable = possible(mask.keep, {I: (I0, I1), J: (J0, J1)})
@@ -338,9 +360,9 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[s
         lines += [
             *printer.lines,
             f"cells = ({term.text}) & (i >= 0) & (j >= 0)",
-            "cells = cells.to(tl.int32)",
-            f"some = {_over_all('cells', 'max')} > 0",
-            f"every = every & ({_over_all('cells', 'min')} > 0)",
+            f"kept = {_over_all('cells.to(tl.int32)', 'tl.standard._sum_combine')}",
+            "some = kept > 0",
+            "every = kept == BLOCK_M * BLOCK_N",
         ]
         printer.lines.clear()
     for load in mask.even:
@@ -348,17 +370,26 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[str, set[s
         lines += [
             *printer.lines,
             f"x = {value} + tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)",
-            f"even = even & ({_over_all('(x != x).to(tl.int32)', 'max')} == 0)",
-            f"low = {_over_all('x', 'min')}",
-            f"even = even & (low == {_over_all('x', 'max')}) & (tl.abs(low) <= {NEAR})",
+            f"even = even & ({_over_all('(x != x).to(tl.int32)', 'tl.standard._elementwise_max')} == 0)",
+            f"low = {_over_all('x', 'tl.standard._elementwise_min')}",
+            f"high = {_over_all('x', 'tl.standard._elementwise_max')}",
+            f"even = even & (low == high) & (tl.abs(low) <= {NEAR})",
         ]
         printer.lines.clear()
-    return TILE_BODY.format(possible=test, verdicts="\n".join(f"        {line}" for line in lines)), printer.helpers
+    sizes = ("BLOCK_M", "BLOCK_N")
+    signature = wrapped("def look", ["i", "j", "b", "h", *_outside(mask), *(f"{x}: tl.constexpr" for x in sizes)], ":")
+
+    def call(i: str, j: str) -> str:
+        return indent(wrapped("some, every, even = look", [i, j, "b", "h", *_outside(mask), *sizes]), " " * 12)
+
+    body = TILE_BODY.format(
+        possible=test, look=call("i", "j"), look_at_edge=call("tl.minimum(i, i1)", "tl.minimum(j, j1)")
+    )
+    return [LOOK.format(signature=signature, lines=indent("\n".join(lines), "    "))], body, printer.helpers
 
 
-def _over_all(x: str, extremum: str) -> str:
-    """The least or the greatest element of a tile."""
-    function = f"tl.standard._elementwise_{extremum}"
+def _over_all(x: str, function: str) -> str:
+    """What the elements of a tile come to."""
     return f"tl.reduce(tl.reduce({x}, 1, {function}), 0, {function})"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 
 from xfcompile.kernels.attention import blocks, cache, decode, template
-from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
+from xfcompile.kernels.attention.printer import NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.score import H, I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
 
@@ -31,16 +31,15 @@ def canonical(spec: ScoreSpec) -> ScoreSpec:
     )
 
 
-def in_base(spec: ScoreSpec, score: sympy.Expr) -> sympy.Expr:
-    """The score for exponents of base 2, or of base 4, in which finfo.min stays finite."""
-    return times(LOG2E / 2 if template.wide(spec) else LOG2E, score)
+UNIT = sympy.Symbol("UNIT", positive=True)
+"""What kernels multiply scores by, known when they are compiled: `template.unit`."""
 
 
 def times(factor: sympy.Expr, score: sympy.Expr) -> sympy.Expr:
-    """factor * score, for a factor above 0. Of a sum with s in it each term is multiplied: it merges with the constants
-    there, and s is not added to as it is: triton would start the product of queries and keys from what is added, and
-    round each step of it to that number's size. Other sums are multiplied as a whole: many terms, each with a constant
-    that is rounded by itself, lose digits."""
+    """factor * score, for a factor above 0, UNIT for one. Of a sum with s in it each term is multiplied: it merges with
+    the constants there, and s is not added to as it is: triton would start the product of queries and keys from what
+    is added, and round each step of it to that number's size. Other sums are multiplied as a whole: many terms, each
+    with a constant that is rounded by itself, lose digits."""
     if isinstance(score, sympy.Add) and not any(term.as_independent(S)[1] == S for term in score.args):
         return factor * score
     if isinstance(score, (sympy.Add, sympy.Min, sympy.Max)):
@@ -88,7 +87,8 @@ def of_first_row(spec: ScoreSpec) -> tuple[sympy.Expr, sympy.Expr]:
 
 @dataclass(frozen=True)
 class Parts:
-    """A score as scale * core + shift: a number above 0, what depends on s, and one number for all keys and rows."""
+    """A score as scale * core + shift: a number above 0, what depends on s, and one number for all keys and rows. The
+    shift is UNIT times as large."""
 
     scale: float
     core: sympy.Expr
@@ -96,7 +96,7 @@ class Parts:
 
 
 def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
-    """The score taken apart, in the base of the exponents; None where it is more than that."""
+    """The score taken apart; None where it is more than that."""
     terms = sympy.Add.make_args(sympy.sympify(score))
     cores = [term for term in terms if S in term.free_symbols]
     if spec.full is not None or len(cores) != 1:
@@ -111,8 +111,7 @@ def parts(spec: ScoreSpec, score: sympy.Expr) -> Parts | None:
         scale, core = -scale, -core
     if core != S and template.wide(spec):  # twice what a mask has added is not finite
         return None
-    unit = float(LOG2E / 2 if template.wide(spec) else LOG2E)
-    return Parts(float(scale) * unit, core, in_base(spec, shift) if shift != 0 else sympy.S.Zero)
+    return Parts(float(scale), core, times(UNIT, shift) if shift != 0 else sympy.S.Zero)
 
 
 def _is_even(term: sympy.Expr) -> bool:
@@ -160,7 +159,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
     even_score = score.xreplace(even_names)
     usual, even = parts(spec, score), parts(spec, even_score)
     loads = row_loads(*([score] if usual is None else [usual.core, usual.shift]), spec.keep)
-    scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values(), FIRST)}
+    scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values(), FIRST, UNIT)}
     names = template.Names.of(spec, len(loads), len(evens), row_shift != 0)
     helpers: set[str] = set()
 
@@ -193,7 +192,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
 
     def score_functions(prefix: str, score: sympy.Expr, found: Parts | None, arguments: list[str]) -> None:
         if found is None:
-            functions.append(function(f"{prefix}score", ["s", *arguments], in_base(spec, score), hoisted))
+            functions.append(function(f"{prefix}score", ["s", *arguments], times(UNIT, score), hoisted))
             return
         if found.core != S:
             functions.append(function(f"{prefix}core", ["s", *arguments], found.core, hoisted))
@@ -205,7 +204,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
         arguments = ["b", "h", "i", "first", *names.outside, *names.flag_parameters]
         functions.append(function("row_shift", arguments, row_shift, {}))
     if spec.full is not None:
-        functions.append(function("full_score", ["s", *site], in_base(spec, spec.full), hoisted))
+        functions.append(function("full_score", ["s", *site], times(UNIT, spec.full), hoisted))
     if spec.keep != sympy.true:
         functions.append(function("keep", site, spec.keep, hoisted))
     for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
@@ -213,7 +212,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
             functions.append(function(side, ["i", *names.scalars], bound, {}))
     if spec.sink is not None:
         arguments = ["b", "h", "i", *names.outside, *names.flag_parameters]
-        functions.append(function("sink", arguments, in_base(spec, spec.sink), {}))
+        functions.append(function("sink", arguments, times(UNIT, spec.sink), {}))
     if not evens:
         forms = template.Forms(form(usual), row_shift=row_shift != 0)
         return Pieces(score, (), names, forms, tuple(row_lines), tuple(functions), frozenset(helpers))

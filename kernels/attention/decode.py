@@ -88,6 +88,7 @@ COMBINE = '''\
 @triton.jit(do_not_specialize={lengths!r})
 {signature}
     """One program: what the splits of one query row add up to."""
+    {power}
     pid = tl.program_id(0)
     i = pid % lq
     h = pid // lq % heads
@@ -104,8 +105,8 @@ COMBINE = '''\
         acc_part = tl.load(acc_ptr + part[:, None] * DV + offs_dv[None, :], mask=mask, other=0.0)  # [S, DV]
         m_new = tl.maximum(m, tl.reduce(m_part, 0, tl.standard._elementwise_max))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.where(l_part == 0.0, 0.0, tl.exp2({weight}))
-        alpha = tl.exp2({alpha})
+        weight = tl.where(l_part == 0.0, 0.0, tl.exp2((m_part - m_safe) * POWER))
+        alpha = tl.exp2((m - m_safe) * POWER)
         l = l * alpha + tl.reduce(l_part * weight, 0, tl.standard._sum_combine)
         acc = acc * alpha + tl.reduce(acc_part * weight[:, None], 0, tl.standard._sum_combine)
         m = m_new
@@ -115,7 +116,8 @@ COMBINE = '''\
         out_row = (tl.cast(b, tl.int64) * heads + h) * lq + i
     else:
         out_row = (tl.cast(b, tl.int64) * lq + i) * heads + h
-    tl.store(out_ptr + out_row * DV + offs_dv, (acc * (1.0 / l)).to(out_ptr.dtype.element_ty), mask=offs_dv < DV)
+    out = acc * tl.div_rn(1.0, l)
+    tl.store(out_ptr + out_row * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=offs_dv < DV)
 '''
 
 MEAN = """\
@@ -200,7 +202,6 @@ def _per_row(keep: sympy.Basic) -> bool:
 
 
 def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
-    wide = template.wide(spec)
     state = ['m = tl.cast(float("-inf"), tl.float32)', "l = tl.cast(0.0, tl.float32)"]
     if spec.sink is not None:
         arguments = ["b", "h", "i", *names.outside, *names.flags]
@@ -215,13 +216,11 @@ def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     strides = [f"stride_v{d}" for d in "bhnd"]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]
     constants = [f"{x}: tl.constexpr" for x in ("DV", "BLOCK_DV", "BLOCK_N", "BLOCK_S", "HEADS_FIRST", *names.flags)]
-    twice = "2.0 * ({})" if wide else "{}"  # in base 4
     return COMBINE.format(
         lengths=[*LENGTHS, *names.scalars],
         signature=template.wrapped("def decode_combine", [*arguments, *constants], ":"),
         state=textwrap.indent("\n".join(state), "    "),
-        weight=twice.format("m_part - m_safe"),
-        alpha=twice.format("m - m_safe"),
-        lse=template.lse(spec, forms, names, row="i", first="0"),
+        power=template.POWER,
+        lse=template.lse(forms, names, row="i", first="0"),
         dead=textwrap.indent(dead, "    "),
     )

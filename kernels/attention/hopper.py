@@ -191,9 +191,10 @@ KERNEL = '''\
 @gluon.jit
 {softmax}
     """The weights of a tile whose product of queries and keys is s, what those before it are multiplied by, and the
-    maximum of each row's scores in base {base}."""
+    maximum of each row's scores, UNIT times as large as they are."""
+    {power}
 {softmax_body}
-    alpha = tl.exp2({alpha})
+    alpha = tl.exp2((m - m_safe) * POWER)
     return p, alpha, m_new
 
 
@@ -437,17 +438,17 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         "True",
         *(["False"] if more else []),
     ]
-    lse = template.lse(spec, forms, names)
+    lse = template.lse(forms, names)
     sink, initial = "", 'gl.full([M], float("-inf"), gl.float32, S_ROW)'
     if spec.sink is not None:
         arguments = ", ".join(["b", "h", "row", *names.outside, *flags])
         initial = f"sink({arguments}) + gl.zeros([M], gl.float32, S_ROW)"
-        twice = "2.0 * (sink_ - m)" if template.wide(spec) else "sink_ - m"
         sink = "\n".join(
             [
                 "# The sink is there before any key: it has weight but no value.",
                 f"sink_ = sink({arguments})",
-                f'l += tl.where(m == float("-inf"), 0.0, tl.exp2({twice}))',
+                template.POWER,
+                'l += tl.where(m == float("-inf"), 0.0, tl.exp2((sink_ - m) * POWER))',
             ]
         )
     dead = "l = tl.where(l == 0.0, 1.0, l)" if spec.dead == "zero" and spec.sink is None else ""
@@ -474,8 +475,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         call_tile_produced=call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
         softmax=define("softmax", softmax, [*flags, "MASKED", *more]),
         softmax_body=_indented(_softmax(spec, pieces)),
-        base="4" if template.wide(spec) else "2",
-        alpha="2.0 * (m - m_safe)" if template.wide(spec) else "m - m_safe",
+        power=template.POWER,
         advance=define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
         call_tile=call("tile", [*tile, "KEYS"], 1),
         ahead=_indented("\n".join(ahead)),
@@ -577,14 +577,14 @@ def _softmax(spec: ScoreSpec, pieces: Pieces) -> str:
     usual = [
         *template.scores(spec, forms.usual, site),
         *masks,
-        *template.softmax(spec, forms.usual, site, highest=highest),
+        *template.softmax(forms.usual, site, highest=highest),
     ]
     if forms.even is None:
         return "\n".join([*lines, *usual])
     with_evens = ", ".join([site, *names.evens])
     even = [
         *template.scores(spec, forms.even, with_evens, "even_"),
-        *template.softmax(spec, forms.even, with_evens, "even_", highest=highest),
+        *template.softmax(forms.even, with_evens, "even_", highest=highest),
     ]
     return "\n".join([*lines, "if EVEN:", *(f"    {x}" for x in even), "else:", *(f"    {x}" for x in usual)])
 

@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, fit, hopper, launch_decode, launch_hopper, lists, reference
+from xfcompile.kernels.attention import (
+    cache,
+    codegen,
+    fit,
+    hopper,
+    launch_decode,
+    launch_hopper,
+    lists,
+    reference,
+    template,
+)
 from xfcompile.kernels.attention.blocks import Summary, summary
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import (
@@ -175,10 +185,11 @@ def layout_of(
     q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], tiles: Tensor | None, block_m: int, block_n: int
 ) -> tuple[object, ...]:
     """All that a call depends on but for where its tensors are, as long as they start at multiples of 16 bytes or do
-    not, and what scalars it has."""
+    not, and what scalars it has. That is the user's setting of fp32 products too."""
     return (
         q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
         q.shape, k.shape, v.shape, tiles if tiles is None else (tiles.shape, tiles.dtype), block_m, block_n,
+        precision(q.dtype),
         *[(x.dtype, x.device, x.stride()) for x in (q, k, v, *operands)],
     )  # fmt: skip
 
@@ -214,6 +225,7 @@ def _call(
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
         "HEADS_FIRST": heads_first,
+        "UNIT": template.unit(spec, q.dtype),
     }
     kernel = prepared.kernel(interpreted)
     if "FAST" in kernel.arg_names:
@@ -233,8 +245,8 @@ def _call(
 
     launch: Callable[..., None]
     if fast:
-        fast_constant = constants.get("FAST")
-        first = launch_hopper.Hopper(prepared, q, k, v, strides, fast_constant, heads_first)
+        flags: dict[str, Any] = {name: constants[name] for name in ("UNIT", "FAST") if name in constants}
+        first = launch_hopper.Hopper(prepared, q, k, v, strides, flags, heads_first)
         launch = FirstThatRuns(first, for_any_hardware)
     else:
         launch = for_any_hardware()
@@ -365,7 +377,7 @@ def _fitting(
 
     listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
-    kind = (q.device.index, q.dtype, q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
+    kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
     if kind in prepared.fitting:
         launch(prepared.fitting[kind])
         return prepared.fitting[kind]

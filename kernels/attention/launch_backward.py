@@ -101,7 +101,7 @@ def outputs(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], needs: 
     def like(x: Tensor, wanted: bool) -> Tensor:
         return torch.empty_like(x) if wanted else x.new_empty((0,))
 
-    made = [torch.zeros_like(x) if n in needs.operands else x.new_empty((0,)) for n, x in enumerate(operands)]
+    made = [like(x, n in needs.operands) for n, x in enumerate(operands)]
     return like(q, needs.q), like(k, needs.k), like(v, needs.v), made
 
 
@@ -130,7 +130,7 @@ def run(
     program = prepare(forward, needs.operands)
     made = outputs(q, k, v, operands, needs)
     if q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0:
-        for x in made[:3]:
+        for x in (*made[:3], *made[3]):
             x.zero_()
         return made
     call = _Call(program, needs, dout, q, k, v, out, lse, operands, ints, floats)
@@ -161,6 +161,8 @@ def by_definition(
         assert isinstance(given, Tensor)
         if given.numel():
             given.copy_(value)
+    for doperand in made[3]:
+        doperand.zero_()
     evaluate = evaluator(spec, (*q.shape[:3], k.shape[2]), operands, ints, floats, q.device)
     for x, value in zip(found.loads, loads, strict=True):
         deposit(made[3][x.load.operand], x.load, value, evaluate)
@@ -257,8 +259,32 @@ class _Call:
             self._launch("dkdv", tensors, strided, flags, self.lk, "BLOCK_N", self.kv_heads, lists_of=1)
         if self.needs.v and self.program.spec.dead == "mean" and self.program.spec.sink is None:
             self._mean_rows(dv)
+        direct = {n: place for n, x in enumerate(found.loads) if (place := self._direct(x, doperands)) is not None}
+        whole = {found.loads[n].load.operand for n in direct}
+        for n, doperand in enumerate(doperands):
+            if n not in whole:
+                doperand.zero_()
         for n, x in enumerate(found.loads):
-            self._deposit(x, self._of_load(n, x, rows, columns_), doperands)
+            if n in direct:
+                self._launch_load(n, direct[n], dense=True)
+            else:
+                self._deposit(x, self._of_load(n, x, rows, columns_), doperands)
+
+    def _direct(self, x: LoadGradient, doperands: Sequence[Tensor]) -> Tensor | None:
+        """The gradient of an operand as [b, h, i, j], where a kernel can write it as it is: each element is read once,
+        and that by one load."""
+        of_operand = [y for y in self.program.made.gradients.loads if y.load.operand == x.load.operand]
+        if x.kind != "dense" or len(of_operand) > 1 or not all(i == 0 or i in x.axes for i in x.load.indices):
+            return None
+        doperand = doperands[x.load.operand]
+        sizes = dict(zip(POSITION, (self.batch, self.heads, self.lq, self.lk), strict=True))
+        if doperand.shape != tuple(sizes.get(i, 1) for i in x.load.indices):
+            return None
+        steps = {i: d for d, i in enumerate(x.load.indices) if i != 0}
+        if len(steps) != len(x.axes):
+            return None
+        shape = [sizes[p] if p in steps else 1 for p in POSITION]
+        return doperand.as_strided(shape, [doperand.stride(steps[p]) if p in steps else 0 for p in POSITION])
 
     def _vector(self, length: int) -> Tensor:
         return self.q.new_empty((self.batch, self.heads, length), dtype=torch.float32)
@@ -312,6 +338,8 @@ class _Call:
             "PRECISION": launch.precision(self.q.dtype),
             "UPCAST": self.interpreted and self.q.dtype == torch.bfloat16,
             "EXACT": self.exact,
+            "EDGE_M": self.lq % sizes.block_m != 0,
+            "EDGE_N": self.lk % sizes.block_n != 0,
             "FAST": launch.speed(self.program.spec, self.q),
             "BLOCK_M": sizes.block_m,
             "BLOCK_N": sizes.block_n,
@@ -351,7 +379,8 @@ class _Call:
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
         if kind not in self.program.fitting:
             kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
-            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear)
+            narrow = self.program.spec.band.lower is not None
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear, narrow)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
@@ -377,21 +406,23 @@ class _Call:
             alone = sum(y.load.operand == x.load.operand for y in self.program.made.gradients.loads) == 1
             dtype = self.operands[x.load.operand].dtype if alone else torch.float32
             total = self.q.new_empty((*own, self.lq, self.lk), dtype=dtype)
-            self._launch_load(n, total, lambda rows, tiles: rows * tiles)
+            self._launch_load(n, total, dense=True)
             return total, False
         return self._of_diagonal(n, own), True
 
-    def _launch_load(self, n: int, total: Tensor, count: Callable[[int, int], int]) -> None:
+    def _launch_load(self, n: int, total: Tensor, *, dense: bool) -> None:
         name = f"load{n}"
         kernel = self.program.kernel(name, self.interpreted)
         vectors = [self.top, self.inverse, self.delta]
         tensors = [self.q, self.k, self.v, self.dout, *vectors, total, *self.operands]
         numbers = [stride for x in tensors[:4] for stride in x.stride()]
+        numbers += total.stride() if dense else ()
         numbers += [self.batch, self.heads, self.heads // self.kv_heads, self.lq, self.lk]
         numbers += [stride for x in self.operands for stride in x.stride()]
 
         def with_tiles(sizes: Tiles) -> Any:
-            blocks = count(-(-self.lq // sizes.block_m), -(-self.lk // sizes.block_n))
+            rows, tiles = -(-self.lq // sizes.block_m), -(-self.lk // sizes.block_n)
+            blocks = rows * tiles if dense else rows + tiles - 1
             programs = total.shape[0] * total.shape[1] * blocks
             constants = self._constants(sizes)
             return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, self.scalars)
@@ -407,7 +438,7 @@ class _Call:
         size = (INTERPRETED if self.interpreted else DIAGONAL).block_m
         rows, tiles = -(-self.lq // size), -(-self.lk // size)
         total = self.q.new_empty((*own, rows + tiles - 1, size, size), dtype=torch.float32)
-        self._launch_load(n, total, lambda rows, tiles: rows + tiles - 1)
+        self._launch_load(n, total, dense=False)
         skewed = F.pad(total.flip(-2), (0, size)).flatten(-2)[..., :-size].unflatten(-1, (size, 2 * size - 1)).sum(-2)
         halves = F.pad(skewed, (0, 1)).unflatten(-1, (2, size))
         joined = F.pad(halves[..., 0, :], (0, 0, 0, 1)) + F.pad(halves[..., 1, :], (0, 0, 1, 0))
@@ -491,7 +522,13 @@ def deposit(doperand: Tensor, load: Load, value: Tensor, evaluate: Evaluator) ->
     index = []
     for size, x in zip(doperand.shape, load.indices, strict=True):
         index.append(torch.as_tensor(evaluate(x), device=doperand.device).clamp(0, max(size - 1, 0)))
-    whole = torch.zeros_like(doperand, dtype=torch.float32)
+    whole = torch.zeros(doperand.shape, dtype=torch.float32, device=doperand.device)
     shape = torch.broadcast_shapes(*(x.shape for x in index), value.shape)
-    whole.index_put_(tuple(x.expand(shape) for x in index), value.float().expand(shape), accumulate=True)
+    places = tuple(x.expand(shape) for x in index)
+    if torch.are_deterministic_algorithms_enabled():
+        whole.index_put_(places, value.float().expand(shape), accumulate=True)
+    else:  # which sorts all places first
+        flat = sum(x * stride for x, stride in zip(places, whole.stride(), strict=True))
+        assert isinstance(flat, Tensor)
+        whole.view(-1).scatter_add_(0, flat.reshape(-1), value.float().expand(shape).reshape(-1))
     doperand += whole.to(doperand.dtype)

@@ -89,7 +89,7 @@ def run(
         return
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     first = choose_decoding(device_generation(q.device), q.dtype, q.shape[3], v.shape[3], rows)
-    kind = ("decode", q.device.index, q.dtype, q.shape[3], v.shape[3], first.block_m)
+    kind = ("decode", q.device.index, q.dtype, constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
     with torch.cuda.device(q.device):
         if kind in fitting:
             launch(fitting[kind])

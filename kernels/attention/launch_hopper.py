@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,7 +87,7 @@ class Hopper:
         k: Tensor,
         v: Tensor,
         strides: Sequence[int],
-        fast: int | None,
+        flags: Mapping[str, Any],
         heads_first: bool,
     ) -> None:
         batch, heads, lq, dq = q.shape
@@ -97,9 +97,7 @@ class Hopper:
         total = batch * heads * blocks
         columns = hopper.columns(dq)
         constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
-        if fast is not None:
-            constants["FAST"] = fast
-        constants |= {"DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
+        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
         self.numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
         shapes = [[1, 1, hopper.ROWS // 2, columns], *[[1, 1, hopper.KEYS, columns]] * 2]
         self.launch = Launch(module.attention_forward, total, constants, {"num_warps": 4}, shapes)

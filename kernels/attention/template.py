@@ -37,9 +37,9 @@ class Names:
             rows=[f"row{n}" for n in range(rows)],
             # Inputs of 16 bits allow a faster tanh: the rounding of the weights to them is 10000 times its error. One
             # instruction will do where the program itself rounds q·k to bf16, which errs by 2**-9 (`launch.speed`).
-            flags=["FAST"]
+            flags=["UNIT", "FAST"]
             if any(x is not None and x.has(sympy.tanh) for x in (spec.score, spec.keep, spec.sink))
-            else [],
+            else ["UNIT"],
             listed=listed(spec),
             evens=[f"even{n}" for n in range(evens)],
             first=["first"] if first else [],
@@ -65,6 +65,11 @@ FAR = 1e28
 
 NEAR = 128.0
 """Beside a score that is higher by this, in base e, one has a weight of 0 in fp32."""
+
+LOG2E = math.log2(math.e)
+
+POWER = f"POWER: tl.constexpr = {LOG2E!r} / UNIT"
+"""The exponent of 2 that a score of 1 is in a kernel: see `unit`."""
 
 HELPERS = {
     "tanh": """\
@@ -151,12 +156,15 @@ TILE = '''\
 {signature}
     """One step of the online softmax over keys start ... start + BLOCK_N - 1.
 
-    acc [M, DV] weighted sum of values, m [M] maximum of scores in base {base}, l [M] sum of weights.
+    acc [M, DV] weighted sum of values, m [M] maximum of scores, UNIT times as large as they are, l [M] sum of weights.
     """
+    {power}
     k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)
     if UPCAST:
         k = k.to(tl.float32)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, N]
+    # Where UNIT is 1, triton would start the sum from what is added to s, and round each step of it to that number's
+    # size, but for the last argument, which means nothing else here.
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION, max_num_imprecise_acc=1 if UNIT == 1 else 0)  # [M, N]
 {body}
     v = load_rows(v_ptr, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, EDGE)
     if UPCAST:
@@ -198,7 +206,7 @@ KERNEL = '''\
     lse = {lse}
     tl.store(lse_ptr + (tl.cast(b, tl.int64) * heads + h) * lq + offs_m, lse, mask=offs_m < lq)
 {dead}
-    out = acc * (1.0 / l)[:, None]
+    out = acc * tl.div_rn(1.0, l)[:, None]
     mask = (offs_m[:, None] < lq) & (offs_dv < DV)
     tl.store(out_ptr + out_row * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=mask)
 '''
@@ -228,9 +236,22 @@ def far_loads(spec: ScoreSpec) -> set[Load]:
     return {x for x in found if spec.operands[x.operand].dtype in (torch.bfloat16, torch.float32, torch.float64)}
 
 
+def unit(spec: ScoreSpec, dtype: torch.dtype) -> float:
+    """What a kernel multiplies scores by, with the least operations or roundings.
+
+    Halves: log2(e), which merges with the constants of a score, as they are exponents of 2 then. fp32: 1. The maximum
+    is subtracted from scores as the program has them, which hardly rounds, and what is left multiplied: a rounding of a
+    large score is an error of its weight.
+    """
+    if dtype == torch.float32:
+        return 1.0
+    return LOG2E / 2 if wide(spec) else LOG2E
+
+
 def wide(spec: ScoreSpec) -> bool:
-    """Whether scores are computed in base 4, in which finfo.min stays finite. That takes an operation a score; what is
-    the same for a whole row is clamped instead, which takes one a row and tells no keys apart that eager does not."""
+    """Whether scores of halves are exponents of 4, of which finfo.min stays finite. That takes an operation a score;
+    what is the same for a whole row is clamped instead, which takes one a row and tells no keys apart that eager does
+    not."""
     numbers = {x for score in (spec.score, spec.sink) if score is not None for x in score.atoms(sympy.Number)}
     if spec.full is not None or any(x.is_finite and abs(x) > FAR for x in numbers):
         return True
@@ -242,8 +263,8 @@ def wide(spec: ScoreSpec) -> bool:
 class Form:
     """How a step computes the scores of a tile.
 
-    scale, core, shifted: they are scale * s, in the base of the exponents; with `core`, s is what a function of the
-    site's own makes of it, and with `shifted` another gives a number that is added. None: a function gives all of it.
+    scale, core, shifted: they are scale * UNIT * s; with `core`, s is what a function of the site's own makes of it,
+    and with `shifted` another gives a number that is added. None: a function gives all of it.
     """
 
     scale: float | None = None
@@ -305,7 +326,7 @@ def meaning(spec: ScoreSpec) -> str:
     if spec.sink is not None:
         lines.append(f"sink   {spec.sink}")
     if spec.far:
-        lines.append("far    scores may be finite and beyond what base 2 can hold")
+        lines.append("far    scores may be finite, and their products with log2(e) not")
     if spec.coarse:
         lines.append("coarse the program itself rounds q·k to bf16")
     if spec.full is not None:
@@ -379,23 +400,22 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
         "if EDGE:",
         "    j = tl.minimum(j, lk - 1)",
     ]
-    usual = [*scores(spec, forms.usual, site), *_masks(spec, site), *softmax(spec, forms.usual, site)]
+    usual = [*scores(spec, forms.usual, site), *_masks(spec, site), *softmax(forms.usual, site)]
     if forms.even is not None:
         with_evens = ", ".join([site, *names.evens])
         even = scores(spec, forms.even, with_evens, "even_")
-        even += softmax(spec, forms.even, with_evens, "even_")
+        even += softmax(forms.even, with_evens, "even_")
         lines += ["if EVEN:", *(f"    {line}" for line in even), "else:", *(f"    {line}" for line in usual)]
     else:
         lines += usual
     lines += [
-        f"alpha = tl.exp2({'2.0 * (m - m_safe)' if wide(spec) else 'm - m_safe'})",
+        "alpha = tl.exp2((m - m_safe) * POWER)",
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
     ]
     flags = ["MASKED", "EDGE", *_more_flags(spec, names)]
     arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.evens]
     arguments += _constexprs([*CONSTANTS, *names.flags, *flags])
-    base = "4" if wide(spec) else "2"
-    return TILE.format(signature=wrapped("def tile", arguments, ":"), body=_indented("\n".join(lines)), base=base)
+    return TILE.format(signature=wrapped("def tile", arguments, ":"), power=POWER, body=_indented("\n".join(lines)))
 
 
 def scores(spec: ScoreSpec, form: Form, site: str, prefix: str = "") -> list[str]:
@@ -416,28 +436,27 @@ def _masks(spec: ScoreSpec, site: str) -> list[str]:
 ROW_MAXIMUM = "tl.reduce(s, 1, tl.standard._elementwise_max)"
 
 
-def softmax(spec: ScoreSpec, form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM) -> list[str]:
+def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM) -> list[str]:
     """The maximum m_new and the weights p. Where scores are scale * s + shift, the scale joins the exponent's
     multiply-add, and the shift the maximum that is subtracted there."""
-    twice = 2.0 if wide(spec) else 1.0  # in base 4 numbers are half as large
     safe = [
         "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
         'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
     ]
     if form.scale is None:
-        weights = "2.0 * (s - m_safe[:, None])" if wide(spec) else "s - m_safe[:, None]"
-        return [f"m_new = tl.maximum(m, {highest})", *safe, f"p = tl.exp2({weights})  # [M, N]"]
-    highest += f" * {form.scale!r}"
-    scaled = f"s * {twice * form.scale!r}"
-    if not form.shifted:
-        below = "m_safe[:, None]" if twice == 1.0 else "(2.0 * m_safe)[:, None]"
-        return [f"m_new = tl.maximum(m, {highest})", *safe, f"p = tl.exp2({scaled} - {below})  # [M, N]"]
-    below = "added - m_safe" if twice == 1.0 else "2.0 * (added - m_safe)"
+        return [f"m_new = tl.maximum(m, {highest})", *safe, "p = tl.exp2((s - m_safe[:, None]) * POWER)  # [M, N]"]
+    scale = f"({form.scale!r} * UNIT)"
+    added = [f"added = {prefix}shift({site})"] if form.shifted else []
+    above = f"{highest} * {scale}" + (" + added" if form.shifted else "")
+    below = "added - m_safe" if form.shifted else "-m_safe"
     return [
-        f"added = {prefix}shift({site})",
-        f"m_new = tl.maximum(m, {highest} + added)",
+        *added,
+        f"m_new = tl.maximum(m, {above})",
         *safe,
-        f"p = tl.exp2({scaled} + ({below})[:, None])  # [M, N]",
+        "if POWER > 2.0:  # not rounded before the maximum is off",
+        f"    p = tl.exp2((s * {scale} + ({below})[:, None]) * POWER)  # [M, N]",
+        "else:",
+        f"    p = tl.exp2(s * ({form.scale!r} * UNIT * POWER) + (({below}) * POWER)[:, None])",
     ]
 
 
@@ -572,7 +591,7 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
         return ""
     lines = [
         "# Rows whose scores are as low as those of masked keys see these too.",
-        f"low = m <= {(float(spec.floor) + NEAR) * math.log2(math.e) / 2!r}",
+        f"low = m <= {float(spec.floor) + NEAR!r} * UNIT",
         "if tl.reduce(low.to(tl.int32), 0, tl.standard._elementwise_max) > 0:",
         "    acc_kept, m_kept, l_kept = acc, m, l",
         *(f"    {line}" for line in state),
@@ -585,11 +604,9 @@ def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def lse(spec: ScoreSpec, forms: Forms, names: Names, row: str = "row", first: str = "first") -> str:
+def lse(forms: Forms, names: Names, row: str = "row", first: str = "first") -> str:
     """The log-sum-exp of a row with maximum m and weights that add up to l."""
-    text = f"(m + tl.log2(l)) * {math.log(2)}"
-    if wide(spec):
-        text = f"m * {2 * math.log(2)} + tl.log2(l) * {math.log(2)}"
+    text = f"m * (1.0 / UNIT) + tl.log2(l) * {math.log(2)}"
     shift = ", ".join(["b", "h", row, first, *names.outside, *names.flags])
     return f"{text} + row_shift({shift})" if forms.row_shift else text
 
@@ -643,5 +660,5 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
         again=_indented(_again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
         dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),
-        lse=lse(spec, forms, names),
+        lse=lse(forms, names),
     )

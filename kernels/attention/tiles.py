@@ -110,12 +110,16 @@ BACKWARD: dict[tuple[str, str, int, int], tuple[Tiles, Tiles]] = {
 }
 
 
-def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, linear: bool) -> Tiles:
+def choose_backward(
+    name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, linear: bool, narrow: bool = False
+) -> Tiles:
     """The first tiles to try for a kernel of the backward: "dq", "dkdv", or that of a load. linear: whether the score's
-    derivative by q·k is one number."""
+    derivative by q·k is one number. narrow: whether a row sees a window of keys, of which small tiles waste least."""
     wide = max(64, padded(max(dq, dv)))
     name = "load" if name.startswith("load") else name
     found = BACKWARD.get((name, kind, 8 * dtype.itemsize, wide))
+    if found is not None and narrow and name != "load" and wide <= 128 and dtype.itemsize == 2:
+        return Tiles(64, 64, 4, 3 if wide == 64 else 2)
     if found is not None:
         return found[0 if linear else 1]
     if name == "load":  # square: see launch_backward.DIAGONAL

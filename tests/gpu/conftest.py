@@ -5,5 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-for name in ("kernels", "reading", "fuzz", "gpu"):  # attention_cases; equivalence, test_far_masks; programs, outcome
+# attention_cases; equivalence, test_far_masks; programs, outcome; forcing
+for name in ("kernels", "reading", "fuzz", "models", "gpu"):
     sys.path.insert(0, str(Path(__file__).parents[1] / name))

@@ -53,20 +53,36 @@ def sizes_of_terms(case: Case, x: Inputs, dout: Tensor) -> dict[str, float]:
     return sizes
 
 
+def eager_errors(case: Case, x: Inputs, dout: Tensor, right: list[Tensor]) -> list[float]:
+    """The largest error of each gradient by eager's autograd in the inputs' own dtype, over some orders of the features
+    that are added up: one order alone is lucky or not."""
+    worst = [0.0] * len(right)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(3 if x.q.dtype == torch.float32 else 1):
+        order = torch.randperm(x.q.shape[-1], generator=generator).to(x.q.device)
+        back = order.argsort()
+        moved = dataclasses.replace(x, q=x.q[..., order], k=x.k[..., order])
+        found = exact(case, moved, dout, x.q.dtype)
+        found[:2] = [y[..., back] for y in found[:2]]
+        worst = [max(e, (a.double() - b).abs().max().item()) for e, a, b in zip(worst, found, right, strict=True)]
+    return worst
+
+
 def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
     """Each gradient's error against fp64 is at most that of eager's autograd in the inputs' own dtype, and some
     roundings of what it is the sum of."""
     dout = torch.randn(x.q.shape[:3] + x.v.shape[3:], generator=torch.Generator().manual_seed(1)).to(x.q)
     ours = kernels(case, x, dout)
     right = exact(case, x, dout, torch.float64)
-    eager = exact(case, x, dout, x.q.dtype)
+    eager = eager_errors(case, x, dout, right)
     terms = sizes_of_terms(case, x, dout)
     names = ["dq", "dk", "dv", *(f"t{n}" for n in floating(x))]
-    for name, a, b, c in zip(names, ours, right, eager, strict=True):
+    for name, a, b, theirs in zip(names, ours, right, eager, strict=True):
         assert a.shape == b.shape
         assert a.dtype == (x.operands[int(name[1:])].dtype if name in terms else x.q.dtype) or name[0] == "t"
-        magnitude = max(b.abs().max().item(), terms.get(name, 0.0))
+        # An operand's gradient is a sum of very many numbers, of which partial sums are rounded.
+        magnitude = max(b.abs().max().item(), 4 * terms.get(name, 0.0))
         eps = max(torch.finfo(a.dtype).eps, torch.finfo(x.q.dtype).eps)
-        theirs = (c.double() - b).abs().max().item()  # NaN where eager's own gradient overflows
+        # NaN where eager's own gradient overflows
         allowed = (2 * theirs if math.isfinite(theirs) else 0.0) + slack * 2 * eps * magnitude
         assert error(a, b) <= allowed, f"{case.name} {name}: {error(a, b):.3g} > {allowed:.3g} of {magnitude:.3g}"

@@ -6,15 +6,31 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
 import torch
-from attention_cases import CASES, Case, Inputs, Sizes, call, check, error, inputs, named, normal
+from attention_cases import (
+    CASES,
+    FAR_ROWS,
+    Case,
+    Inputs,
+    Sizes,
+    call,
+    check,
+    error,
+    exact_scores,
+    inputs,
+    named,
+    normal,
+)
 
 from xfcompile.evaluate import Unsupported
-from xfcompile.kernels.attention import attention, cache, codegen, launch, prepare, reference
+from xfcompile.kernels.attention import attention, cache, codegen, launch, launch_decode, prepare, reference
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
@@ -30,6 +46,15 @@ def slack(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_kernel_is_as_exact_as_eager(case: Case) -> None:
     check(case, inputs(case, torch.float32))
+
+
+@pytest.mark.parametrize("lk", [70, 300], ids=["blocks", "decoding"])
+@pytest.mark.parametrize("case", FAR_ROWS, ids=lambda case: case.name)
+def test_scores_that_are_far_from_0_are_not_rounded(case: Case, lk: int) -> None:
+    x = exact_scores(case, Sizes(heads=2, kv_heads=2, lq=4, lk=lk))
+    assert launch_decode.wanted(case.spec, x.q, x.k) == (lk == 300)
+    exact = reference.attention(case.spec, x.q, x.k, x.v, x.operands, dtype=torch.float64)[0]
+    assert error(call(case.spec, x)[0], exact) <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -82,6 +107,42 @@ def test_head_dims(dq: int, dv: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_any_strides_everywhere(case: Case, layout: str) -> None:
     check(case, inputs(case, torch.float16, layout))
+
+
+@pytest.fixture
+def fp32_products() -> Iterator[Callable[[str], None]]:
+    """Sets what matrix products may round fp32 to."""
+    before = torch.backends.cuda.matmul.fp32_precision
+
+    def allow(precision: str) -> None:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+    yield allow
+    allow(before)
+
+
+@pytest.mark.parametrize("lk", [40, 400], ids=["blocks", "decoding"])
+def test_the_setting_of_fp32_products_is_asked_at_every_call(
+    lk: int, fp32_products: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = inputs(named("plain"), torch.float32, sizes=Sizes(heads=1, kv_heads=1, lq=2, lk=lk))
+    found: list[str] = []
+    called = launch._call
+
+    def recording(*args: Any) -> Any:
+        found.append(launch.precision(args[1].dtype))
+        return called(*args)
+
+    monkeypatch.setattr(launch, "_call", recording)
+    for setting in ("ieee", "tf32", "ieee"):
+        fp32_products(setting)
+        call(named("plain").spec, x)
+    assert found == ["ieee", "tf32"], "and what was made for a setting is remembered"
+    half = replace(x, q=x.q.half(), k=x.k.half(), v=x.v.half())
+    for setting in ("ieee", "tf32"):
+        fp32_products(setting)
+        call(named("plain").spec, half)
+    assert found[2:] == ["ieee"], "halves do not depend on it"
 
 
 def test_writes_all_of_the_output_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,8 +361,8 @@ def test_names_of_scalars_do_not_matter() -> None:
 def test_causal_has_no_mask_in_the_middle() -> None:
     source = codegen.generate(codegen.canonical(named("causal").spec))
     kernel = source[source.index("def attention_forward") : source.index("def decode_split")]
-    assert kernel.count("UPCAST, False, False)") == 1
-    assert kernel.count("UPCAST, True, True)") == 1
+    assert kernel.count("UPCAST, UNIT, False, False)") == 1
+    assert kernel.count("UPCAST, UNIT, True, True)") == 1
 
 
 def test_loads_are_as_small_as_their_indices() -> None:

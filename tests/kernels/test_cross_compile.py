@@ -74,6 +74,13 @@ def test_a_cache_is_read_16_bytes_at_a_time(results: list[dict[str, Any]]) -> No
         assert r["narrow"] == 0 or r["program"] == "mask of a cache" or r["target"] == "gfx942", r
 
 
+def test_a_mask_of_each_score_is_read_16_bytes_at_a_time(results: list[dict[str, Any]]) -> None:
+    found = [r for r in results if (r["kernel"], r["program"]) == ("tile_verdicts", "causal from a buffer")]
+    for r in found:
+        # Tiles at an edge are read a number at a time.
+        assert r["wide"] > 0 or r["target"] == "gfx942", r
+
+
 @pytest.mark.slow
 def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> None:
     results = compiled(tmp_path / "results.json", "--all", "--target", "sm_90")
