@@ -263,7 +263,7 @@ def candidates(rows: int) -> Iterator[tuple[str, tiles.Tiles]]:
     """The kernel's name in the tables of tiles, and the tiles to try for it."""
     if rows <= tiles.FEW_ROWS:
         first = tiles.few(torch.bfloat16, rows)
-        for n, k, warps, stages in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024), (4, 8), (2, 3, 4)):
+        for n, k, warps, stages in itertools.product((4, 8, 16, 32, 64), (64, 128, 256, 512, 1024), (4, 8), (2, 3, 4)):
             if 2048 <= n * k <= 16384 and (rows == 1 or n >= 16):
                 yield "few", replace(first, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
         return

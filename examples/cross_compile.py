@@ -186,7 +186,7 @@ def compile_job(job: Job) -> Compiled | None:
         made = gated_jobs.compile_gated(
             job.program, job.kernel, job.dtype, target, job.rows, save=job.training, dropout=job.dropout
         )
-        t = gated_jobs.tiles_of(job.kernel, target, job.dtype, job.rows)
+        t = gated_jobs.tiles_of(job.kernel, target, job.dtype, job.rows, job.training)
         return outcome(job, made, Tiles(t.block_m, t.block_n, t.num_warps, t.num_stages))
     if job.kernel in ("hopper", "tile_verdicts"):
         spec = mask_or_spec(job)

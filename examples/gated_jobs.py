@@ -38,11 +38,11 @@ def exists(kernel: str, target: GPUTarget, dtype: torch.dtype) -> bool:
     return kernel != "gated_forward_tma" or (kind_of(target) == HOPPER and dtype.itemsize == 2)
 
 
-def tiles_of(kernel: str, target: GPUTarget, dtype: torch.dtype, rows: int) -> Tiles:
+def tiles_of(kernel: str, target: GPUTarget, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:
     if kernel == "gated_few":
         return tiles.few(dtype, rows)
     if kernel.startswith("gated_forward"):
-        return tiles.dual(kind_of(target), dtype, rows)
+        return tiles.dual(kind_of(target), dtype, rows, save)
     m, n, warps = tiles.POINTWISE
     return Tiles(m, n, 1, warps, 1)
 
@@ -60,7 +60,7 @@ def compile_gated(
 ) -> Any:
     """With contiguous, aligned tensors; rows: how many, by which tiles are chosen."""
     function = launch.program(prepare(PROGRAMS[program])).kernel(kernel, False)
-    t = sizes or tiles_of(kernel, target, dtype, rows)
+    t = sizes or tiles_of(kernel, target, dtype, rows, save)
     constants: dict[str, object] = {
         "GATE_BIAS": False, "UP_BIAS": False, "SAVE": save, "STEP": 1, "DROPOUT": dropout, "ALIGNED": True,
         "EVEN_K": True, "PRECISION": "ieee", "UPCAST": False, "ONE": rows == 1, "PRODUCT": True,

@@ -185,7 +185,7 @@ def _forward(
         kernel = prepared.kernel("gated_few", interpreted)
         return _Fitting(kernel, lambda t: experts * -(-features // t.block_n), first, numbers, constants, inner)
     kind = HOPPER if interpreted else device_generation(out.device)
-    first = tiles.INTERPRETED if interpreted else tiles.dual(kind, operands.x.dtype, rows)
+    first = tiles.INTERPRETED if interpreted else tiles.dual(kind, operands.x.dtype, rows, save)
 
     def for_any_layout() -> Callable[..., None]:
         def programs(t: Tiles) -> int:

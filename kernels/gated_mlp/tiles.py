@@ -70,9 +70,14 @@ def padded(rows: int) -> int:
     return max(16, 1 << (rows - 1).bit_length())
 
 
-def dual(kind: str, dtype: torch.dtype, rows: int) -> Tiles:
-    """The tiles of the dual GEMM; few rows get short ones, for rows that are not there are computed all the same."""
+def dual(kind: str, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:
+    """The tiles of the dual GEMM; few rows get short ones, for rows that are not there are computed all the same.
+
+    save: whether both projections are stored too, which takes registers that a smaller part of a tile leaves.
+    """
     tiles = DUAL[kind, 8 * dtype.itemsize]
+    if save and tiles.parts > 1:
+        tiles = replace(tiles, parts=2 * tiles.parts)
     if rows >= tiles.block_m:
         return tiles
     short = padded(rows)

@@ -233,6 +233,28 @@ def test_other_numbers_of_rows_are_not_compiled_anew() -> None:
     assert all(s.route == "triton" for s in outcome.sites)
 
 
+class Clamped(nn.Module):
+    """Numbers of a module are symbols where all is dynamic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limit, self.alpha = 1.5, 1.702
+        self.both = nn.Linear(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(x).chunk(2, -1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (up + 1) * gate * torch.sigmoid(self.alpha * gate)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_numbers_that_are_known_at_run_time_only(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    matched, _, reason = site(check(Clamped(), *tensors((2, 3, 16)), dynamic=dynamic, routes=ROUTES))
+    assert matched != dynamic
+    assert not dynamic or (reason is not None and "at compile time" in reason)
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -294,6 +294,12 @@ right("the gate is changed and used", gate_changed_and_used, fused=None, grad=Fa
 miss("a weight is changed in between", "changed", weight_changed, grad=False)
 miss("the input is changed in between", "changed", input_changed, grad=False)
 right("into another tensor", into_another, SQUARE, WEIGHT, WEIGHT, SQUARE, fused=None, grad=False)
+right("silu in place on a part of a packed projection",
+      lambda x, w: (lambda g, u: F.silu(g, inplace=True) * u)(*L(x, w).chunk(2, -1)), SQUARE, PACKED, fused=None, grad=False)  # fmt: skip
+right("up in place on a part of a packed projection",
+      lambda x, w: (lambda g, u: F.silu(g) * u.add_(1))(*L(x, w).chunk(2, -1)), SQUARE, PACKED, fused=None, grad=False)  # fmt: skip
+right("both in place on overlapping parts",
+      lambda x, w: (lambda p: F.silu(p[..., :4].mul_(2)) * p[..., 2:6].add_(1))(L(x, w)), SQUARE, PACKED, fused=None, grad=False)  # fmt: skip
 miss("a product in place", "written into", lambda x, w, v: F.silu(L(x, w)).mul_(L(x, v)), grad=False)
 miss("a gate without gradient", "border", half_without_grad)
 miss("experts and rows in another order", "experts are not the first",
