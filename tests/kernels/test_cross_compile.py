@@ -105,3 +105,17 @@ def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> 
     # The bias of each distance is gathered for few tiles only, those near the diagonal.
     others = [r for r in results if r["program"] != "T5 bias"]
     assert [(r["kernel"], r["program"], r["dim"], r["spills"]) for r in others if r["spills"] > 64] == []
+
+
+def test_gated_mlps_compile_for_every_target(results: list[dict[str, Any]]) -> None:
+    targets = ("sm_80", "sm_90", "sm_100", "gfx942")
+    for kernel in ("gated_forward", "gated_few", "gated_product", "gated_backward"):
+        assert {r["target"] for r in results if r["kernel"] == kernel} == set(targets)
+    through_tma = [r for r in results if r["kernel"] == "gated_forward_tma"]
+    assert {r["target"] for r in through_tma} == {"sm_90", "sm_100"}
+    gated = [r for r in results if r["kernel"].startswith("gated")]
+    assert [r for r in gated if r["spills"]] == []
+    for r in gated:
+        if r["target"] == "sm_90" and r["kernel"].startswith("gated_forward"):
+            assert r["wgmma"], r
+            assert r["shared"] <= 227 * 1024, r
