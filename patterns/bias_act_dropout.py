@@ -356,7 +356,7 @@ def _clamp(r: Reader, v: Value) -> sympy.Expr:
 
 
 def _function(r: Reader, v: Value) -> sympy.Expr:
-    return activation.FUNCTIONS[v.op](r.operand(v["self"], v), v.args)
+    return activation.ALL[v.op](r.operand(v["self"], v), v.args)
 
 
 def _same(r: Reader, v: Value) -> sympy.Expr:
@@ -443,5 +443,5 @@ _RULES: dict[str, Callable[[Reader, Value], sympy.Expr]] = {
     "add": _add, "sub": _add, "mul": _mul, "div": _div, "reciprocal": _reciprocal, "pow": _pow,
     "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp, "clamp_max": _clamp,
     "to": _same, "reshape": _reshape, "permute": _permute, "custom_gradient": _custom_gradient, "dropout": _dropout,
-    **dict.fromkeys(activation.FUNCTIONS, _function),
+    **dict.fromkeys(activation.ALL, _function),
 }  # fmt: skip

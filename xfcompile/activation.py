@@ -195,6 +195,12 @@ FUNCTIONS: dict[str, Callable[[sympy.Expr, dict[str, Any]], sympy.Expr]] = {
     "neg": lambda x, _: -x,
     "abs": lambda x, _: sympy.Abs(x),
     "square": lambda x, _: x**2,
+}
+"""Functions of one tensor that gates are made of, by their canonical ATen names; arguments that are not spoken of have
+no meaning here."""
+
+ALL: dict[str, Callable[[sympy.Expr, dict[str, Any]], sympy.Expr]] = {
+    **FUNCTIONS,
     "elu": lambda x, args: elu(x, args["alpha"], args["scale"], args["input_scale"]),
     "selu": lambda x, _: selu(x),
     "celu": lambda x, args: celu(x, args["alpha"]),
@@ -203,7 +209,7 @@ FUNCTIONS: dict[str, Callable[[sympy.Expr, dict[str, Any]], sympy.Expr]] = {
     "mish": lambda x, _: mish(x),
     "softplus": lambda x, args: softplus(x, args["beta"], args["threshold"]),
 }
-"""Functions of one tensor, by their canonical ATen names; arguments that are not spoken of have no meaning here."""
+"""All functions of one tensor."""
 
 
 def quotient(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
