@@ -32,7 +32,7 @@ LIBRARY.define(
 # The gradients of x, of the bias and of the vectors, of those that are needed (in this order), in `dtypes`.
 LIBRARY.define(
     "bias_act_dropout_backward(Tensor dout, Tensor? x, Tensor? bias, Tensor[] vectors, Tensor? seed, int stream,"
-    " str formula, float p, int tensors, bool[] needed, ScalarType[] dtypes) -> Tensor[]",
+    " str formula, float p, int tensors, bool[] needed, str[] dtypes) -> Tensor[]",
     tags=_TAGS,
 )
 
@@ -160,7 +160,7 @@ def _backward(
     p: float,
     tensors: int,
     needed: Sequence[bool],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[str],
 ) -> list[Tensor]:
     needs_x, needs_bias, *needs = needed
     given = [dout, *vectors, *(t for t in (x, bias) if t is not None)]
@@ -192,11 +192,11 @@ def _backward_fake(
     p: float,
     tensors: int,
     needed: Sequence[bool],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[str],
 ) -> list[Tensor]:
     shapes = [dout.shape, *([dout.shape[-1:]] * (len(needed) - 1))]
     return [
-        torch.empty(shape, dtype=dtype, device=dout.device)
+        torch.empty(shape, dtype=getattr(torch, dtype), device=dout.device)
         for shape, dtype, yes in zip(shapes, dtypes, needed, strict=True)
         if yes
     ]
@@ -234,7 +234,9 @@ def _keep(
     used = any(needed) and saves(formula, len(vectors), len(tensors), any(needed[2:]))
     ctx.call = (stream, formula, p, len(tensors))
     ctx.needed = needed
-    ctx.dtypes = [dtype, dtype if bias is None else bias.dtype, *(v.dtype for v in vectors)]
+    # By their names: torch 2.11 makes numbers of dtypes that are in a list.
+    dtypes = [dtype, dtype if bias is None else bias.dtype, *(v.dtype for v in vectors)]
+    ctx.dtypes = [str(x).removeprefix("torch.") for x in dtypes]
     coefficients = parse(formula, len(vectors), len(tensors)).coefficients
     ctx.added = [(r.dtype, c) for r, c in zip(tensors, coefficients, strict=True)]
     any_needed = any(needed)
