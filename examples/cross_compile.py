@@ -371,11 +371,7 @@ def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
     any_number = {"group", "heads", "batch", "list_b", "list_h", *(x.name for x in backward.spec.scalars)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        kind = (
-            "*fp32"
-            if name in ("delta_ptr", "top_ptr", "inverse_ptr", "dload_ptr")
-            else _type(name, job.dtype, backward.spec)
-        )
+        kind = "*fp32" if name in ("pair_ptr", "inverse_ptr", "dload_ptr") else _type(name, job.dtype, backward.spec)
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and name not in any_number:
             attributes[(position,)] = [["tt.divisibility", 16]]

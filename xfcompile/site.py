@@ -60,6 +60,7 @@ class ScoreSpec:
     full, floor: where a key that is kept may score as low as one that is masked by a finite number: the score with its
         masks, and the greatest of those numbers. Rows whose maximum is not above it have the softmax of `full`.
     coarse: whether the program itself rounds q·k to bf16, before anything else happens to it.
+    dropout: the rate at which weights are dropped out, once they add up to 1.
     """
 
     score: sympy.Expr
@@ -73,6 +74,7 @@ class ScoreSpec:
     full: sympy.Expr | None = None
     floor: sympy.Expr | None = None
     coarse: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)

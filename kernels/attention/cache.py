@@ -146,4 +146,5 @@ def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
         full=expression(fields["full"]),
         floor=expression(fields["floor"]),
         coarse=bool(fields["coarse"]),
+        dropout=float(fields["dropout"]),  # type: ignore[arg-type]
     )
