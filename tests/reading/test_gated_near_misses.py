@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import check, tensors
-from gated_programs import ROUTES
+from equivalence import tensors
+from gated_programs import ROUTES, check
 from torch import Tensor
 
 SQUARE = (4, 4, 4)
