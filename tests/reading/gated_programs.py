@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import equivalence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,9 @@ X, W, PACKED, B, DOWN = (2, 5, 8), (12, 8), (24, 8), (12,), (6, 12)
 """An input, a weight of gate or up, one of both, a bias, and a weight after them."""
 
 ROUTES = {"gated_mlp": "triton"}
+
+check = functools.partial(equivalence.check, family="gated_mlp")
+rewriting = functools.partial(equivalence.rewriting, family="gated_mlp")
 
 
 @dataclass(frozen=True)

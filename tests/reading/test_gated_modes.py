@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import Outcome, check, rewriting, tensors
+from equivalence import Outcome, tensors
 from expecttest import TestCase
-from gated_programs import DOWN, PACKED, ROUTES, W, X
+from gated_programs import DOWN, PACKED, ROUTES, W, X, check, rewriting
 from test_golden import rows
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -287,7 +287,7 @@ def test_compiled_by_inductor(grad: bool) -> None:
         else:
             with torch.no_grad():
                 torch.testing.assert_close(compiled(*inputs), block(*inputs))
-    assert [(s.family, s.route) for s in report.sites] == [("gated_mlp", "triton")]
+    assert [s.route for s in report.sites if s.family == "gated_mlp"] == ["triton"]
     assert not report.failures
 
 

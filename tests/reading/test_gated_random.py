@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from equivalence import check, tensors
-from gated_programs import ACTIVATIONS, BIASED, PRODUCTS, PROJECTIONS, ROUTES, B, W, X
+from equivalence import tensors
+from gated_programs import ACTIVATIONS, BIASED, PRODUCTS, PROJECTIONS, ROUTES, B, W, X, check
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from equivalence import check, tensors
-from gated_programs import ROUTES, SPELLINGS, Spelling
+from equivalence import tensors
+from gated_programs import ROUTES, SPELLINGS, Spelling, check
 
 
 def read(s: Spelling, *, grad: bool, **about: object) -> None:
