@@ -371,7 +371,7 @@ def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
         "DQ": job.dim, "DV": job.dim, "BLOCK_DQ": wide_q, "BLOCK_DV": wide_v, "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "PRECISION": "ieee", "UPCAST": False, "EXACT": job.dtype == torch.float32,
         "FAST": 2 if backward.spec.coarse and target.backend == "cuda" else int(job.dtype.itemsize == 2),
-        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "EDGE_M": False, "EDGE_N": False,
+        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "ALWAYS": False, "EDGE_M": False, "EDGE_N": False,
         **dict.fromkeys(("NEED_DQ", "NEED_DK", "NEED_DV", "NEED_DX"), True),
         **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_([a-z]d|ln)", name)},
         **{f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(backward.spec.operands)},

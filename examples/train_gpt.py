@@ -1,4 +1,4 @@
-"""A small GPT trained on Python's own documentation, byte by byte: eager, Inductor and xformers from one seed, in turns.
+"""A small GPT trained on Python's own documentation, by bytes: eager, Inductor and xformers from one seed, in turns.
 
     python examples/train_gpt.py            # 200 steps of each; writes results/train_gpt.json and .png
     python examples/train_gpt.py --quick    # 4 steps of each, and nothing is written
@@ -36,7 +36,7 @@ import xfcompile
 
 RESULTS = Path(__file__).parent / "results"
 SLACK = 4.0
-"""Curves that start apart by roundings drift apart like a random walk: two of them by no fixed ratio, but by its order."""
+"""Curves that start apart by roundings drift apart like random walks: two of them by no fixed ratio, but its order."""
 
 console = Console()
 

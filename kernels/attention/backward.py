@@ -6,7 +6,8 @@ that needs a gradient. Nothing but lse is kept of the forward; every tile is com
 what they write: no atomics, the same numbers every time.
 
 In fp32, and of scores that may be far from 0, lse says too little: it is rounded, and beside finfo.min nothing is left
-of the number of keys. The first kernel then finds the maximum and the sum of a row anew: p = exp(x - max) / sum.
+of the number of keys. The first kernel then finds the maximum and the sum of a row anew: p = exp(x - max) / sum. Of
+16-bit inputs it does so where a log-sum-exp is far from 0 indeed.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ def without_keys(top, instead: tl.constexpr):
     return tl.where(top == float("-inf"), instead, top)
 '''
 
+TALL = 4096.0
+"""A log-sum-exp beyond this is rounded by more than half of what weights of 16 bits are rounded by."""
+
 KEYS, QUERIES = "offs_n < lk", "offs_m < lq"
 """What is inside of the last tile of keys, or of queries."""
 
@@ -156,10 +160,13 @@ DQ_KERNEL = '''\
             dout = dout.to(tl.float32)
 {rows}
         if EXACT:
+            inverse = tl.full([BLOCK_M], 1.0, tl.float32)
+            far = (tl.abs(top) > {tall}) & (top != float("inf"))
+            if (tl.reduce(far.to(tl.int32), 0, tl.standard._elementwise_max) > 0) | ALWAYS:
 {state}
 {first_loops}
-            top = without_keys(m, 0.0)
-            inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
+                top = without_keys(m, 0.0)
+                inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
             tl.store(inverse_ptr + vector + offs_m, inverse, mask=offs_m < lq)
     pair = pair_ptr + 2 * (vector + offs_m)
     tl.store(pair, top, mask=offs_m < lq)
@@ -575,14 +582,15 @@ class _Writer:
         stores = [f"tl.store({name}_ptr + vector + offs_m, {name}, mask=offs_m < lq)" for name in names]
         kernel = DQ_KERNEL.format(
             options=self._options(),
-            signature=self._signature("attention_backward_dq", tensors, axes, [*constants, "LOOP"]),
+            signature=self._signature("attention_backward_dq", tensors, axes, [*constants, "LOOP", "ALWAYS"]),
             more=", and sums of gradients over its keys" if names else "",
             # The last rows see most keys under a causal mask: they start first.
             block="blocks - 1 - pid % blocks" if upper else "pid % blocks",
             place=self._place("heads", "h"),
             rows=_indented([*self.row_lines, *(template.RANDOM if self.random else [])], 2),
-            state=_indented(state, 3),
-            first_loops=_indented(self._key_loops(first_step).splitlines(), 3),
+            tall=TALL,
+            state=_indented(state, 4),
+            first_loops=_indented(self._key_loops(first_step).splitlines(), 4),
             sums=_indented([f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names], 2),
             loops=_indented(loops.splitlines(), 2),
             stores=_indented(stores, 2),

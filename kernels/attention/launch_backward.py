@@ -252,6 +252,7 @@ class _Call:
         rows = {n: self._vector(self.lq) for n, _ in found.of("rows")}
         columns_ = {n: self._vector(self.lk) for n, _ in found.of("columns")}
         flags = {"NEED_DQ": self.needs.q, "LOOP": self.needs.q or bool(rows)}
+        flags["ALWAYS"] = self.q.dtype == torch.float32
         own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.pair, self.inverse]
         own.append(dq if self.needs.q else self.q)
         strided = [self.q, self.k, self.v, self.out, self.dout, own[-1]]

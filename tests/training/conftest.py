@@ -1,4 +1,4 @@
-"""Puts this folder on the path of its own tests, and runs the kernels of those that ask for it in Triton's interpreter."""
+"""Puts this folder on the path of its own tests, and runs kernels of those that ask for it in Triton's interpreter."""
 
 from __future__ import annotations
 

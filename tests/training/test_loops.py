@@ -361,5 +361,5 @@ def test_a_second_derivative_of_a_rewritten_graph_is_refused(interpreter: None) 
     leaves = qkv()
     ours = torch.compile(attention, backend=backend)
     (dq,) = torch.autograd.grad(ours(*leaves).square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(NotImplementedError, match='second derivative.*"attention": "inductor"'):
+    with pytest.raises(NotImplementedError, match=r'second derivative.*"attention": "inductor"'):
         dq.square().sum().backward()
