@@ -13,6 +13,7 @@ from torch import fx
 from xfcompile.options import Options
 from xfcompile.report import Report, publish
 from xfcompile.rewrite import rewrite_graph
+from xfcompile.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,12 @@ def xformers(
     from xfcompile.identity import identified
 
     ours, patches = Options.parse(mode, options)
-    report = rewrite(gm, example_inputs, ours)
+    report, verification = rewritten(gm, example_inputs, ours)
     # Callable for any graph module; its other results are those of ahead-of-time compilation.
     compiled = compile_fx(gm, example_inputs, config_patches=identified(patches, ours.fingerprint()))
     # Only now: Inductor may have Dynamo trace anew, with numbers in place of symbols, and call us again.
     publish(report)
-    return compiled  # type: ignore[return-value]
+    return compiled if verification is None else verification.before(compiled, strict=ours.strict)  # type: ignore
 
 
 def rewrite(
@@ -51,10 +52,22 @@ def rewrite(
     and is in `Report.failures`, unless `options` says `strict`.
     """
     options = Options.of(options)
+    if options.verify:
+        raise ValueError(
+            "option 'verify' needs a run: xfcompile.verify(gm, *inputs) rewrites and runs a graph, or any program"
+        )
+    return rewritten(gm, example_inputs, options)[0]
+
+
+def rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[Report, Verification | None]:
+    """`rewrite`, with what verifies it, if the options ask for that."""
     report = Report(graphs=1)
     before = _snapshot(gm)
+    verification: Verification | None = None
     try:
-        rewrite_graph(gm, example_inputs, options, report)
+        verification = rewrite_graph(gm, example_inputs, options, report)
     except Exception as error:
         if options.strict:
             raise
@@ -66,7 +79,7 @@ def rewrite(
     if report.failures:
         _warn(report.failures)
     log.info("%s", report.summary())
-    return report
+    return report, verification
 
 
 def _snapshot(gm: fx.GraphModule) -> list[tuple[fx.GraphModule, fx.Graph]]:

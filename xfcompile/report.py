@@ -12,6 +12,10 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from xfcompile.checks import Check
+from xfcompile.checks import summary as summary_of_checks
+from xfcompile.checks import table as table_of_checks
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
@@ -49,11 +53,13 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """All candidates of the graphs that were read. `failures`: errors of our own; each left a site as it was."""
+    """All candidates of the graphs that were read. `failures`: errors of our own; each left a site as it was.
+    `checks`: the replaced sites that were run beside their originals (option `verify`)."""
 
     sites: list[SiteReport] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     graphs: int = 0
+    checks: list[Check] = field(default_factory=list)
 
     def add(self, site: SiteReport) -> None:
         self.sites.append(site)
@@ -66,6 +72,7 @@ class Report:
         self.sites += other.sites
         self.failures += other.failures
         self.graphs += other.graphs
+        self.checks += other.checks
 
     def summary(self) -> str:
         """One line: "24 attention sites: 24 matched (24 sdpa)"."""
@@ -88,6 +95,7 @@ class Report:
             "graphs": self.graphs,
             "sites": [asdict(site) for site in self.sites],
             "failures": list(self.failures),
+            "checks": [asdict(check) for check in self.checks],
         }
 
     def __str__(self) -> str:
@@ -109,6 +117,10 @@ class Report:
         if self.sites:
             yield self._table(options.max_width)
         yield Text(self.summary(), style="bold")
+        if self.checks:
+            yield Text("")
+            yield table_of_checks(self.checks, options.max_width)
+            yield Text(summary_of_checks(self.checks), style="bold")
         for failure in self.failures:
             yield Text(f"error in xfcompile, left to Inductor: {failure}", style="red")
 

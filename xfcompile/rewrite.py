@@ -22,6 +22,7 @@ from xfcompile.search import Search
 from xfcompile.site import Miss
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
+from xfcompile.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -48,28 +49,42 @@ class Changes:
     taken: dict[Value, Family[Any, Any]] = field(default_factory=dict)
 
 
-def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> None:
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
+) -> Verification | None:
     """Recognise and replace the sites of `gm`, and of the graphs inside it, in place; record each in `report`.
 
     example_inputs: the graph's inputs, fake or real, for placeholders without metadata of their own.
+    Returns what runs the replaced sites beside their originals, if `options` says `verify` and there are any.
     """
     wanted = [family for family in families.FAMILIES if family.name in options.patterns]
     if not wanted:
-        return
+        return None
     reading, search = Reading(gm, example_inputs), Search(wanted)
     if unfold(reading, search):
         reading, search = Reading(gm, example_inputs, programs=reading.programs), Search(wanted)
-    _rewrite(reading, search, options, report)
+    verification = Verification(reading) if options.verify else None
+    _rewrite(reading, search, options, report, verification)
+    return verification
 
 
-def _rewrite(reading: Reading, search: Search, options: Options, report: Report, *, recomputed: bool = False) -> None:
+def _rewrite(
+    reading: Reading,
+    search: Search,
+    options: Options,
+    report: Report,
+    verification: Verification | None,
+    *,
+    recomputed: bool = False,
+) -> None:
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
         if name in _TRANSPARENT:
-            _rewrite(child, search, options, report, recomputed=recomputed or name in _CHECKPOINTS)
+            _rewrite(child, search, options, report, verification, recomputed=recomputed or name in _CHECKPOINTS)
         else:
             _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change")
     before, changes = live_nodes(reading), Changes()
+    replaced: list[tuple[fx.Node, SiteReport]] = []
     for family in search.families:
         candidates, misses = _candidates(reading, search, family)
         live = _live(reading, changes)
@@ -87,10 +102,15 @@ def _rewrite(reading: Reading, search: Search, options: Options, report: Report,
                 candidate = _left(candidate, "another site with the same result is replaced")
             if candidate.route.replaces:
                 candidate = _replaced(reading, family, candidate, shared, changes, options, report)
-            report.add(_matched(family, candidate))
+            entry = _matched(family, candidate)
+            report.add(entry)
+            if candidate.route.replaces:
+                replaced.append((candidate.node, entry))
         for candidate in changes.done:
             for value in (candidate.site.root, *candidate.site.interior):
                 changes.taken.setdefault(value, family)
+    if verification is not None:
+        verification.watch(reading, replaced, changes.instead, changes.inserted)
     if changes.done:
         erase_orphans(before, _live(reading, changes), reading.gm.graph)
         reading.gm.graph.lint()
