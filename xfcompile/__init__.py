@@ -7,6 +7,7 @@ from xfcompile.checks import Check, Difference, VerificationError
 from xfcompile.explain import explain
 from xfcompile.options import Options
 from xfcompile.report import Report, SiteReport, collect
+from xfcompile.source import RewriteError
 from xfcompile.verify import verify
 
 __version__ = "0.1.0"
@@ -15,6 +16,7 @@ __all__ = [
     "Difference",
     "Options",
     "Report",
+    "RewriteError",
     "SiteReport",
     "VerificationError",
     "collect",

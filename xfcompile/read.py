@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
+from xfcompile.source import RewriteError, source_of
 from xfcompile.trace import Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
 
@@ -120,7 +121,12 @@ class Reading:
             self.time[node] = self._now
             self.scope[node] = self._scope
             self.effects[node] = Effects()
-            self._read(node)
+            try:
+                self._read(node)
+            except RewriteError:
+                raise  # of an inner graph, whose node says more
+            except Exception as error:
+                raise RewriteError(f"reading {node.name} at {source_of(node) or '?'}", error) from error
 
     # -- what is asked of a reading -------------------------------------------------------------------------
 

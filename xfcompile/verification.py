@@ -114,7 +114,7 @@ class Verification:
             if strict:
                 raise
             log.debug("verifying failed", exc_info=True)
-            report.fail("verifying a graph", error)
+            report.failed("verifying a graph", error)
             warnings.warn(
                 f"xfcompile failed at {report.failures[0]}: it was not compared", RuntimeWarning, stacklevel=4
             )
