@@ -183,12 +183,19 @@ def test_a_route_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(families, "FAMILIES", (replace(families.ATTENTION, plan=kernel_first),))
     assert "xfcompile.attention" in run(program)[1]
+
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for _ in range(3):
+            q = program(q, k, v)
+        return q
+
     torch._dynamo.reset()
     monkeypatch.setattr("xfcompile.kernels.attention.prepare", fails)
     with pytest.warns(RuntimeWarning, match=rf"replacing attention {LINE}: KeyError: 'spoilt'"):
-        report, code = run(program)
-    (site,) = report.sites
-    assert (site.route, site.reason) == ("sdpa", "triton failed: an error of xfcompile: KeyError: 'spoilt'")
+        report, code = run(layers)
+    reason = "triton failed: an error of xfcompile: KeyError: 'spoilt'"
+    assert [(s.route, s.reason) for s in report.sites] == [("sdpa", reason)] * 3
+    assert len(report.failures) == 1
     assert "scaled_dot_product" in code and "softmax" not in code
     torch._dynamo.reset()
     with pytest.warns(RuntimeWarning, match="spoilt"):

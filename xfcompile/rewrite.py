@@ -254,13 +254,12 @@ def _by_some_route(
     recomputed: bool,
     report: Report,
 ) -> Candidate:
-    """Replace a candidate, by another of its family's routes if the one that was chosen fails, unless the user chose."""
-    failures = len(report.failures)
-    replaced = _replaced(reading, family, candidate, shared, changes, options, report)
-    if len(report.failures) == failures or family.name in options.routes:
+    """Replace a candidate; if its route fails, by one that its family names after it, unless the user chose."""
+    replaced, failed = _replaced(reading, family, candidate, shared, changes, options, report)
+    if not failed or family.name in options.routes:
         return replaced
     for other in _other_routes(reading, family, candidate, options, recomputed):
-        found = _replaced(reading, family, other, shared, changes, options, report)
+        found, _ = _replaced(reading, family, other, shared, changes, options, report)
         if found.route.replaces:
             reason = f"{candidate.route.name} failed: {replaced.route.reason}"
             return replace(found, route=replace(found.route, reason=reason))
@@ -275,8 +274,9 @@ def _replaced(
     changes: Changes,
     options: Options,
     report: Report,
-) -> Candidate:
-    """Replace a candidate; the candidate as it then is, left to Inductor with the reason where that failed."""
+) -> tuple[Candidate, bool]:
+    """Replace a candidate; the candidate as it then is, left to Inductor with the reason where it cannot be replaced,
+    and whether that was for an error of ours."""
     graph, node = reading.gm.graph, candidate.node
     before = set(graph.nodes)
     known = dict(shared)
@@ -292,14 +292,14 @@ def _replaced(
         shared.clear()
         shared.update(known)
         if isinstance(error, Miss):
-            return _left(candidate, str(error))
+            return _left(candidate, str(error)), False
         doing = f"replacing {family.title} at {_place(node)}"
-        return _left(candidate, report.failed(doing, error, strict=options.strict))
+        return _left(candidate, report.failed(doing, error, strict=options.strict)), True
     changes.instead[node] = new
     changes.inserted += [n for n in graph.nodes if n not in before]
     changes.done.append(candidate)
     log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)
-    return candidate
+    return candidate, False
 
 
 def _written_later(reading: Reading, node: fx.Node) -> bool:
