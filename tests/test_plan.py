@@ -42,7 +42,7 @@ CACHED = sympy.Ne(Load(0, B, 0, 0, J), 0)
 
 def route(monkeypatch: pytest.MonkeyPatch, device: str = "cuda", **fields: Any) -> Any:
     """Of one query against a long cache; a kernel and SDPA could both run it."""
-    monkeypatch.setattr(plan, "_why_no_kernel", lambda site, training: None)
+    monkeypatch.setattr(plan, "_why_no_kernel", lambda *site: None)
     root = SimpleNamespace(dtype=torch.bfloat16, meta=SimpleNamespace(device=torch.device(device)))
     site = SimpleNamespace(
         family="attention", root=root, queries=1, keys=8192, head_dim=64, value_dim=64, lead=(B, H), sink=None,

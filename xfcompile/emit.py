@@ -129,6 +129,18 @@ class Emitter:
             raise Miss("an operand is changed before the result is computed", value)
         return node
 
+    def seed(self, device: torch.device) -> tuple[fx.Node, int]:
+        """The seed of dropout's random numbers, one for a graph, and a stream of them that is this call's own.
+
+        A node of the graph draws it, so that the backward, a checkpoint's recomputation and CUDA graphs see the same.
+        """
+        key = ("seed", device)
+        if key not in self.shared:
+            self.shared[key] = self.call(torch.randint, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        stream = sum(k[:2] == ("stream", device) for k in self.shared if isinstance(k, tuple))
+        self.shared["stream", device, stream] = self.shared[key]
+        return self.shared[key], stream
+
     def choose(self, readings: tuple[Placed, ...]) -> Placed:
         """The deepest reading of an operand that a node still holds here."""
         for placed in readings:

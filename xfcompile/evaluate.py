@@ -115,7 +115,9 @@ def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]
 
 
 # Functions of real numbers: whatever they are given is a real number first.
-REAL = frozenset(["tanh", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"])
+REAL = frozenset(
+    ["tanh", "Sigmoid", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"]
+)
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Add": _fold(operator.add),
@@ -127,6 +129,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Max": _fold(_tensors(torch.maximum)),
     "Abs": abs,
     "tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
     "exp": torch.exp,
     "log": torch.log,
     "erf": torch.erf,

@@ -10,7 +10,7 @@ from attention_cases import Case, Inputs, Sizes, error, inputs, named
 from backward_cases import DIFFERENTIABLE, check, exact, floating, sizes_of_terms
 from torch import Tensor
 
-from xfcompile.kernels.attention import prepare, reference
+from xfcompile.kernels.attention import FEW_TILES, launch, prepare, reference
 
 
 def smaller(case: Case) -> Sizes:
@@ -40,6 +40,16 @@ def test_gradients_in_half_precision(name: str, dtype: torch.dtype, interpreter:
 def test_any_strides_and_grouped_heads(name: str, layout: str, interpreter: None) -> None:
     z = Sizes(heads=4, kv_heads=2 if layout != "expanded" else 1, lq=50, lk=41, dq=17, dv=33)
     check(named(name), inputs(named(name), torch.float32, layout, z))
+
+
+@pytest.mark.parametrize("name", ["documents", "padding_mean", "bias_bj"])
+def test_gradients_by_lists_of_tiles(name: str, interpreter: None) -> None:
+    """More tiles of keys than the kernel goes through without a list, and several blocks of queries."""
+    case = named(name)
+    sizes = Sizes(heads=1, kv_heads=1, lq=40, lk=32 * FEW_TILES + 22)
+    x = inputs(case, torch.float32, sizes=sizes)
+    assert launch.program(prepare(case.spec)).mask is not None
+    check(case, x)
 
 
 class Through(torch.nn.Module):

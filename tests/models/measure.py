@@ -97,26 +97,29 @@ def _exact(program: Program, entry: Entry) -> dict[str, Tensor]:
         torch.set_default_dtype(usual)
 
 
-def measure(entry: Entry, through: Through) -> Outcome:
-    """Compile and run the entry, and compare its results (its gradients too, if it differentiates)."""
+def measure(entry: Entry, through: Through, **options: Any) -> Outcome:
+    """Compile and run the entry, and compare its results (its gradients too, if it differentiates).
+
+    options: the backend's own; not through Inductor.
+    """
     program = entry.build()
     exact = _exact(program, entry)
     eager = _results(program, entry.differentiates)
     torch._dynamo.reset()
     with xfcompile.collect() as collected:
         report = xfcompile.Report()
-        compiled = torch.compile(program.module, backend=_backend(through, report))
+        compiled = torch.compile(program.module, backend=_backend(through, report, options))
         ours = _results(Program(compiled, program.args, program.kwargs), entry.differentiates)
     report.extend(collected)
     return Outcome(report, tuple(_compare(exact, eager, ours)))
 
 
-def _backend(through: Through, report: xfcompile.Report) -> Any:
+def _backend(through: Through, report: xfcompile.Report, options: Mapping[str, Any]) -> Any:
     if through == "inductor":
         return "xformers" if "xformers" in torch._dynamo.list_backends() else xfcompile.xformers
 
     def rewriting(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report.extend(xfcompile.rewrite(gm, example_inputs, {"strict": True}))
+        report.extend(xfcompile.rewrite(gm, example_inputs, {"strict": True, **options}))
         if through == "graph":
             return gm
         from torch._dynamo.backends.debugging import aot_eager

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from xfcompile.families.attention import ATTENTION
+from xfcompile.families.gated_mlp import GATED_MLP
 from xfcompile.family import Family
 
-FAMILIES: tuple[Family[Any, Any], ...] = (ATTENTION,)
+FAMILIES: tuple[Family[Any, Any], ...] = (ATTENTION, GATED_MLP)
 """In the order in which they are replaced: what one has replaced, and what lay inside of it, is no part of a site of a
 later one. Its result may be an operand of theirs, and theirs of it."""
 
