@@ -5,6 +5,8 @@
 from xfcompile.backend import rewrite, xformers
 from xfcompile.checks import Check, Difference, VerificationError
 from xfcompile.explain import explain
+from xfcompile.extension import register_family, unregister_family
+from xfcompile.family import Family
 from xfcompile.options import Options
 from xfcompile.report import Report, SiteReport, collect
 from xfcompile.source import RewriteError
@@ -14,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Check",
     "Difference",
+    "Family",
     "Options",
     "Report",
     "RewriteError",
@@ -21,7 +24,9 @@ __all__ = [
     "VerificationError",
     "collect",
     "explain",
+    "register_family",
     "rewrite",
+    "unregister_family",
     "verify",
     "xformers",
 ]

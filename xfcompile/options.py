@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_origin
 
-from xfcompile import families
+from xfcompile import extension, families
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,14 @@ class Options:
                 raise ValueError(f"unknown option {key!r}{_nearest(key, KEYS)}; the options are {_listed(KEYS)}")
         return Options(**(options or {}))
 
-    def fingerprint(self) -> str:
-        """A string that differs wherever the options ask for other code: not for a run beside it."""
-        return f"patterns={sorted(self.patterns)} routes={sorted(self.routes.items())} strict={self.strict}"
+    def fingerprint(self) -> str | None:
+        """A string that differs wherever the options ask for other code (not for a run beside it), or the families of
+        other packages that they name are others; None if what these are made of cannot be read."""
+        others = extension.identity(self.patterns)
+        if others is None:
+            return None
+        words = f"patterns={sorted(self.patterns)} routes={sorted(self.routes.items())} strict={self.strict}"
+        return f"{words} others={others}" if others else words
 
 
 KEYS = tuple(f.name for f in fields(Options))

@@ -54,7 +54,7 @@ def rewrite_graph(
     example_inputs: the graph's inputs, fake or real, for placeholders without metadata of their own.
     Returns what runs the replaced sites beside their originals, if `options` says `verify` and there are any.
     """
-    wanted = [family for family in families.FAMILIES if family.name in options.patterns]
+    wanted = [family for family in families.known() if family.name in options.patterns]
     if not wanted:
         return None
     reading, search = Reading(gm, example_inputs), Search(wanted)
