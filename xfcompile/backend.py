@@ -89,10 +89,14 @@ def rewritten(
 def _rewritten(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, before: list[tuple[fx.GraphModule, fx.Graph]]
 ) -> tuple[Report, Verification | None]:
+    # Reading traces, which sets flags of torch's that all threads share: no other thread may compile meanwhile.
+    from torch._dynamo.convert_frame import compile_lock
+
     report = Report(graphs=1)
     verification: Verification | None = None
     try:
-        verification = rewrite_graph(gm, example_inputs, options, report)
+        with compile_lock:
+            verification = rewrite_graph(gm, example_inputs, options, report)
     except Exception as error:
         report = _failed("rewriting a graph", error, strict=options.strict)
         _restore(before)
