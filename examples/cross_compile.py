@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bias_jobs
 import gated_jobs
 import sympy
 import torch
@@ -116,6 +117,10 @@ class Compiled:
 def jobs(all_programs: bool) -> Iterator[Job]:
     """The main configurations; with all programs, everything that the benchmark runs and every dtype and head dim."""
     for target in TARGETS:
+        for kernel in bias_jobs.KERNELS:
+            for name in bias_jobs.PROGRAMS if all_programs else ("gelu, dropout",):
+                for dtype in (torch.bfloat16, torch.float32) if all_programs else (torch.bfloat16,):
+                    yield Job(name, dtype, 0, target, kernel)
         yield Job("causal", torch.bfloat16, 64, target)
         yield Job("causal", torch.bfloat16, 128, target)
         for name in ("documents", "causal from a buffer"):
@@ -182,6 +187,10 @@ BACKWARD = ("dq", "dkdv")
 def compile_job(job: Job) -> Compiled | None:
     """None where the kernel is not the one for such a program."""
     target = TARGETS[job.target]
+    if job.kernel in bias_jobs.KERNELS:
+        tile = bias_jobs.tile_of(job.kernel, job.dtype)
+        compiled = bias_jobs.compile_bias(job.program, job.kernel, job.dtype, target)
+        return outcome(job, compiled, Tiles(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages))
     if job.kernel in gated_jobs.KERNELS:
         made = gated_jobs.compile_gated(
             job.program, job.kernel, job.dtype, target, job.rows, save=job.training, dropout=job.dropout

@@ -305,7 +305,9 @@ def main() -> int:
         plot(runs, summary, RESULTS / "train_gpt.png")
         console.print(f"wrote {RESULTS / 'train_gpt.json'} and .png")
     for name, x in far.items():
-        console.print(f"[red]{name} left eager by {x:.3g}, more than {SLACK:g} times as far as roundings do ({noise:.3g})")
+        console.print(
+            f"[red]{name} left eager by {x:.3g}, more than {SLACK:g} times as far as roundings do ({noise:.3g})"
+        )
     return int(bool(far))
 
 

@@ -116,7 +116,22 @@ def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]
 
 # Functions of real numbers: whatever they are given is a real number first.
 REAL = frozenset(
-    ["tanh", "Sigmoid", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"]
+    [
+        "tanh",
+        "exp",
+        "log",
+        "erf",
+        "Ndtr",
+        "Sigmoid",
+        "Softplus",
+        "Expm1",
+        "sin",
+        "cos",
+        "ToFloat",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "FloatPow",
+    ]
 )
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
@@ -133,6 +148,9 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "exp": torch.exp,
     "log": torch.log,
     "erf": torch.erf,
+    "Ndtr": torch.special.ndtr,
+    "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "Expm1": torch.expm1,
     "sin": torch.sin,
     "cos": torch.cos,
     "sign": _tensors(torch.sign),

@@ -210,8 +210,7 @@ def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool) -> st
 def _why_no_backward(site: AttentionSite, score: sympy.Expr) -> str | None:
     if site.leaks:
         return "rows that may see no key send gradients through their added masks, which no fused kernel does"
-    large = any(absorbs(f, site.loads, finite=True) for f in (score, site.sink) if f is not None)
-    if large or site.full is not None or site.rounding is not None:
+    if site.full is not None or site.rounding is not None:
         return "nothing may be left of a row's scores beside its masks, whose gradients no fused kernel has"
     try:
         from xfcompile.kernels.attention import why_no_gradient

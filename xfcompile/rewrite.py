@@ -15,7 +15,7 @@ from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Site, Words, needs_grad
 from xfcompile.liveness import erase_orphans, live_nodes
 from xfcompile.options import Options
-from xfcompile.read import Reading
+from xfcompile.read import Memory, Reading
 from xfcompile.report import Report, SiteReport
 from xfcompile.search import Search
 from xfcompile.site import Miss
@@ -144,10 +144,10 @@ def _candidates(
 def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.Node]:
     """The nodes that compute the root of a site, none of which has a part of it under other modes than the rest."""
     makers = [n for n in reading.makers.get(site.root, ()) if reading.value(n) is site.root]
-    makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads]
+    makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads or _unseen(reading, n)]
     if not makers:
         raise Miss("the result is written into a tensor that is there already", site.root)
-    if any(_is_view(reading, node) for node in makers):
+    if any(_is_view(reading, node) and not _unseen(reading, node) for node in makers):
         raise Miss("the result is a view of a tensor that is there already", site.root)
     scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
     if any(scopes - {reading.scope[node]} for node in makers):
@@ -162,6 +162,20 @@ def _is_view(reading: Reading, node: fx.Node) -> bool:
     return not memories.isdisjoint(reading.memories(older))
 
 
+def _unseen(reading: Reading, node: fx.Node) -> bool:
+    """Whether a node writes its result into a tensor that nothing looks at any more but by this node: relu in place."""
+    written = reading.effects[node].writes
+    if not written or any(memory.external for memory in written):
+        return False
+    older = [n for n in _holding(reading, written) if reading.time[n] < reading.time[node]]
+    return all(reading.time.get(user, -1) <= reading.time[node] for n in older for user in n.users)
+
+
+def _holding(reading: Reading, memories: set[Memory]) -> list[fx.Node]:
+    """The nodes whose tensors lie in some memories."""
+    return [n for n in reading.time if not memories.isdisjoint(reading.memories([n]))]
+
+
 def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ()) -> set[fx.Node]:
     """The nodes of the program that still matter, and those that will when the planned candidates are replaced too."""
     planned = list(planned)
@@ -169,7 +183,9 @@ def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ())
     # What stands for a replaced node lies where the reading saw that node: writes to it still count.
     replaced = {new: old for old, new in changes.instead.items()}
     needed = {replaced.get(n, n) for new in changes.inserted for n in new.all_input_nodes}
-    held = (reading.holder(v, reading.time[c.node]) for c in planned for v in c.operands)
+    # What holds a result that is written in place is replaced with it, however old it is.
+    written = {c.site.root for c in planned if reading.effects[c.node].writes}
+    held = (reading.holder(v, reading.time[c.node]) for c in planned for v in c.operands if v not in written)
     needed |= {node for node in held if node is not None}
     drawn = {reading.steps[v] for c in gone for v in c.drawn if v in reading.steps}
     return live_nodes(reading, without={c.node for c in gone}, needed=needed, dispensable=drawn)
@@ -296,6 +312,9 @@ def _replaced(
         doing = f"replacing {family.title} at {_place(node)}"
         return _left(candidate, report.failed(doing, error, strict=options.strict)), True
     changes.instead[node] = new
+    # What held the result too because it was written there (see `_unseen`) does not any more.
+    older = _holding(reading, reading.effects[node].writes)
+    changes.instead |= {n: new for n in older if reading.time[n] < reading.time[node]}
     changes.inserted += [n for n in graph.nodes if n not in before]
     changes.done.append(candidate)
     log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)

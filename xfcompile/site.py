@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import sympy
 import torch
@@ -215,3 +215,40 @@ class GatedMLPSite:
     dropout: float
     interior: tuple[Value, ...]
     down: Down | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """x [.., K] times a weight, summed over K. `transposed`: the weight is [K, N], not [N, K]."""
+
+    x: Value
+    weight: Value
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class BiasActDropoutSite:
+    """A function of one element of x + bias, dropped out, scaled by channel, with residuals added: all in one formula.
+
+    root: the value that is replaced, [.., N]. formula: one element of it, over the symbols of `activation`.
+    product: what makes x, which the program may have with its bias only; or x, any tensor.
+    bias, vectors: along the last axis. A tensor of one element stands for N of them.
+    tensors: each with the shape that it is broadcast to; in the order of elements, all are as the root is.
+    dropout: the probability; 0 is none. dtype: of x. interior: the values that the replaced call never makes.
+    """
+
+    family: ClassVar[str] = "bias-act-dropout"
+
+    root: Value
+    formula: sympy.Expr
+    product: Product | None
+    x: Value | None
+    bias: Value | None
+    vectors: tuple[Value, ...]
+    tensors: tuple[tuple[Value, tuple[Any, ...]], ...]
+    features: int
+    dropout: float
+    dtype: torch.dtype
+    interior: tuple[Value, ...]
+    drawn: tuple[Value, ...] = ()
+    """The dropout among them."""

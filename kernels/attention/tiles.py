@@ -118,8 +118,8 @@ def choose_backward(
     wide = max(64, padded(max(dq, dv)))
     name = "load" if name.startswith("load") else name
     found = BACKWARD.get((name, kind, 8 * dtype.itemsize, wide))
-    if found is not None and narrow and name != "load" and wide <= 128 and dtype.itemsize == 2:
-        return Tiles(64, 64, 4, 3 if wide == 64 else 2)
+    if found is not None and narrow and name != "load" and wide == 64:
+        return Tiles(64, 64, 4, 3)
     if found is not None:
         return found[0 if linear else 1]
     # Elsewhere nothing is measured: tiles that spill few registers (examples/cross_compile.py).

@@ -47,6 +47,20 @@ def test_lists_of_tiles_compile_for_every_target(results: list[dict[str, Any]]) 
     }
 
 
+def test_bias_activation_and_dropout_compile_for_every_target(results: list[dict[str, Any]]) -> None:
+    mine = {(r["target"], r["kernel"]): r for r in results if r["kernel"].startswith("bias_")}
+    assert set(mine) == {
+        (target, kernel)
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942")
+        for kernel in ("bias_forward", "bias_linear", "bias_backward")
+    }
+    assert mine["sm_90", "bias_linear"]["wgmma"]
+    for target in ("sm_80", "sm_90", "sm_100"):
+        # A mask is made where it is used: eight neighbours by one thread, which exchanges nothing with others.
+        assert mine[target, "bias_forward"]["shared"] == 0
+        assert mine[target, "bias_forward"]["narrow"] <= 1, "the seed"
+
+
 def test_main_configurations_do_not_spill(results: list[dict[str, Any]]) -> None:
     forward = [r for r in results if r["kernel"] not in BACKWARD]
     main = [r for r in forward if (r["kernel"], r["program"]) != ("hopper", "key padding")]

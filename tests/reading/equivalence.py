@@ -50,8 +50,10 @@ class Outcome:
         return found
 
 
-def rewriting(outcome: Outcome, routes: dict[str, str] | None = None, rewrite: bool = True) -> Callable[..., Any]:
-    """A backend for `torch.compile`: the rewrite, then AOTAutograd, then eager ATen."""
+def rewriting(
+    outcome: Outcome, routes: dict[str, str] | None = None, rewrite: bool = True, family: str = "attention"
+) -> Callable[..., Any]:
+    """A backend for `torch.compile`: the rewrite for one family, then AOTAutograd, then eager ATen."""
 
     def keep(gm: fx.GraphModule, _: Any) -> Any:
         outcome.programs.append(gm)
@@ -60,7 +62,7 @@ def rewriting(outcome: Outcome, routes: dict[str, str] | None = None, rewrite: b
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         report = Report()
         if rewrite:
-            rewrite_graph(gm, example_inputs, Options(strict=True, routes=routes or {}), report)
+            rewrite_graph(gm, example_inputs, Options(frozenset([family]), routes or {}, strict=True), report)
         outcome.sites += report.sites
         outcome.graphs.append(copy.deepcopy(gm))
         run = aot_autograd(
@@ -187,6 +189,7 @@ def check(
     dynamic: bool | None = False,
     routes: dict[str, str] | None = None,
     rewrite: bool = True,
+    family: str = "attention",
 ) -> Outcome:
     """Compile, run, compare with eager, and say what was matched. `grad`: compare gradients too.
 
@@ -194,7 +197,7 @@ def check(
     """
     torch._dynamo.reset()
     outcome = Outcome()
-    compiled = torch.compile(fn, backend=rewriting(outcome, routes, rewrite), dynamic=dynamic, fullgraph=False)
+    compiled = torch.compile(fn, backend=rewriting(outcome, routes, rewrite, family), dynamic=dynamic, fullgraph=False)
     ours = run(fn, inputs, grad=grad, double=False, called=compiled)
     eager = run(fn, inputs, grad=grad, double=False)
     exact = run(fn, inputs, grad=grad, double=True)

@@ -55,7 +55,9 @@ def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("program", [plain, causal, window, written_out, length_first, grouped], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "program", [plain, causal, window, written_out, length_first, grouped], ids=lambda f: f.__name__
+)
 def test_a_step_is_as_exact_as_eager(program: object, route: str) -> None:
     check(program, qkv(), route)
 
@@ -186,7 +188,11 @@ def test_a_table_of_relative_positions_gets_its_gradient_through_its_index(inter
     check(swin, inputs, "kernel")
 
 
-@pytest.mark.parametrize("program, shape", [(alibi, (2,)), (sinks, (2,)), (t5, (16, 2))], ids=lambda x: getattr(x, "__name__", str(x)))
-def test_what_sdpa_does_slowly_or_not_at_all_is_left_to_inductor_on_cpus(program: object, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "program, shape", [(alibi, (2,)), (sinks, (2,)), (t5, (16, 2))], ids=lambda x: getattr(x, "__name__", str(x))
+)
+def test_what_sdpa_does_slowly_or_not_at_all_is_left_to_inductor_on_cpus(
+    program: object, shape: tuple[int, ...]
+) -> None:
     report = check(program, [*qkv(), numbers(*shape, seed=9)], "default", expected="inductor")
     assert "gradient" in str(report.sites[0].reason) or "sinks" in str(report.sites[0].reason)

@@ -6,10 +6,11 @@ from typing import Any
 
 from xfcompile import extension
 from xfcompile.families.attention import ATTENTION
+from xfcompile.families.bias_act_dropout import BIAS_ACT_DROPOUT
 from xfcompile.families.gated_mlp import GATED_MLP
 from xfcompile.family import Family
 
-FAMILIES: tuple[Family[Any, Any], ...] = (ATTENTION, GATED_MLP)
+FAMILIES: tuple[Family[Any, Any], ...] = (ATTENTION, GATED_MLP, BIAS_ACT_DROPOUT)
 """In the order in which they are replaced: what one has replaced, and what lay inside of it, is no part of a site of a
 later one. Its result may be an operand of theirs, and theirs of it."""
 
