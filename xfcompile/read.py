@@ -110,7 +110,7 @@ class Reading:
         """For each node, the values that its reading made, its own result and any on the way."""
         self.children: list[tuple[fx.Node, Reading]] = []
         self.holders: dict[Value, list[tuple[fx.Node, Cell]]] = {}
-        self._inputs = list(example_inputs)
+        self.inputs = list(example_inputs)
         self._outer = list(outer) if outer is not None else None
         self._memories: dict[Any, Memory] = {}
         examples = [x for n in gm.graph.nodes for x in pytree.tree_leaves(_example(n))]
@@ -186,8 +186,8 @@ class Reading:
     def _placeholder(self, node: fx.Node) -> None:
         index = sum(1 for n in self.cells if n.op == "placeholder")
         example = _example(node)
-        if example is None and index < len(self._inputs):
-            example = self._inputs[index]
+        if example is None and index < len(self.inputs):
+            example = self.inputs[index]
         outer = self._outer[index] if self._outer is not None and index < len(self._outer) else None
         if isinstance(example, torch.Tensor):
             memory = self._memory(example)

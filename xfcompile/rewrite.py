@@ -11,6 +11,7 @@ from typing import Any
 from torch import fx
 
 from xfcompile import families
+from xfcompile.aten import export_again, is_exported, output_names
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Site, Words, needs_grad
 from xfcompile.liveness import erase_orphans, live_nodes
@@ -81,6 +82,7 @@ def _rewrite(
         else:
             _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change")
     before, changes = live_nodes(reading), Changes()
+    names = output_names(reading.gm.graph) if is_exported(reading.gm.graph) else None
     replaced: list[tuple[fx.Node, SiteReport]] = []
     for family in search.families:
         candidates, misses = _candidates(reading, search, family, options, report)
@@ -110,6 +112,8 @@ def _rewrite(
         verification.watch(reading, replaced, changes.instead, changes.inserted)
     if changes.done:
         erase_orphans(before, _live(reading, changes), reading.gm.graph)
+        if names is not None:
+            export_again(reading, changes.inserted, names)
         reading.gm.graph.lint()
         reading.gm.recompile()
 
