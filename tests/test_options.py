@@ -14,7 +14,7 @@ from xfcompile.options import KEYS
 
 def test_no_options_are_the_defaults() -> None:
     options, patches = Options.parse(None, None)
-    assert options == Options(patterns=frozenset(families.routes()), routes={}, strict=False)
+    assert options == Options(patterns=frozenset(families.routes()), routes={}, strict=False, verify=False)
     assert patches == {}
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
+from xfcompile.source import RewriteError, source_of
 from xfcompile.trace import Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
 
@@ -109,7 +110,7 @@ class Reading:
         """For each node, the values that its reading made, its own result and any on the way."""
         self.children: list[tuple[fx.Node, Reading]] = []
         self.holders: dict[Value, list[tuple[fx.Node, Cell]]] = {}
-        self._inputs = list(example_inputs)
+        self.inputs = list(example_inputs)
         self._outer = list(outer) if outer is not None else None
         self._memories: dict[Any, Memory] = {}
         examples = [x for n in gm.graph.nodes for x in pytree.tree_leaves(_example(n))]
@@ -120,7 +121,12 @@ class Reading:
             self.time[node] = self._now
             self.scope[node] = self._scope
             self.effects[node] = Effects()
-            self._read(node)
+            try:
+                self._read(node)
+            except RewriteError:
+                raise  # of an inner graph, whose node says more
+            except Exception as error:
+                raise RewriteError(f"reading {node.name} at {source_of(node) or '?'}", error) from error
 
     # -- what is asked of a reading -------------------------------------------------------------------------
 
@@ -180,8 +186,8 @@ class Reading:
     def _placeholder(self, node: fx.Node) -> None:
         index = sum(1 for n in self.cells if n.op == "placeholder")
         example = _example(node)
-        if example is None and index < len(self._inputs):
-            example = self._inputs[index]
+        if example is None and index < len(self.inputs):
+            example = self.inputs[index]
         outer = self._outer[index] if self._outer is not None and index < len(self._outer) else None
         if isinstance(example, torch.Tensor):
             memory = self._memory(example)
