@@ -93,11 +93,16 @@ def _error(x: Tensor, right: Tensor) -> float:
 
 
 def check(
-    program: Program, inputs: Sequence[Tensor], route: str, expected: str | None = None, sites: int = 1
+    program: Program,
+    inputs: Sequence[Tensor],
+    route: str,
+    expected: str | None = None,
+    sites: int = 1,
+    **how: Any,
 ) -> xfcompile.Report:
     """One step, compiled, errs no more than eager does; and its sites ran by `expected`, the route if it is None."""
     report = xfcompile.Report()
-    ours = step(compiled(program, route, report), inputs)
+    ours = step(compiled(program, route, report, **how), inputs)
     routes = [site.route for site in report.sites if site.matched]
     assert routes == [expected or ROUTE[route]] * sites, [(x.route, x.reason) for x in report.sites]
     judge(step(program, doubled(inputs)), step(program, inputs), ours, torch.finfo(inputs[0].dtype).eps)

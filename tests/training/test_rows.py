@@ -1,0 +1,184 @@
+"""Rows without keys, weights that something else uses too, and derivatives by gradcheck in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from step import ROUTE, check, compiled, doubled, judge, numbers, qkv, step
+from torch import Tensor
+
+import xfcompile
+from xfcompile.kernels.attention import prepare
+from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.site import Band, Operand, ScoreSpec
+
+LEAST = torch.finfo(torch.float32).min
+EPS = torch.finfo(torch.float32).eps
+
+
+def padding() -> Tensor:
+    """Which of 23 keys there are: of the first sequence all, of the second none, of the third some."""
+    return torch.arange(23) < torch.tensor([[23], [0], [11]])
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+
+
+# -- rows without keys ----------------------------------------------------------------------------------------------
+
+
+def test_rows_that_sdpa_gives_zero(route: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None, None, :])
+
+    check(program, [*qkv(batch=3), padding()], route)
+
+
+def test_rows_that_get_the_mean_of_all_values(route: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~keep[:, None, None, :], LEAST).softmax(-1) @ v
+
+    check(program, [*qkv(batch=3), padding()], route)
+
+
+def test_rows_of_nan_that_are_made_zero(route: str) -> None:
+    """Eager sends NaN back through rows that were NaN, whatever becomes of them: to their queries, and to all keys and
+    values that they do not see. Ours sends back nothing. Without them both have the same gradients."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return scores(q, k).masked_fill(~keep[:, None, None, :], -math.inf).softmax(-1) @ v
+
+    def without(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return program(q, k, v, keep).nan_to_num(0.0)
+
+    inputs = [*qkv(batch=3), padding()]
+    report = xfcompile.Report()
+    ours = step(compiled(without, route, report), inputs)
+    assert [s.route for s in report.sites] == [ROUTE[route]]
+    assert step(without, inputs)["gradient 0"].isnan().any()
+    seen = [0, 2]
+    assert all(not ours[f"gradient {n}"][1].any() for n in range(3))
+    alive = [x.detach()[seen].requires_grad_(x.requires_grad) for x in inputs]
+
+    def step_of_those(given: list[Tensor]) -> dict[str, Tensor]:
+        """The same loss: its weights are drawn for all sequences."""
+        weights = torch.randn(ours["output 0"].shape, generator=torch.Generator().manual_seed(0))[seen]
+        leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in given]
+        (program(*leaves) * weights.to(given[0].dtype)).sum().backward()
+        return {f"gradient {n}": x.grad for n, x in enumerate(leaves) if x.grad is not None}
+
+    mine = {f"gradient {n}": ours[f"gradient {n}"][seen] for n in range(3)}
+    judge(step_of_those(doubled(alive)), step_of_those(alive), mine, EPS)
+
+
+def test_rows_whose_masks_were_added_are_left_to_inductor(route: str) -> None:
+    """Gradients go through scores beside which -1e9 stands, as through all others."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return (scores(q, k) + torch.where(keep[:, None, None, :], 0.0, -1e9)).softmax(-1) @ v
+
+    inputs = [*qkv(batch=3), padding()]
+    report = xfcompile.Report()
+    ours = step(compiled(program, route, report), inputs)
+    (site,) = report.sites
+    if site.route == "inductor":
+        assert site.reason
+    judge(step(program, doubled(inputs)), step(program, inputs), ours, EPS)
+
+
+# -- weights that something else needs -------------------------------------------------------------------------------
+
+
+def test_weights_that_are_returned(route: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = scores(q, k).softmax(-1)
+        return weights @ v, weights
+
+    report = xfcompile.Report()
+    ours = step(compiled(program, route, report), qkv())
+    judge(step(program, doubled(qkv())), step(program, qkv()), ours, EPS)
+    assert all(site.route == "inductor" or not site.matched for site in report.sites)
+
+
+def test_weights_of_two_products(route: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = scores(q, k).softmax(-1)
+        return weights @ v + weights @ v.square()
+
+    report = xfcompile.Report()
+    ours = step(compiled(program, route, report), qkv())
+    judge(step(program, doubled(qkv())), step(program, qkv()), ours, EPS)
+
+
+def test_weights_in_a_penalty(route: str) -> None:
+    """Their entropy is part of the loss."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        weights = scores(q, k).softmax(-1)
+        return weights @ v, -(weights * weights.log()).sum(-1)
+
+    report = xfcompile.Report()
+    ours = step(compiled(program, route, report), qkv())
+    judge(step(program, doubled(qkv())), step(program, qkv()), ours, EPS)
+
+
+def test_a_result_of_which_a_detached_copy_is_kept(route: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out = scores(q, k).softmax(-1) @ v
+        return out, out.detach() * 2
+
+    check(program, qkv(), route)
+
+
+# -- gradcheck -------------------------------------------------------------------------------------------------------
+
+DOUBLE = torch.float64
+SCALED = S * sympy.Rational(3, 10)
+CAUSAL = Band(None, I + 1, True)
+
+
+def spec(score: sympy.Expr, *shapes: tuple[int, ...], **more: object) -> tuple[ScoreSpec, tuple[tuple[int, ...], ...]]:
+    operands = tuple(Operand(DOUBLE, len(shape)) for shape in shapes)
+    return ScoreSpec(score, operands=operands, **more), shapes  # type: ignore[arg-type]
+
+
+SPECS = {
+    "plain": spec(SCALED),
+    "causal": spec(SCALED, keep=J <= I, band=CAUSAL),
+    "sink": spec(SCALED, (2,), sink=Load(0, H)),
+    "bias": spec(SCALED + Load(0, B, H, I, J), (2, 2, 5, 6)),
+    "bias of keys": spec(SCALED + Load(0, B, J), (2, 6)),
+    "alibi": spec(SCALED + Load(0, H) * (J - I), (2,)),
+    "temperature": spec(S * Load(0, H), (2,)),
+    "table": spec(SCALED + Load(0, H, J - I + 4), (2, 10)),
+    "soft cap": spec(2 * sympy.tanh((SCALED + Load(0, I, J)) / 2), (5, 6), keep=J <= I, band=CAUSAL),
+    "gate": spec(SCALED * Load(0, B, H, I) + Load(1, H, J), (2, 2, 5), (2, 6)),
+    "clamped": spec(Where(SCALED < Load(0, H), SCALED, Load(0, H)), (2,)),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_derivatives_are_those_of_finite_differences(name: str) -> None:
+    """In fp64, through the op, whose CPU implementation is the definition and computes in the inputs' own dtype."""
+    described, shapes = SPECS[name]
+    key = prepare(described)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=DOUBLE).requires_grad_()
+
+    def through(q: Tensor, k: Tensor, v: Tensor, *operands: Tensor) -> Tensor:
+        out: Tensor = torch.ops.xfcompile.attention(q, k, v, list(operands), [], [], key)[0]
+        assert out.dtype == DOUBLE
+        return out
+
+    inputs = [draw(2, 2, 5, 2), draw(2, 2, 6, 2), draw(2, 2, 6, 3), *(draw(*shape) for shape in shapes)]
+    assert torch.autograd.gradcheck(through, inputs, fast_mode=name != "plain")
+    heads = [draw(2, 4, 5, 2), *inputs[1:]]
+    if all(H not in load.free_symbols for load in described.score.atoms(Load)) and described.sink is None:
+        assert torch.autograd.gradcheck(through, heads, fast_mode=True)
