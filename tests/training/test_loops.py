@@ -337,7 +337,9 @@ def test_a_length_that_changes_under_way(lengths: tuple[int, ...], interpreter: 
     assert report.graphs == 2
 
 
-@pytest.mark.xfail(strict=True, raises=BackendCompilerFailed, reason="a root of an unknown head dimension is not printed")
+@pytest.mark.xfail(
+    strict=True, raises=BackendCompilerFailed, reason="a root of an unknown head dimension is not printed"
+)
 def test_a_head_dimension_that_is_not_known(interpreter: None) -> None:
     check(attention, qkv(), "kernel", expected="inductor", dynamic=True)
 

@@ -8,7 +8,7 @@ import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from step import ROUTE, check, compiled, doubled, judge, numbers, qkv, step
+from step import ROUTE, check, compiled, doubled, judge, qkv, step
 from torch import Tensor
 
 import xfcompile
@@ -158,7 +158,7 @@ SPECS = {
     "table": spec(SCALED + Load(0, H, J - I + 4), (2, 10)),
     "soft cap": spec(2 * sympy.tanh((SCALED + Load(0, I, J)) / 2), (5, 6), keep=J <= I, band=CAUSAL),
     "gate": spec(SCALED * Load(0, B, H, I) + Load(1, H, J), (2, 2, 5), (2, 6)),
-    "clamped": spec(Where(SCALED < Load(0, H), SCALED, Load(0, H)), (2,)),
+    "clamped": spec(Where(Load(0, H) > SCALED, SCALED, Load(0, H)), (2,)),
 }
 
 
