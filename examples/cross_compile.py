@@ -1,4 +1,4 @@
-"""Compiles the attention kernels for GPUs that need not be here, and shows registers, spills and shared memory."""
+"""Compiles the kernels for GPUs that need not be here, and shows registers, spills and shared memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bias_jobs
+import gated_jobs
 import sympy
 import torch
 import triton
@@ -76,7 +78,10 @@ CACHES = {
 
 @dataclass(frozen=True)
 class Job:
-    """rows: query rows that share a head of k and v, in the kernels for few of them."""
+    """rows: query rows that share a head of k and v, in the kernels for few of them; of a gated MLP, all rows.
+
+    dim: of a head. training: whether a gated MLP saves its projections. dropout: whether it drops out.
+    """
 
     program: str
     dtype: torch.dtype
@@ -84,6 +89,8 @@ class Job:
     target: str
     kernel: str = "attention_forward"
     rows: int = 4
+    training: bool = False
+    dropout: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,10 @@ class Compiled:
 def jobs(all_programs: bool) -> Iterator[Job]:
     """The main configurations; with all programs, everything that the benchmark runs and every dtype and head dim."""
     for target in TARGETS:
+        for kernel in bias_jobs.KERNELS:
+            for name in bias_jobs.PROGRAMS if all_programs else ("gelu, dropout",):
+                for dtype in (torch.bfloat16, torch.float32) if all_programs else (torch.bfloat16,):
+                    yield Job(name, dtype, 0, target, kernel)
         yield Job("causal", torch.bfloat16, 64, target)
         yield Job("causal", torch.bfloat16, 128, target)
         for name in ("documents", "causal from a buffer"):
@@ -126,6 +137,7 @@ def jobs(all_programs: bool) -> Iterator[Job]:
             for program in ("plain", "growing cache", "mask of a cache"):
                 yield Job(program, torch.bfloat16, dim, target, "decode_split")
             yield Job("plain", torch.bfloat16, dim, target, "decode_combine")
+        yield from gated(target, all_programs)
         if not all_programs:
             continue
         for kernel in BACKWARD:
@@ -154,12 +166,37 @@ def jobs(all_programs: bool) -> Iterator[Job]:
                 yield Job(name, torch.float32, dim, target, "decode_split")
 
 
+def gated(target: str, all_programs: bool) -> Iterator[Job]:
+    """The kernels of gated MLPs: for one row, few and many; with all programs, every formula, dtype and dropout."""
+    for program in gated_jobs.PROGRAMS if all_programs else ("SwiGLU",):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32) if all_programs else (torch.bfloat16,):
+            for kernel in gated_jobs.KERNELS:
+                if not gated_jobs.exists(kernel, TARGETS[target], dtype):
+                    continue
+                for rows in (1, 16) if kernel == "gated_few" else (4096,):
+                    yield Job(program, dtype, 0, target, kernel, rows)
+                    if kernel.startswith("gated_forward"):
+                        yield Job(program, dtype, 0, target, kernel, rows, training=True)
+                    if all_programs:
+                        yield Job(program, dtype, 0, target, kernel, rows, dropout=True)
+
+
 BACKWARD = ("dq", "dkdv")
 
 
 def compile_job(job: Job) -> Compiled | None:
     """None where the kernel is not the one for such a program."""
     target = TARGETS[job.target]
+    if job.kernel in bias_jobs.KERNELS:
+        tile = bias_jobs.tile_of(job.kernel, job.dtype)
+        compiled = bias_jobs.compile_bias(job.program, job.kernel, job.dtype, target)
+        return outcome(job, compiled, Tiles(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages))
+    if job.kernel in gated_jobs.KERNELS:
+        made = gated_jobs.compile_gated(
+            job.program, job.kernel, job.dtype, target, job.rows, save=job.training, dropout=job.dropout
+        )
+        t = gated_jobs.tiles_of(job.kernel, target, job.dtype, job.rows, job.training)
+        return outcome(job, made, Tiles(t.block_m, t.block_n, t.num_warps, t.num_stages))
     if job.kernel in ("hopper", "tile_verdicts"):
         spec = mask_or_spec(job)
         compiled = compile_hopper(spec, job.dtype, job.dim) if job.kernel == "hopper" else compile_lists(spec, target)
@@ -334,7 +371,7 @@ def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
         "DQ": job.dim, "DV": job.dim, "BLOCK_DQ": wide_q, "BLOCK_DV": wide_v, "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "PRECISION": "ieee", "UPCAST": False, "EXACT": job.dtype == torch.float32,
         "FAST": 2 if backward.spec.coarse and target.backend == "cuda" else int(job.dtype.itemsize == 2),
-        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "EDGE_M": False, "EDGE_N": False,
+        "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "ALWAYS": False, "EDGE_M": False, "EDGE_N": False,
         **dict.fromkeys(("NEED_DQ", "NEED_DK", "NEED_DV", "NEED_DX"), True),
         **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_([a-z]d|ln)", name)},
         **{f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(backward.spec.operands)},
@@ -343,11 +380,7 @@ def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
     any_number = {"group", "heads", "batch", "list_b", "list_h", *(x.name for x in backward.spec.scalars)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        kind = (
-            "*fp32"
-            if name in ("delta_ptr", "top_ptr", "inverse_ptr", "dload_ptr")
-            else _type(name, job.dtype, backward.spec)
-        )
+        kind = "*fp32" if name in ("pair_ptr", "inverse_ptr", "dload_ptr") else _type(name, job.dtype, backward.spec)
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and name not in any_number:
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -403,7 +436,7 @@ def _number(pattern: str, text: str) -> int:
 
 
 def show(results: list[Compiled]) -> Table:
-    table = Table(title=f"attention, triton {triton.__version__}")
+    table = Table(title=f"triton {triton.__version__}")
     for column in ("kernel", "program", "dtype", "target"):
         table.add_column(column)
     for column in ("D", "tiles, warps, stages", "registers", "spills", "shared KiB", "wgmma", "16-byte loads, others"):

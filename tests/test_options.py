@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from xfcompile import Options
+from xfcompile import Options, families
 from xfcompile.options import KEYS
 
 
 def test_no_options_are_the_defaults() -> None:
     options, patches = Options.parse(None, None)
-    assert options == Options(patterns=frozenset({"attention"}), routes={}, strict=False)
+    assert options == Options(patterns=frozenset(families.routes()), routes={}, strict=False, verify=False)
     assert patches == {}
 
 

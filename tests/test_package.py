@@ -159,7 +159,7 @@ def test_transformers_works_from_the_repositorys_root(hugging_face: bool, tmp_pa
         with torch.no_grad(), xfcompile.collect() as report:
             found = torch.compile(model, backend=xfcompile.xformers)(x).last_hidden_state
             torch.testing.assert_close(found, model(x).last_hidden_state)
-        print(len(report.sites), report.failures)
+        print(sum(s.family == "attention" for s in report.sites), report.failures)
         import kernels
         print(kernels.__file__)
         print(transformers.utils.import_utils.is_kernels_available())

@@ -84,7 +84,7 @@ def test_a_formula_with_brackets_is_not_taken_for_markup() -> None:
 
 def test_our_own_errors_are_shown() -> None:
     report = Report(graphs=1)
-    report.fail("replacing attention at mine.py:3", KeyError("k"))
+    report.failed("replacing attention at mine.py:3", KeyError("k"))
     assert report.failures == ["replacing attention at mine.py:3: KeyError: 'k'"]
     assert "KeyError: 'k'" in report.render(120)
 

@@ -1,11 +1,32 @@
 """Attention in plain PyTorch, compiled as fused calls: `torch.compile(model, backend="xformers")`."""
 
-# The functions `rewrite` and `explain` are bound here after the modules of the same names are imported: importing one
-# of these modules later does not bind its name again.
+# The functions `rewrite`, `explain` and `verify` are bound here after the modules of the same names are imported:
+# importing one of these modules later does not bind its name again.
 from xfcompile.backend import rewrite, xformers
+from xfcompile.checks import Check, Difference, VerificationError
 from xfcompile.explain import explain
+from xfcompile.extension import register_family, unregister_family
+from xfcompile.family import Family
 from xfcompile.options import Options
 from xfcompile.report import Report, SiteReport, collect
+from xfcompile.source import RewriteError
+from xfcompile.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Report", "SiteReport", "collect", "explain", "rewrite", "xformers"]
+__all__ = [
+    "Check",
+    "Difference",
+    "Family",
+    "Options",
+    "Report",
+    "RewriteError",
+    "SiteReport",
+    "VerificationError",
+    "collect",
+    "explain",
+    "register_family",
+    "rewrite",
+    "unregister_family",
+    "verify",
+    "xformers",
+]

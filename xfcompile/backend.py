@@ -13,6 +13,7 @@ from torch import fx
 from xfcompile.options import Options
 from xfcompile.report import Report, publish
 from xfcompile.rewrite import rewrite_graph
+from xfcompile.verification import Verification
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,32 @@ def xformers(
     from xfcompile.identity import identified
 
     ours, patches = Options.parse(mode, options)
-    report = rewrite(gm, example_inputs, ours)
+    before = _snapshot(gm)
+    report, verification = _rewritten(gm, example_inputs, ours, before)
+
     # Callable for any graph module; its other results are those of ahead-of-time compilation.
-    compiled = compile_fx(gm, example_inputs, config_patches=identified(patches, ours.fingerprint()))
+    def compiled() -> Callable[..., Any]:
+        return compile_fx(gm, example_inputs, config_patches=identified(patches, ours.fingerprint()))  # type: ignore
+
+    try:
+        run = compiled()
+    except Exception as error:
+        if ours.strict or _control_flow(error) or not any(site.replaced for site in report.sites):
+            raise
+        _restore(before)
+        run = compiled()  # an error that the program has without us is raised here, as it is
+        report, verification = _failed("compiling a rewritten graph", error, strict=False), None
+        _warn(report.failures)
     # Only now: Inductor may have Dynamo trace anew, with numbers in place of symbols, and call us again.
     publish(report)
-    return compiled  # type: ignore[return-value]
+    return run if verification is None else verification.before(run, strict=ours.strict)
+
+
+def _control_flow(error: Exception) -> bool:
+    """Whether an error is how torch asks Dynamo to trace anew, or to break the graph."""
+    import torch._dynamo.exc as exc
+
+    return isinstance(error, (exc.RestartAnalysis, exc.Unsupported, exc.SkipFrame))
 
 
 def rewrite(
@@ -51,21 +72,44 @@ def rewrite(
     and is in `Report.failures`, unless `options` says `strict`.
     """
     options = Options.of(options)
+    if options.verify:
+        raise ValueError(
+            "option 'verify' needs a run: xfcompile.verify(gm, *inputs) rewrites and runs a graph, or any program"
+        )
+    return rewritten(gm, example_inputs, options)[0]
+
+
+def rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[Report, Verification | None]:
+    """`rewrite`, with what verifies it, if the options ask for that."""
+    return _rewritten(gm, example_inputs, options, _snapshot(gm))
+
+
+def _rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, before: list[tuple[fx.GraphModule, fx.Graph]]
+) -> tuple[Report, Verification | None]:
+    # Reading traces, which sets flags of torch's that all threads share: no other thread may compile meanwhile.
+    from torch._dynamo.convert_frame import compile_lock
+
     report = Report(graphs=1)
-    before = _snapshot(gm)
+    verification: Verification | None = None
     try:
-        rewrite_graph(gm, example_inputs, options, report)
+        with compile_lock:
+            verification = rewrite_graph(gm, example_inputs, options, report)
     except Exception as error:
-        if options.strict:
-            raise
-        log.debug("rewriting failed", exc_info=True)
+        report = _failed("rewriting a graph", error, strict=options.strict)
         _restore(before)
-        # Nothing that was reported of this graph holds any more.
-        report = Report(graphs=1)
-        report.fail("rewriting a graph", error)
     if report.failures:
         _warn(report.failures)
     log.info("%s", report.summary())
+    return report, verification
+
+
+def _failed(doing: str, error: Exception, *, strict: bool) -> Report:
+    """The report of a graph of which nothing holds any more that was reported."""
+    report = Report(graphs=1)
+    report.failed(doing, error, strict=strict)
     return report
 
 

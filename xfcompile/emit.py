@@ -53,18 +53,18 @@ class Emitter:
         return node
 
     def _tell_example(self, node: fx.Node, fn: Callable[..., Any] | str) -> None:
-        """Give the node the fake value that Dynamo's nodes have: AOTAutograd caches no graph in which a method is
-        called on something that has none."""
+        """Give the node the fake value that the graph's nodes have: AOTAutograd caches no graph in which a method is
+        called on something that has none, and no node of an exported program may be without."""
         mode = self.reading.mode
         inputs = node.all_input_nodes
-        if mode is None or any("example_value" not in n.meta for n in inputs):
+        key = next((k for k in ("example_value", "val") if all(k in n.meta for n in inputs)), None)
+        if key == "example_value" and not inputs and any("val" in n.meta for n in self.graph.nodes):
+            key = "val"
+        if mode is None or key is None:
             return
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[key])
         with mode:
-            if isinstance(fn, str):
-                node.meta["example_value"] = getattr(args[0], fn)(*args[1:], **kwargs)
-            else:
-                node.meta["example_value"] = fn(*args, **kwargs)
+            node.meta[key] = getattr(args[0], fn)(*args[1:], **kwargs) if isinstance(fn, str) else fn(*args, **kwargs)
 
     def size(self, expr: Any) -> Any:
         """A size as an int, or the node that holds it."""
@@ -128,6 +128,18 @@ class Emitter:
         if node is None:
             raise Miss("an operand is changed before the result is computed", value)
         return node
+
+    def seed(self, device: torch.device) -> tuple[fx.Node, int]:
+        """The seed of dropout's random numbers, one for a graph, and a stream of them that is this call's own.
+
+        A node of the graph draws it, so that the backward, a checkpoint's recomputation and CUDA graphs see the same.
+        """
+        key = ("seed", device)
+        if key not in self.shared:
+            self.shared[key] = self.call(torch.randint, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        stream = sum(k[:2] == ("stream", device) for k in self.shared if isinstance(k, tuple))
+        self.shared["stream", device, stream] = self.shared[key]
+        return self.shared[key], stream
 
     def choose(self, readings: tuple[Placed, ...]) -> Placed:
         """The deepest reading of an operand that a node still holds here."""

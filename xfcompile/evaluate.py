@@ -115,7 +115,24 @@ def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]
 
 
 # Functions of real numbers: whatever they are given is a real number first.
-REAL = frozenset(["tanh", "exp", "log", "erf", "sin", "cos", "ToFloat", "IntTrueDiv", "FloatTrueDiv", "FloatPow"])
+REAL = frozenset(
+    [
+        "tanh",
+        "exp",
+        "log",
+        "erf",
+        "Ndtr",
+        "Sigmoid",
+        "Softplus",
+        "Expm1",
+        "sin",
+        "cos",
+        "ToFloat",
+        "IntTrueDiv",
+        "FloatTrueDiv",
+        "FloatPow",
+    ]
+)
 
 FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Add": _fold(operator.add),
@@ -127,9 +144,13 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Max": _fold(_tensors(torch.maximum)),
     "Abs": abs,
     "tanh": torch.tanh,
+    "Sigmoid": torch.sigmoid,
     "exp": torch.exp,
     "log": torch.log,
     "erf": torch.erf,
+    "Ndtr": torch.special.ndtr,
+    "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "Expm1": torch.expm1,
     "sin": torch.sin,
     "cos": torch.cos,
     "sign": _tensors(torch.sign),

@@ -21,18 +21,18 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     compiled program gathers the same of whatever is compiled there.
     """
     with collect() as report:
-        torch.compile(_fresh_call(), backend=_fresh_backend())(_original(fn), args, kwargs)
+        torch.compile(fresh_call(), backend=_fresh_backend())(original(fn), args, kwargs)
     return report
 
 
-def _original(fn: Callable[..., Any]) -> Callable[..., Any]:
+def original(fn: Callable[..., Any]) -> Callable[..., Any]:
     """What a user gave to torch.compile, if this is its result."""
     if isinstance(fn, torch._dynamo.OptimizedModule):
         return fn._orig_mod
     return getattr(fn, "_torchdynamo_orig_callable", fn)
 
 
-def _fresh_call() -> Callable[..., Any]:
+def fresh_call() -> Callable[..., Any]:
     """A function that calls a function. Dynamo keeps what it compiled by code object: a new one starts from nothing,
     and does not count against the recompile limit of the user's own code."""
 

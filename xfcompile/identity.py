@@ -38,7 +38,7 @@ def package_hash() -> str:
 class Identified(CustomGraphPass):
     """The user's own passes, if there are any, under a name that says which xfcompile made the graph."""
 
-    def __init__(self, identity: str, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+    def __init__(self, identity: str | None, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
         self.identity = identity
         self.passes = tuple(passes)
 
@@ -47,13 +47,15 @@ class Identified(CustomGraphPass):
             apply(graph)
 
     def uuid(self) -> Any | None:
-        """None, which is no caching at all, if one of the user's passes cannot be identified."""
+        """None, which is no caching at all, if we or one of the user's passes cannot be identified."""
         theirs = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self.passes]
-        return None if None in theirs else ("xfcompile", self.identity, *theirs)
+        return None if self.identity is None or None in theirs else ("xfcompile", self.identity, *theirs)
 
 
-def identified(patches: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-    """Inductor's patches, with our identity in them: the package's hash and the options it ran with."""
+def identified(patches: Mapping[str, Any], fingerprint: str | None) -> dict[str, Any]:
+    """Inductor's patches, with our identity in them: the package's hash and the options it ran with. fingerprint: of
+    the options (`Options.fingerprint`), None if what they ask for cannot be identified."""
     present = patches.get(FIELD, getattr(config, FIELD))
     passes = present if isinstance(present, (list, tuple)) else () if present is None else (present,)
-    return {**patches, FIELD: Identified(f"{package_hash()} {fingerprint}", passes)}
+    identity = None if fingerprint is None else f"{package_hash()} {fingerprint}"
+    return {**patches, FIELD: Identified(identity, passes)}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, get_origin
 
-from xfcompile import families
+from xfcompile import extension, families
 
 
 @dataclass(frozen=True)
@@ -17,17 +17,21 @@ class Options:
     patterns: the families that are looked for.
     routes: a family's route, where the usual choice is not wanted. A site that cannot take it is left to Inductor.
     strict: raise our own errors, instead of leaving what they concern to Inductor with a warning.
+    verify: at the first run of a compiled graph run each replaced site beside its original, both against fp64, and
+        report the errors (`Report.checks`). A site that is wrong is a warning, and with `strict` an error.
     """
 
     patterns: frozenset[str] = field(default_factory=lambda: frozenset(families.routes()))
     routes: Mapping[str, str] = field(default_factory=dict, hash=False)
     strict: bool = False
+    verify: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", _families(self.patterns))
         object.__setattr__(self, "routes", _routes(self.routes))
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"option 'strict' must be True or False, not {self.strict!r}")
+        for name in ("strict", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"option {name!r} must be True or False, not {getattr(self, name)!r}")
 
     @staticmethod
     def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -58,9 +62,14 @@ class Options:
                 raise ValueError(f"unknown option {key!r}{_nearest(key, KEYS)}; the options are {_listed(KEYS)}")
         return Options(**(options or {}))
 
-    def fingerprint(self) -> str:
-        """A string that differs wherever the options do."""
-        return f"patterns={sorted(self.patterns)} routes={sorted(self.routes.items())} strict={self.strict}"
+    def fingerprint(self) -> str | None:
+        """A string that differs wherever the options ask for other code (not for a run beside it), or the families of
+        other packages that they name are others; None if what these are made of cannot be read."""
+        others = extension.identity(self.patterns)
+        if others is None:
+            return None
+        words = f"patterns={sorted(self.patterns)} routes={sorted(self.routes.items())} strict={self.strict}"
+        return f"{words} others={others}" if others else words
 
 
 KEYS = tuple(f.name for f in fields(Options))

@@ -10,6 +10,7 @@ import sympy
 import torch
 
 from xfcompile.family import Candidate, Route
+from xfcompile.kernels import philox
 from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
 from xfcompile.score import B, H, J, Load, S
@@ -185,8 +186,12 @@ def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool) -> st
         reason = _why_no_backward(site, score)
         if reason is not None:
             return reason
-    if site.dropout:
-        return "our kernel drops no weights out yet"
+    if site.dropout and not philox.fine_enough(site.dropout):
+        return f"a rate of dropout of {site.dropout:g} is finer than our kernel's random numbers"
+    if site.dropout == 1:
+        return "all weights are dropped out"
+    if site.dropout and site.dead == "mean" and not site.alive:
+        return "the weights of rows that may see no key are dropped out too"
     if site.dead == "unknown" and not site.alive:
         return "a row may see no key, and what it gets has no simple rule"
     device = site.root.meta.device
@@ -205,8 +210,7 @@ def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool) -> st
 def _why_no_backward(site: AttentionSite, score: sympy.Expr) -> str | None:
     if site.leaks:
         return "rows that may see no key send gradients through their added masks, which no fused kernel does"
-    large = any(absorbs(f, site.loads, finite=True) for f in (score, site.sink) if f is not None)
-    if large or site.full is not None or site.rounding is not None:
+    if site.full is not None or site.rounding is not None:
         return "nothing may be left of a row's scores beside its masks, whose gradients no fused kernel has"
     try:
         from xfcompile.kernels.attention import why_no_gradient

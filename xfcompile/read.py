@@ -17,6 +17,7 @@ from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
+from xfcompile.source import RewriteError, source_of
 from xfcompile.trace import Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
 
@@ -109,7 +110,7 @@ class Reading:
         """For each node, the values that its reading made, its own result and any on the way."""
         self.children: list[tuple[fx.Node, Reading]] = []
         self.holders: dict[Value, list[tuple[fx.Node, Cell]]] = {}
-        self._inputs = list(example_inputs)
+        self.inputs = list(example_inputs)
         self._outer = list(outer) if outer is not None else None
         self._memories: dict[Any, Memory] = {}
         examples = [x for n in gm.graph.nodes for x in pytree.tree_leaves(_example(n))]
@@ -120,7 +121,12 @@ class Reading:
             self.time[node] = self._now
             self.scope[node] = self._scope
             self.effects[node] = Effects()
-            self._read(node)
+            try:
+                self._read(node)
+            except RewriteError:
+                raise  # of an inner graph, whose node says more
+            except Exception as error:
+                raise RewriteError(f"reading {node.name} at {source_of(node) or '?'}", error) from error
 
     # -- what is asked of a reading -------------------------------------------------------------------------
 
@@ -180,8 +186,8 @@ class Reading:
     def _placeholder(self, node: fx.Node) -> None:
         index = sum(1 for n in self.cells if n.op == "placeholder")
         example = _example(node)
-        if example is None and index < len(self._inputs):
-            example = self._inputs[index]
+        if example is None and index < len(self.inputs):
+            example = self.inputs[index]
         outer = self._outer[index] if self._outer is not None and index < len(self._outer) else None
         if isinstance(example, torch.Tensor):
             memory = self._memory(example)
@@ -485,6 +491,8 @@ class Reading:
         effects.opaque = True
         operands = [self.cells.get(a) for a in node.args if isinstance(a, fx.Node)]
         operands = [c for c in operands if not isinstance(c, fx.GraphModule)]
+        if _name(node) == "autograd_function_apply" and self._custom_gradient(node, bodies, operands):
+            return
         checkpoint = _name(node) in (
             "tag_activation_checkpoint",
             "wrap_activation_checkpoint",
@@ -513,8 +521,64 @@ class Reading:
 
         self.cells[node] = pytree.tree_map(fresh, example)
 
+    def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
+        """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its
+        forward and its backward compute. What is made of it has the gradient that its author wrote."""
+        example = _example(node)
+        results = example if isinstance(example, (tuple, list)) else (example,)
+        if len(bodies) != 2 or len(results) != 1 or not all(isinstance(c, Cell) for c in operands):
+            return False
+        given = [c.value for c in operands]
+        forward = Reading(bodies[0], values=self.values, programs=self.programs, outer=given)
+        outs, saved = _pair(forward)
+        if len(outs) != 1 or None in saved or not isinstance(results[0], torch.Tensor):
+            return False
+        grad = self.values.leaf(meta_of(results[0]), "gradient")
+        backward = Reading(bodies[1], values=self.values, programs=self.programs, outer=[grad, *saved])
+        expected = sum(n.op == "placeholder" for n in bodies[1].graph.nodes)
+        if expected != 1 + len(saved) or not (_is_pure(forward) and _is_pure(backward)):
+            return False
+        gradients = tuple(backward.value(n) for n in _outputs(backward) if isinstance(n, fx.Node))
+        if len(gradients) != len(given) or None in (*outs, *gradients):
+            return False
+        args = {"args": tuple(given), "forward": outs[0], "grad": grad, "backward": gradients}
+        value = self.values.intern("custom_gradient", args, meta_of(results[0]))
+        self.steps.setdefault(value, node)
+        self.makers.setdefault(value, []).append(node)
+        self.inside[node] = [value]
+        self.effects[node].opaque = False
+        self.children += [(node, forward), (node, backward)]
+        cell = Cell(value, Memory(external=False))
+        self.cells[node] = (cell,) if isinstance(example, (tuple, list)) else cell
+        return True
+
 
 _UNKNOWN = object()
+
+
+def _outputs(reading: Reading) -> tuple[Any, ...]:
+    """What a graph returns."""
+    (output,) = (n for n in reading.time if n.op == "output")
+    returned = output.args[0]
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def _pair(reading: Reading) -> tuple[list[Value | None], list[Value | None]]:
+    """The values of a graph that returns two tuples, results and what is saved; nothing where it is another one."""
+    returned = _outputs(reading)
+    if len(returned) != 2 or not all(isinstance(x, (tuple, list)) for x in returned):
+        return [], []
+    results, saved = ([reading.value(n) if isinstance(n, fx.Node) else None for n in part] for part in returned)
+    return results, saved
+
+
+def _is_pure(reading: Reading) -> bool:
+    """Whether a graph writes to nothing, draws nothing, and does nothing to the process that it does not take back."""
+    for node, effects in reading.effects.items():
+        opaque = effects.opaque and getattr(node.target, "__name__", "") != "_set_grad_enabled"
+        if effects.writes or effects.random or opaque:
+            return False
+    return not reading.children
 
 
 class _Slice(NamedTuple):

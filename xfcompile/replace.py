@@ -256,6 +256,8 @@ def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype)
     loaded: tuple[Any, Any, Any] = (operands, ints, [])
     tiles = _tiles(emitter, site, dtype, q, loaded, key)
     more: dict[str, Any] = {"heads_first": True} if _heads_first(candidate) else {}
+    if site.dropout:
+        more["seed"], more["stream"] = emitter.seed(site.root.meta.device)
     if candidate.training and tiles:
         more["tiles_by_key"] = _tiles(emitter, site, dtype, q, loaded, key, by_key=True)[0]
     made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **more)
@@ -348,6 +350,7 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
         full=renumber(full),
         floor=site.floor,
         coarse=site.product_dtype == torch.bfloat16,
+        dropout=site.dropout,
     )
     return spec, operands, ints
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import sys
@@ -12,9 +13,16 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from xfcompile.checks import Check
+from xfcompile.checks import summary as summary_of_checks
+from xfcompile.checks import table as table_of_checks
+from xfcompile.source import RewriteError
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+
+log = logging.getLogger(__name__)
 
 LONGEST = 240
 """Characters of a formula that the table shows; `SiteReport` holds all of it."""
@@ -42,6 +50,11 @@ class SiteReport:
     tiles: str | None = None
 
     @property
+    def replaced(self) -> bool:
+        """Whether something else stands in its place, or may: an SDPA call that stayed as it was counts too."""
+        return self.matched and self.route != "inductor"
+
+    @property
     def kind(self) -> SiteReport:
         """The same entry without the numbers in its module's name: alike for all layers of a model."""
         return SiteReport(**{**asdict(self), "module": self.module and re.sub(r"\d+", "*", self.module)})
@@ -49,23 +62,34 @@ class SiteReport:
 
 @dataclass
 class Report:
-    """All candidates of the graphs that were read. `failures`: errors of our own; each left a site as it was."""
+    """All candidates of the graphs that were read. `failures`: errors of our own; each left a site as it was.
+    `checks`: the replaced sites that were run beside their originals (option `verify`)."""
 
     sites: list[SiteReport] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     graphs: int = 0
+    checks: list[Check] = field(default_factory=list)
 
     def add(self, site: SiteReport) -> None:
         self.sites.append(site)
 
-    def fail(self, doing: str, error: BaseException) -> None:
-        """Record an error of our own, and what was being done."""
-        self.failures.append(f"{doing}: {type(error).__name__}: {error}")
+    def failed(self, doing: str, error: Exception, *, strict: bool = False) -> str:
+        """Record an error of our own, or raise it if `strict`; the reason to be given for what is left as it was."""
+        if isinstance(error, RewriteError) and isinstance(error.__cause__, Exception):
+            doing, error = error.doing, error.__cause__
+        words = f"{doing}: {type(error).__name__}: {error}"
+        if strict:
+            raise RewriteError(doing, error) from error
+        log.debug("%s", words, exc_info=error)
+        if words not in self.failures:  # of a checkpoint and of what is around it, say
+            self.failures.append(words)
+        return f"an error of xfcompile: {type(error).__name__}: {error}"
 
     def extend(self, other: Report) -> None:
         self.sites += other.sites
         self.failures += other.failures
         self.graphs += other.graphs
+        self.checks += other.checks
 
     def summary(self) -> str:
         """One line: "24 attention sites: 24 matched (24 sdpa)"."""
@@ -88,6 +112,7 @@ class Report:
             "graphs": self.graphs,
             "sites": [asdict(site) for site in self.sites],
             "failures": list(self.failures),
+            "checks": [asdict(check) for check in self.checks],
         }
 
     def __str__(self) -> str:
@@ -109,6 +134,10 @@ class Report:
         if self.sites:
             yield self._table(options.max_width)
         yield Text(self.summary(), style="bold")
+        if self.checks:
+            yield Text("")
+            yield table_of_checks(self.checks, options.max_width)
+            yield Text(summary_of_checks(self.checks), style="bold")
         for failure in self.failures:
             yield Text(f"error in xfcompile, left to Inductor: {failure}", style="red")
 

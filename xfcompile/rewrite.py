@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from xfcompile import families
+from xfcompile.aten import export_again, is_exported, output_names
 from xfcompile.emit import Emitter
-from xfcompile.family import Candidate, Family, Route, Setting, Site, needs_grad
+from xfcompile.family import Candidate, Family, Route, Setting, Site, Words, needs_grad
 from xfcompile.liveness import erase_orphans, live_nodes
 from xfcompile.options import Options
-from xfcompile.read import Reading
+from xfcompile.read import Memory, Reading
 from xfcompile.report import Report, SiteReport
 from xfcompile.search import Search
 from xfcompile.site import Miss
+from xfcompile.source import source_of
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
+from xfcompile.verification import Verification
 
 log = logging.getLogger(__name__)
-
-_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
-"""Where no line is the user's: `explain` calls what it explains from here."""
 
 _TRANSPARENT = frozenset(
     "tag_activation_checkpoint wrap_activation_checkpoint wrap invoke_subgraph cond wrap_with_set_grad_enabled "
@@ -48,37 +47,52 @@ class Changes:
     taken: dict[Value, Family[Any, Any]] = field(default_factory=dict)
 
 
-def rewrite_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> None:
+def rewrite_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
+) -> Verification | None:
     """Recognise and replace the sites of `gm`, and of the graphs inside it, in place; record each in `report`.
 
     example_inputs: the graph's inputs, fake or real, for placeholders without metadata of their own.
+    Returns what runs the replaced sites beside their originals, if `options` says `verify` and there are any.
     """
-    wanted = [family for family in families.FAMILIES if family.name in options.patterns]
+    wanted = [family for family in families.known() if family.name in options.patterns]
     if not wanted:
-        return
+        return None
     reading, search = Reading(gm, example_inputs), Search(wanted)
     if unfold(reading, search):
         reading, search = Reading(gm, example_inputs, programs=reading.programs), Search(wanted)
-    _rewrite(reading, search, options, report)
+    verification = Verification(reading) if options.verify else None
+    _rewrite(reading, search, options, report, verification)
+    return verification
 
 
-def _rewrite(reading: Reading, search: Search, options: Options, report: Report, *, recomputed: bool = False) -> None:
+def _rewrite(
+    reading: Reading,
+    search: Search,
+    options: Options,
+    report: Report,
+    verification: Verification | None,
+    *,
+    recomputed: bool = False,
+) -> None:
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
         if name in _TRANSPARENT:
-            _rewrite(child, search, options, report, recomputed=recomputed or name in _CHECKPOINTS)
+            _rewrite(child, search, options, report, verification, recomputed=recomputed or name in _CHECKPOINTS)
         else:
             _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change")
     before, changes = live_nodes(reading), Changes()
+    names = output_names(reading.gm.graph) if is_exported(reading.gm.graph) else None
+    replaced: list[tuple[fx.Node, SiteReport]] = []
     for family in search.families:
-        candidates, misses = _candidates(reading, search, family)
+        candidates, misses = _candidates(reading, search, family, options, report)
         live = _live(reading, changes)
         for anchor, miss in misses:
             if reading.steps[anchor] in live:
                 report.add(_missed(family, reading.steps[anchor], miss.reason))
         # In the order of the graph, for what is made once stands before the first that needs it.
         candidates = sorted((c for c in candidates if c.node in live), key=lambda c: reading.time[c.node])
-        candidates = [_planned(reading, family, c, options, recomputed) for c in candidates]
+        candidates = [_planned(reading, family, c, options, recomputed, report) for c in candidates]
         candidates = _apart(family, candidates, changes)
         candidates = _keep_shared(reading, family, candidates, changes)
         shared: dict[Any, fx.Node] = {}
@@ -86,40 +100,58 @@ def _rewrite(reading: Reading, search: Search, options: Options, report: Report,
             if candidate.route.replaces and candidate.node in changes.instead:
                 candidate = _left(candidate, "another site with the same result is replaced")
             if candidate.route.replaces:
-                candidate = _replaced(reading, family, candidate, shared, changes, options, report)
-            report.add(_matched(family, candidate))
+                candidate = _by_some_route(reading, family, candidate, shared, changes, options, recomputed, report)
+            entry = _matched(family, candidate, options, report)
+            report.add(entry)
+            if candidate.route.replaces:
+                replaced.append((candidate.node, entry))
         for candidate in changes.done:
             for value in (candidate.site.root, *candidate.site.interior):
                 changes.taken.setdefault(value, family)
+    if verification is not None:
+        verification.watch(reading, replaced, changes.instead, changes.inserted)
     if changes.done:
         erase_orphans(before, _live(reading, changes), reading.gm.graph)
+        if names is not None:
+            export_again(reading, changes.inserted, names)
         reading.gm.graph.lint()
         reading.gm.recompile()
 
 
 def _candidates(
-    reading: Reading, search: Search, family: Family[Any, Any]
+    reading: Reading, search: Search, family: Family[Any, Any], options: Options, report: Report
 ) -> tuple[list[Candidate], list[tuple[Value, Miss]]]:
     """Every site of a family at every node that computes it, and every anchor around which there is none."""
     known = search.found(reading, family)
     misses = list(known.misses)
     found: list[Candidate] = []
+
+    def failed(error: Exception, anchor: Value | None) -> None:
+        doing = f"looking for {family.title}" + (f" at {_place(reading.steps[anchor])}" if anchor is not None else "")
+        reason = report.failed(doing, error, strict=options.strict)
+        misses.extend([(anchor, Miss(reason))] if anchor is not None else ())
+
+    for anchor, error in known.failures:
+        failed(error, anchor)
     for site in known.sites:
+        # Of what a single call computes (baddbmm), only the result is a step.
+        part = next((v for v in (*site.interior, site.root) if v in reading.steps), None)
         try:
             found += [family.at_node(reading, site, node) for node in _makers(reading, family, site)]
         except Miss as miss:
-            # Of what a single call computes (baddbmm), only the result is a step.
-            misses.append((next(v for v in (*site.interior, site.root) if v in reading.steps), miss))
+            misses.extend([(part, miss)] if part is not None else ())
+        except Exception as error:
+            failed(error, part)
     return found, misses
 
 
 def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.Node]:
     """The nodes that compute the root of a site, none of which has a part of it under other modes than the rest."""
     makers = [n for n in reading.makers.get(site.root, ()) if reading.value(n) is site.root]
-    makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads]
+    makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads or _unseen(reading, n)]
     if not makers:
         raise Miss("the result is written into a tensor that is there already", site.root)
-    if any(_is_view(reading, node) for node in makers):
+    if any(_is_view(reading, node) and not _unseen(reading, node) for node in makers):
         raise Miss("the result is a view of a tensor that is there already", site.root)
     scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
     if any(scopes - {reading.scope[node]} for node in makers):
@@ -134,6 +166,20 @@ def _is_view(reading: Reading, node: fx.Node) -> bool:
     return not memories.isdisjoint(reading.memories(older))
 
 
+def _unseen(reading: Reading, node: fx.Node) -> bool:
+    """Whether a node writes its result into a tensor that nothing looks at any more but by this node: relu in place."""
+    written = reading.effects[node].writes
+    if not written or any(memory.external for memory in written):
+        return False
+    older = [n for n in _holding(reading, written) if reading.time[n] < reading.time[node]]
+    return all(reading.time.get(user, -1) <= reading.time[node] for n in older for user in n.users)
+
+
+def _holding(reading: Reading, memories: set[Memory]) -> list[fx.Node]:
+    """The nodes whose tensors lie in some memories."""
+    return [n for n in reading.time if not memories.isdisjoint(reading.memories([n]))]
+
+
 def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ()) -> set[fx.Node]:
     """The nodes of the program that still matter, and those that will when the planned candidates are replaced too."""
     planned = list(planned)
@@ -141,7 +187,9 @@ def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ())
     # What stands for a replaced node lies where the reading saw that node: writes to it still count.
     replaced = {new: old for old, new in changes.instead.items()}
     needed = {replaced.get(n, n) for new in changes.inserted for n in new.all_input_nodes}
-    held = (reading.holder(v, reading.time[c.node]) for c in planned for v in c.operands)
+    # What holds a result that is written in place is replaced with it, however old it is.
+    written = {c.site.root for c in planned if reading.effects[c.node].writes}
+    held = (reading.holder(v, reading.time[c.node]) for c in planned for v in c.operands if v not in written)
     needed |= {node for node in held if node is not None}
     drawn = {reading.steps[v] for c in gone for v in c.drawn if v in reading.steps}
     return live_nodes(reading, without={c.node for c in gone}, needed=needed, dispensable=drawn)
@@ -151,10 +199,32 @@ def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ())
 
 
 def _planned(
-    reading: Reading, family: Family[Any, Any], candidate: Candidate, options: Options, recomputed: bool
+    reading: Reading, family: Family[Any, Any], candidate: Candidate, options: Options, recomputed: bool, report: Report
 ) -> Candidate:
     setting = Setting(needs_grad(candidate.node, reading), recomputed, options.routes)
-    return family.plan(reading, candidate, setting)
+    try:
+        return family.plan(reading, candidate, setting)
+    except Exception as error:
+        doing = f"planning {family.title} at {_place(candidate.node)}"
+        return _left(candidate, report.failed(doing, error, strict=options.strict))
+
+
+def _other_routes(
+    reading: Reading, family: Family[Any, Any], candidate: Candidate, options: Options, recomputed: bool
+) -> Iterator[Candidate]:
+    """The candidate by each of the routes that its family names after the one that it has."""
+    later = (
+        family.routes[family.routes.index(candidate.route.name) + 1 :] if candidate.route.name in family.routes else ()
+    )
+    for name in later:
+        setting = Setting(needs_grad(candidate.node, reading), recomputed, {**options.routes, family.name: name})
+        try:
+            planned = family.plan(reading, candidate, setting)
+        except Exception:
+            log.debug("planning %s by %s failed", family.title, name, exc_info=True)
+            continue
+        if planned.route.replaces and planned.route.name == name:
+            yield planned
 
 
 def _apart(family: Family[Any, Any], candidates: list[Candidate], changes: Changes) -> list[Candidate]:
@@ -194,6 +264,28 @@ def _left(candidate: Candidate, reason: str) -> Candidate:
 # -- the replacement ----------------------------------------------------------------------------------------------
 
 
+def _by_some_route(
+    reading: Reading,
+    family: Family[Any, Any],
+    candidate: Candidate,
+    shared: dict[Any, fx.Node],
+    changes: Changes,
+    options: Options,
+    recomputed: bool,
+    report: Report,
+) -> Candidate:
+    """Replace a candidate; if its route fails, by one that its family names after it, unless the user chose."""
+    replaced, failed = _replaced(reading, family, candidate, shared, changes, options, report)
+    if not failed or family.name in options.routes:
+        return replaced
+    for other in _other_routes(reading, family, candidate, options, recomputed):
+        found, _ = _replaced(reading, family, other, shared, changes, options, report)
+        if found.route.replaces:
+            reason = f"{candidate.route.name} failed: {replaced.route.reason}"
+            return replace(found, route=replace(found.route, reason=reason))
+    return replaced
+
+
 def _replaced(
     reading: Reading,
     family: Family[Any, Any],
@@ -202,8 +294,9 @@ def _replaced(
     changes: Changes,
     options: Options,
     report: Report,
-) -> Candidate:
-    """Replace a candidate; the candidate as it then is, left to Inductor with the reason where that failed."""
+) -> tuple[Candidate, bool]:
+    """Replace a candidate; the candidate as it then is, left to Inductor with the reason where it cannot be replaced,
+    and whether that was for an error of ours."""
     graph, node = reading.gm.graph, candidate.node
     before = set(graph.nodes)
     known = dict(shared)
@@ -218,16 +311,18 @@ def _replaced(
             graph.erase_node(made)
         shared.clear()
         shared.update(known)
-        if not isinstance(error, Miss):
-            if options.strict:
-                raise
-            report.fail(f"replacing {family.title} at {_source(node) or node.name}", error)
-        return _left(candidate, str(error))
+        if isinstance(error, Miss):
+            return _left(candidate, str(error)), False
+        doing = f"replacing {family.title} at {_place(node)}"
+        return _left(candidate, report.failed(doing, error, strict=options.strict)), True
     changes.instead[node] = new
+    # What held the result too because it was written there (see `_unseen`) does not any more.
+    older = _holding(reading, reading.effects[node].writes)
+    changes.instead |= {n: new for n in older if reading.time[n] < reading.time[node]}
     changes.inserted += [n for n in graph.nodes if n not in before]
     changes.done.append(candidate)
-    log.info("%s at %s: %s", family.title, _source(node), candidate.route.name)
-    return candidate
+    log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)
+    return candidate, False
 
 
 def _written_later(reading: Reading, node: fx.Node) -> bool:
@@ -242,7 +337,8 @@ def _decline_all(reading: Reading, search: Search, report: Report, reason: str) 
     for _, child in reading.children:
         _decline_all(child, search, report, reason)
     for family in search.families:
-        for anchor in family.anchors(list(reading.steps)):
+        found = search.found(reading, family)
+        for anchor in found.anchors:
             report.add(_missed(family, reading.steps[anchor], reason))
 
 
@@ -252,19 +348,23 @@ def _missed(family: Family[Any, Any], node: fx.Node, reason: str) -> SiteReport:
         matched=False,
         route=None,
         reason=reason,
-        source=_source(node),
+        source=source_of(node),
         module=_module(node),
     )
 
 
-def _matched(family: Family[Any, Any], candidate: Candidate) -> SiteReport:
-    words = family.words(candidate)
+def _matched(family: Family[Any, Any], candidate: Candidate, options: Options, report: Report) -> SiteReport:
+    try:
+        words = family.words(candidate)
+    except Exception as error:
+        report.failed(f"describing {family.title} at {_place(candidate.node)}", error, strict=options.strict)
+        words = Words()
     return SiteReport(
         family=family.name,
         matched=True,
         route=candidate.route.name,
         reason=candidate.route.reason,
-        source=_source(candidate.node),
+        source=source_of(candidate.node),
         expression=words.expression,
         mask=words.mask,
         module=_module(candidate.node),
@@ -272,16 +372,8 @@ def _matched(family: Family[Any, Any], candidate: Candidate) -> SiteReport:
     )
 
 
-def _source(node: fx.Node) -> str | None:
-    """The user's line: the innermost frame of the node's stack."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-    frames = [frame for frame in frames if not frame.startswith(f'File "{_OWN}')]
-    if not frames:
-        return None
-    path, _, rest = frames[-1].removeprefix('File "').partition('"')
-    line = rest.split("line ")[-1].split(",")[0]
-    return f"{path.rsplit('/', 1)[-1]}:{line}"
+def _place(node: fx.Node) -> str:
+    return source_of(node) or node.name
 
 
 def _module(node: fx.Node) -> str | None:

@@ -17,10 +17,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Found:
-    """The sites of one family in a reading, and the anchors around which there is none."""
+    """The sites of one family in a reading, the anchors around which there is none, and those at which the family's own
+    code failed (None: where it looked for anchors)."""
 
+    anchors: list[Value] = field(default_factory=list)
     sites: list[Site] = field(default_factory=list)
     misses: list[tuple[Value, Miss]] = field(default_factory=list)
+    failures: list[tuple[Value | None, Exception]] = field(default_factory=list)
 
 
 class Search:
@@ -47,10 +50,17 @@ class Search:
 
 def _found(family: Family[Any, Any], values: list[Value], users: dict[Value, list[Value]]) -> Found:
     found = Found()
-    for anchor in family.anchors(values):
+    try:
+        found.anchors = list(family.anchors(values))
+    except Exception as error:
+        found.failures.append((None, error))
+        return found
+    for anchor in found.anchors:
         try:
             found.sites += family.match(anchor, users)
         except Miss as miss:
             log.debug("no %s at %s: %s", family.title, anchor, miss.reason)
             found.misses.append((anchor, miss))
+        except Exception as error:
+            found.failures.append((anchor, error))
     return found

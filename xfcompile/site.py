@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import sympy
 import torch
@@ -60,6 +60,7 @@ class ScoreSpec:
     full, floor: where a key that is kept may score as low as one that is masked by a finite number: the score with its
         masks, and the greatest of those numbers. Rows whose maximum is not above it have the softmax of `full`.
     coarse: whether the program itself rounds q·k to bf16, before anything else happens to it.
+    dropout: the rate at which weights are dropped out, once they add up to 1.
     """
 
     score: sympy.Expr
@@ -73,6 +74,7 @@ class ScoreSpec:
     full: sympy.Expr | None = None
     floor: sympy.Expr | None = None
     coarse: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,3 +153,102 @@ class AttentionSite:
     """The dtype in which large numbers are added to the scores of rows that may see no key: it says what is left."""
     call: Value | None = None
     """The `scaled_dot_product_attention` call, if the site is one."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A tensor that is added to a projection: `value`, whose dimension `dim` is read at `feature`; `expert`: another
+    dimension, and the axis that it is; any others are of size 1."""
+
+    value: Value
+    dim: int
+    feature: sympy.Expr
+    expert: tuple[int, sympy.Expr] | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight of a linear: `value` and the order of its dimensions that gives [.., features out, features in]."""
+
+    value: Value
+    order: tuple[int, ...]
+
+
+Layout = Literal["separate", "gate first", "up first", "gate even", "up even"]
+"""Where the features of gate and up are: in two weights, or in one: as two halves, or as every other one."""
+
+
+@dataclass(frozen=True)
+class Down:
+    """The linear that the product goes into, and nothing else does: `root` is its result."""
+
+    root: Value
+    weight: Weight
+    bias: Value | None
+
+
+@dataclass(frozen=True)
+class GatedMLPSite:
+    """A function of two projections of one input: act(x Wgᵀ + bg) * (x Wuᵀ + bu).
+
+    root: the value that is replaced, [.., features]. formula: one element of it, of `activation.GATE` and `UP`.
+    x: the input, and the order of its dimensions that gives [experts, rows.., features in], without experts where there
+    are none. weights: one that is packed (`layout`), or gate's and up's. biases: gate's and up's, each or none.
+    experts: how many inputs and weights stand beside each other (None: no such axis). rows, features, inner: sizes.
+    dtype: of the projections. dropout: of the product. interior: the values that the replaced call never makes.
+    """
+
+    family: ClassVar[str] = "gated_mlp"
+
+    root: Value
+    formula: sympy.Expr
+    x: Value
+    x_order: tuple[int, ...]
+    weights: tuple[Weight, ...]
+    layout: Layout
+    biases: tuple[Bias | None, Bias | None]
+    experts: sympy.Expr | None
+    rows: sympy.Expr
+    features: sympy.Expr
+    inner: sympy.Expr
+    dtype: torch.dtype
+    dropout: float
+    interior: tuple[Value, ...]
+    down: Down | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """x [.., K] times a weight, summed over K. `transposed`: the weight is [K, N], not [N, K]."""
+
+    x: Value
+    weight: Value
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class BiasActDropoutSite:
+    """A function of one element of x + bias, dropped out, scaled by channel, with residuals added: all in one formula.
+
+    root: the value that is replaced, [.., N]. formula: one element of it, over the symbols of `activation`.
+    product: what makes x, which the program may have with its bias only; or x, any tensor.
+    bias, vectors: along the last axis. A tensor of one element stands for N of them.
+    tensors: each with the shape that it is broadcast to; in the order of elements, all are as the root is.
+    dropout: the probability; 0 is none. dtype: of x. interior: the values that the replaced call never makes.
+    """
+
+    family: ClassVar[str] = "bias-act-dropout"
+
+    root: Value
+    formula: sympy.Expr
+    product: Product | None
+    x: Value | None
+    bias: Value | None
+    vectors: tuple[Value, ...]
+    tensors: tuple[tuple[Value, tuple[Any, ...]], ...]
+    features: int
+    dropout: float
+    dtype: torch.dtype
+    interior: tuple[Value, ...]
+    drawn: tuple[Value, ...] = ()
+    """The dropout among them."""

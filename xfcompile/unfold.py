@@ -26,14 +26,15 @@ def unfold(reading: Reading, search: Search) -> bool:
     makers = {node for site in sites for node in reading.makers.get(site.root, ()) if node in live}
     nodes = [n for n in reading.time if n in makers and not any(reading.value(n) is s.root for s in sites)]
     for node in nodes:
-        unfolded |= _unfold_node(reading, node)
+        unfolded |= spell_out(reading, node)
     if nodes:
         reading.gm.graph.lint()
         reading.gm.recompile()
     return unfolded
 
 
-def _unfold_node(reading: Reading, node: fx.Node) -> bool:
+def spell_out(reading: Reading, node: fx.Node) -> bool:
+    """Put its ATen calls in a node's place; whether that can be done."""
     program = reading.program[node]
     picks = [u for u in node.users if u.target is operator.getitem and isinstance(u.args[1], int)]
     single = isinstance(program.result, Ref)

@@ -6,7 +6,8 @@ that needs a gradient. Nothing but lse is kept of the forward; every tile is com
 what they write: no atomics, the same numbers every time.
 
 In fp32, and of scores that may be far from 0, lse says too little: it is rounded, and beside finfo.min nothing is left
-of the number of keys. The first kernel then finds the maximum and the sum of a row anew: p = exp(x - max) / sum.
+of the number of keys. The first kernel then finds the maximum and the sum of a row anew: p = exp(x - max) / sum. Of
+16-bit inputs it does so where a log-sum-exp is far from 0 indeed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Literal
 
 import sympy
 
+from xfcompile.kernels import philox
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient, gradients
@@ -70,14 +72,26 @@ def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
 
 HELPER = '''\
 @triton.jit
-def load_vector(ptr, start, end, other: tl.constexpr, N: tl.constexpr, EDGE: tl.constexpr):
-    """Elements start ... start + N - 1 of a vector; `other` from `end` on, at an edge."""
+def load_vector(ptr, start, end, N: tl.constexpr, EDGE: tl.constexpr):
+    """Elements start ... start + N - 1 of a vector; 0 from `end` on, at an edge."""
     offs = start + tl.arange(0, N)
     if EDGE:
-        x = tl.load(ptr + offs, mask=offs < end, other=other)
+        x = tl.load(ptr + offs, mask=offs < end, other=0.0)
     else:
         x = tl.load(ptr + offs)
     return x  # [N]
+
+
+@triton.jit
+def load_pairs(ptr, start, end, N: tl.constexpr, EDGE: tl.constexpr):
+    """The same of two vectors whose elements alternate. They are loaded together: of so many numbers each is read by
+    one thread, and by all that have a column of the tile otherwise, which takes registers for as many pointers."""
+    offs = 2 * start + tl.arange(0, 2 * N)
+    if EDGE:
+        x = tl.load(ptr + offs, mask=offs < 2 * end, other=0.0)
+    else:
+        x = tl.load(ptr + offs)
+    return tl.split(tl.reshape(x, [N, 2]))  # [N], [N]
 
 
 @triton.jit
@@ -85,6 +99,12 @@ def without_keys(top, instead: tl.constexpr):
     """Maxima, or log-sum-exps, such that all weights of a row without keys are 0."""
     return tl.where(top == float("-inf"), instead, top)
 '''
+
+TALL = 4096.0
+"""A log-sum-exp beyond this is rounded by more than half of what weights of 16 bits are rounded by."""
+
+KEYS, QUERIES = "offs_n < lk", "offs_m < lq"
+"""What is inside of the last tile of keys, or of queries."""
 
 SCORES = "s = tl.dot({}, input_precision=PRECISION, max_num_imprecise_acc=1 if EXACT else 0)  # {}"
 """As in `template.TILE`: what is added to s is not to be where its sum begins."""
@@ -107,7 +127,7 @@ def first_row_{side}(n, {parameters}):
 DQ_KERNEL = '''\
 @triton.jit{options}
 {signature}
-    """One program: dq of BLOCK_M query rows of one head{more}; and delta, which the other kernels read."""
+    """One program: dq of BLOCK_M query rows of one head{more}; and what the other kernels read of a row."""
     blocks = (lq + BLOCK_M - 1) // BLOCK_M
     pid = tl.program_id(0)
 {place}
@@ -128,10 +148,9 @@ DQ_KERNEL = '''\
     top = tl.load(lse_ptr + vector + row)
     delta = tl.reduce(out.to(tl.float32) * dout.to(tl.float32), 1, tl.standard._sum_combine)  # [M]
     delta = tl.where(top == float("-inf"), 0.0, delta)  # without keys there may be NaN in out
-    tl.store(delta_ptr + vector + offs_m, delta, mask=offs_m < lq)
+    top = without_keys(top, float("inf"))
+    inverse = top
     if LOOP or EXACT:
-        top = without_keys(top, float("inf"))
-        inverse = top
         q_ptr += wide_b * stride_qb + wide_h * stride_qh
         k_ptr += wide_b * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
         v_ptr += wide_b * stride_vb + tl.cast(h // group, tl.int64) * stride_vh
@@ -141,12 +160,17 @@ DQ_KERNEL = '''\
             dout = dout.to(tl.float32)
 {rows}
         if EXACT:
+            inverse = tl.full([BLOCK_M], 1.0, tl.float32)
+            far = (tl.abs(top) > {tall}) & (top != float("inf"))
+            if (tl.reduce(far.to(tl.int32), 0, tl.standard._elementwise_max) > 0) | ALWAYS:
 {state}
 {first_loops}
-            top = without_keys(m, 0.0)
-            inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
-            tl.store(top_ptr + vector + offs_m, top, mask=offs_m < lq)
+                top = without_keys(m, 0.0)
+                inverse = tl.where(l == 0.0, 0.0, 1.0 / l)
             tl.store(inverse_ptr + vector + offs_m, inverse, mask=offs_m < lq)
+    pair = pair_ptr + 2 * (vector + offs_m)
+    tl.store(pair, top, mask=offs_m < lq)
+    tl.store(pair + 1, delta, mask=offs_m < lq)
     if LOOP:
         dq = tl.full([BLOCK_M, BLOCK_DQ], 0.0, tl.float32)
 {sums}
@@ -176,7 +200,7 @@ DKDV_KERNEL = '''\
     j = column[:, None]
     offs_dq = tl.arange(0, BLOCK_DQ)[None, :]
     offs_dv = tl.arange(0, BLOCK_DV)[None, :]
-    wide_b, wide_h, wide_j = tl.cast(b, tl.int64), tl.cast(kv_head, tl.int64), j.to(tl.int64)
+    wide_b, wide_h, wide_j = tl.cast(b, tl.int64), tl.cast(kv_head, tl.int64), column[:, None].to(tl.int64)
 
     k_ptr += wide_b * stride_kb + wide_h * stride_kh
     v_ptr += wide_b * stride_vb + wide_h * stride_vh
@@ -193,9 +217,8 @@ DKDV_KERNEL = '''\
         vector = (tl.cast(b, tl.int64) * heads + h) * lq
         q_head = q_ptr + wide_b * stride_qb + tl.cast(h, tl.int64) * stride_qh
         dout_head = dout_ptr + wide_b * stride_gb + tl.cast(h, tl.int64) * stride_gh
-        top_head = top_ptr + vector
+        pair_head = pair_ptr + 2 * vector
         inverse_head = inverse_ptr + vector
-        delta_head = delta_ptr + vector
 {columns}
 {sums}
 
@@ -236,9 +259,8 @@ LOAD_KERNEL = '''\
         i = row[:, None]
         wide_b, wide_h, wide_i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), i.to(tl.int64)
         vector = (wide_b * heads + h) * lq
-        top = without_keys(load_vector(top_ptr + vector, first, lq, float("-inf"), BLOCK_M, True), float("inf"))
-        inverse = load_vector(inverse_ptr + vector, first, lq, 0.0, BLOCK_M, True)
-        delta = load_vector(delta_ptr + vector, first, lq, 0.0, BLOCK_M, True)
+        top, delta = load_pairs(pair_ptr + 2 * vector, first, lq, BLOCK_M, True)
+        inverse = load_vector(inverse_ptr + vector, first, lq, BLOCK_M, True)
         dout_head = dout_ptr + wide_b * stride_gb + wide_h * stride_gh
         q_head = q_ptr + wide_b * stride_qb + wide_h * stride_qh
         k_head = k_ptr + wide_b * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
@@ -305,6 +327,7 @@ class _Writer:
         self.strides = [f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)]
         self.scalars = [x.name for x in spec.scalars]
         self.scope = NAMES | {x: x.name for x in spec.scalars}
+        self.random = ["seed", "layer", "stream"] if spec.dropout else []
         self.helpers: set[str] = set()
         expressions = [self.score, spec.keep, *(x.derivative for x in found.loads if x.kind != "sink")]
         if self.slope is None:
@@ -405,6 +428,7 @@ class _Writer:
                 head + HEAD.format(spec=template.literal(fields)),
                 template.FUNCTIONS,
                 HELPER,
+                *([philox.TEXT] if self.random else []),
                 *(HELPERS[name] for name in sorted(self.helpers)),
                 *functions,
                 *kernels,
@@ -414,22 +438,22 @@ class _Writer:
 
     # -- the gradient of a tile of scores ----------------------------------------------------------------------
 
-    def _masked(self, *, across: bool, scores: Sequence[str], flags: bool = True) -> list[str]:
-        """Scores x of [M, N], or of [N, M] with `across`, -inf where masked. flags: whether MASKED and EDGE say which
+    def _masked(self, *, edge: str, scores: Sequence[str], flags: bool = True) -> list[str]:
+        """Scores x, -inf where masked. edge: what is inside of the last tile. flags: whether MASKED and EDGE say which
         masks there are; else there are all."""
         masked = 'x = tl.where({}, x, float("-inf"))'
         masks = [] if self.spec.keep == sympy.true else [("MASKED", masked.format(f"keep({self.site})"))]
-        masks.append(("EDGE", masked.format("offs_m < lq" if across else "offs_n < lk")))
+        masks.append(("EDGE", masked.format(edge)))
         return [
             *scores,
             *(line for flag, mask in masks for line in ([f"if {flag}:", f"    {mask}"] if flags else [mask])),
         ]
 
-    def _scores(self, *, across: bool, flags: bool = True) -> list[str]:
-        """From s to the weights p; see `_masked`."""
+    def _scores(self, *, across: bool = False, edge: str = KEYS, flags: bool = True) -> list[str]:
+        """From s to the weights p of [M, N], or of [N, M] with `across`; see `_masked`."""
         rows, log2e = ("None, :" if across else ":, None"), float(LOG2E)
         exact = f"p = tl.exp2((x - top[{rows}]) * {log2e!r}) * inverse[{rows}]"
-        lines = self._masked(across=across, scores=self._score_lines(), flags=flags)
+        lines = self._masked(edge=edge, scores=self._score_lines(), flags=flags)
         if self.exact:
             return [*lines, exact]
         return [*lines, "if EXACT:", f"    {exact}", "else:", f"    p = tl.exp2(x - (top * {log2e!r})[{rows}])"]
@@ -441,24 +465,37 @@ class _Writer:
     def _by(self, n: int, x: LoadGradient) -> str:
         return "1.0" if x.derivative == 1 else f"by_load{n}(s, {self.site})"
 
-    def _times(self, name: str, factor: str, across: bool) -> list[str]:
+    def _times(self, name: str, factor: str, edge: str) -> list[str]:
         """`name` as dx times a function of the score, which may be infinite or NaN at an edge, where dx is 0."""
-        edge = "offs_m < lq" if across else "offs_n < lk"
         return [f"{name} = dx * {factor}", "if EDGE:", f"    {name} = tl.where({edge}, {name}, 0.0)"]
 
-    def _sums(self, name: str, sums: Sequence[tuple[int, LoadGradient]], across: bool) -> list[str]:
-        """Adds the gradients by loads up over the second axis of the tile."""
+    def _sums(self, name: str, sums: Sequence[tuple[int, LoadGradient]], axis: int, edge: str) -> list[str]:
+        """Adds the gradients by loads up over one axis of the tile."""
         lines = []
         for n, x in sums:
             term = "dx"
             if x.derivative != 1:
                 term = f"dload{n}"
-                lines += self._times(term, self._by(n, x), across)
-            lines.append(f"{name}{n} += tl.reduce({term}, 1, tl.standard._sum_combine)")
+                lines += self._times(term, self._by(n, x), edge)
+            lines.append(f"{name}{n} += tl.reduce({term}, {axis}, tl.standard._sum_combine)")
         return lines
 
-    def _ds(self, across: bool) -> list[str]:
-        return ["ds = dx"] if self.slope is not None else self._times("ds", f"slope(s, {self.site})", across)
+    def _ds(self, edge: str) -> list[str]:
+        return ["ds = dx"] if self.slope is not None else self._times("ds", f"slope(s, {self.site})", edge)
+
+    def _dropped(self, name: str, across: bool = False) -> list[str]:
+        """Drops out what the forward did, of weights or of their gradients, and makes the others larger by as much."""
+        if not self.spec.dropout:
+            return []
+        scaled = f"{name} = {name} * {philox.scale(self.spec.dropout)!r}"
+        if not across:
+            return [scaled, *template.dropped(self.spec, name)]
+        rows = "(start + tl.arange(0, BLOCK_M))[:, None]"
+        lines = template.dropped(self.spec, name, "tl.trans({})", "queries", "first")
+        return [scaled, f"queries = {rows}", *lines]
+
+    def _kept(self, across: bool) -> list[str]:
+        return ["kept = p", *self._dropped("kept", across)]
 
     def _times_slope(self) -> str:
         if self.slope is None or self.slope == 1:
@@ -472,7 +509,7 @@ class _Writer:
         sums = self.found.of("rows")
         names = [f"drow{n}" for n, _ in sums]
         loaded = ["k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
-        free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.rows.values())]
+        free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.rows.values()), *self.random]
         constants = [*CONSTANTS, *self.flags, "NEED_DQ"]
         arguments = ["dq", *names, "q", "dout", "top", "inverse", "delta", "start", "b", "h", "i", "lk", *loaded, *free]
         signature = wrapped("def dq_tile", [*arguments, *_constexprs([*constants, "MASKED", "EDGE"])], ":")
@@ -489,11 +526,12 @@ class _Writer:
             "if EDGE:",
             "    j = tl.minimum(j, lk - 1)",
             *self.column_lines,
-            *self._scores(across=False),
+            *self._scores(),
+            *self._dropped("dp"),
             "dx = p * (dp - delta[:, None])",
-            *self._sums("drow", sums, across=False),
+            *self._sums("drow", sums, 1, KEYS),
             "if NEED_DQ:",
-            *(f"    {line}" for line in self._ds(across=False)),
+            *(f"    {line}" for line in self._ds(KEYS)),
             "    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)",
             f"return {', '.join(['dq', *names])}",
         ]
@@ -512,7 +550,7 @@ class _Writer:
             "if EDGE:",
             "    j = tl.minimum(j, lk - 1)",
             *self.column_lines,
-            *self._masked(across=False, scores=[f"x = exact_score(s, {self.site})"]),
+            *self._masked(edge=KEYS, scores=[f"x = exact_score(s, {self.site})"]),
             "m_new = tl.maximum(m, tl.reduce(x, 1, tl.standard._elementwise_max))",
             "m_safe = without_keys(m_new, 0.0)",
             f"p = tl.exp2((x - m_safe[:, None]) * {float(LOG2E)!r})",
@@ -536,7 +574,7 @@ class _Writer:
             return wrapped("    m, l = row_tile", [*first_arguments, *constants[:-1], str(masked), str(edge)])
 
         loops = self._key_loops(step)
-        tensors = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "lse_ptr", "delta_ptr", "top_ptr", "inverse_ptr"]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "lse_ptr", "pair_ptr", "inverse_ptr"]
         tensors.append("dq_ptr")
         tensors += [f"{name}_ptr" for name in names]
         axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd"), ("g", "bhmd"), ("d", "bhmd"))
@@ -544,14 +582,15 @@ class _Writer:
         stores = [f"tl.store({name}_ptr + vector + offs_m, {name}, mask=offs_m < lq)" for name in names]
         kernel = DQ_KERNEL.format(
             options=self._options(),
-            signature=self._signature("attention_backward_dq", tensors, axes, [*constants, "LOOP"]),
+            signature=self._signature("attention_backward_dq", tensors, axes, [*constants, "LOOP", "ALWAYS"]),
             more=", and sums of gradients over its keys" if names else "",
             # The last rows see most keys under a causal mask: they start first.
             block="blocks - 1 - pid % blocks" if upper else "pid % blocks",
             place=self._place("heads", "h"),
-            rows=_indented(self.row_lines, 2),
-            state=_indented(state, 3),
-            first_loops=_indented(self._key_loops(first_step).splitlines(), 3),
+            rows=_indented([*self.row_lines, *(template.RANDOM if self.random else [])], 2),
+            tall=TALL,
+            state=_indented(state, 4),
+            first_loops=_indented(self._key_loops(first_step).splitlines(), 4),
             sums=_indented([f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names], 2),
             loops=_indented(loops.splitlines(), 2),
             stores=_indented(stores, 2),
@@ -666,24 +705,23 @@ class _Writer:
         loaded = [
             "q_head",
             "dout_head",
-            "top_head",
+            "pair_head",
             "inverse_head",
-            "delta_head",
             "stride_qm",
             "stride_qd",
             "stride_gm",
             "stride_gd",
         ]
-        free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.columns.values())]
+        free = [*self.pointers, *self.strides, *self.scalars, *(t.text for t in self.columns.values()), *self.random]
+        free += ["first"] if self.random else []
         constants = [*CONSTANTS, *self.flags, "NEED_DX", "NEED_DK", "NEED_DV"]
         arguments = ["dk", "dv", *names, "k", "v", "start", "b", "h", "j", "lq", *loaded, *free]
         signature = wrapped("def dkdv_tile", [*arguments, *_constexprs([*constants, "MASKED", "EDGE"])], ":")
         lines = [
             "q = load_rows(q_head, start, lq, stride_qm, stride_qd, DQ, BLOCK_M, BLOCK_DQ, EDGE)",
             "dout = load_rows(dout_head, start, lq, stride_gm, stride_gd, DV, BLOCK_M, BLOCK_DV, EDGE)",
-            'top = without_keys(load_vector(top_head, start, lq, float("-inf"), BLOCK_M, EDGE), float("inf"))',
-            "inverse = load_vector(inverse_head, start, lq, 0.0, BLOCK_M, EDGE) if EXACT else top",
-            "delta = load_vector(delta_head, start, lq, 0.0, BLOCK_M, EDGE)",
+            "top, delta = load_pairs(pair_head, start, lq, BLOCK_M, EDGE)",
+            "inverse = load_vector(inverse_head, start, lq, BLOCK_M, EDGE) if EXACT else top",
             "if UPCAST:",
             "    q = q.to(tl.float32)",
             "    dout = dout.to(tl.float32)",
@@ -693,15 +731,17 @@ class _Writer:
             "if EDGE:",
             "    i = tl.minimum(i, lq - 1)",
             *self.row_lines,
-            *self._scores(across=True),
+            *self._scores(across=True, edge=QUERIES),
             "if NEED_DV:",
-            "    dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)",
+            *(f"    {line}" for line in self._kept(across=True)),
+            "    dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)",
             "if NEED_DX:",
             "    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)",
+            *(f"    {line}" for line in self._dropped("dp", across=True)),
             "    dx = p * (dp - delta[None, :])",
-            *(f"    {line}" for line in self._sums("dcolumn", sums, across=True)),
+            *(f"    {line}" for line in self._sums("dcolumn", sums, 1, QUERIES)),
             "    if NEED_DK:",
-            *(f"        {line}" for line in self._ds(across=True)),
+            *(f"        {line}" for line in self._ds(QUERIES)),
             "        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)",
             f"return {', '.join(['dk', 'dv', *names])}",
         ]
@@ -738,7 +778,7 @@ class _Writer:
                     _indented(loops.splitlines()),
                 ]
             )
-        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "top_ptr", "inverse_ptr", "delta_ptr", "dk_ptr", "dv_ptr"]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "pair_ptr", "inverse_ptr", "dk_ptr", "dv_ptr"]
         tensors += [f"{name}_ptr" for name in names]
         axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd"), ("d", "bhnd"), ("e", "bhnd"))
         stores = [
@@ -751,7 +791,7 @@ class _Writer:
             more=", and sums of gradients over its queries" if names else "",
             place=self._place("kv_heads", "kv_head"),
             bounds=_indented(self._query_range()),
-            columns=_indented(self.column_lines, 2),
+            columns=_indented([*self.column_lines, *(template.RANDOM if self.random else [])], 2),
             sums=_indented([f"{name} = tl.full([BLOCK_N], 0.0, tl.float32)" for name in names], 2),
             loops=_indented(loops.splitlines(), 2),
             stores=_indented(stores, 2),
@@ -789,10 +829,11 @@ class _Writer:
         body = [
             SCORES.format("q, tl.trans(k)", "[M, N]"),
             "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
-            *self._scores(across=False, flags=False),
+            *self._scores(flags=False),
+            *self._dropped("dp"),
             "dx = p * (dp - delta[:, None])",
         ]
-        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "top_ptr", "inverse_ptr", "delta_ptr", "dload_ptr"]
+        tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "pair_ptr", "inverse_ptr", "dload_ptr"]
         axes = [("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd")]
         if dense:
             axes.append(("l", "bhmn"))
@@ -809,7 +850,7 @@ class _Writer:
             batch="own_b" if B in x.axes else "n // steps // (heads // own_heads)",
             head="own_h" if H in x.axes else "n // steps % heads",
             place=place.rstrip("\n"),
-            rows=_indented(self.row_lines, 2),
+            rows=_indented([*self.row_lines, *(template.RANDOM if self.random else [])], 2),
             columns=_indented(self.column_lines, 2),
             body=_indented(body, 2),
             derivative=self._by(n, x),
@@ -820,6 +861,7 @@ class _Writer:
 
     def _options(self, lists: bool = True) -> str:
         free = [*self.scalars, *(["list_b", "list_h"] if self.listed and lists else [])]
+        free += ["stream"] if self.random else []
         return f"(do_not_specialize={free!r})" if free else ""
 
     def _signature(
@@ -836,6 +878,7 @@ class _Writer:
             *tensors,
             *self.pointers,
             *(["list_ptr"] if lists else []),
+            *(["seed_ptr"] if self.random else []),
             *(f"stride_{x}{d}" for x, dims in axes for d in dims),
             *numbers,
             "heads",
@@ -845,6 +888,7 @@ class _Writer:
             *self.strides,
             *self.scalars,
             *(["list_b", "list_h"] if lists else []),
+            *(["stream"] if self.random else []),
             *_constexprs([*constants, *(["LISTED", "PARTS_M", "PARTS_N"] if lists else [])]),
         ]
         return wrapped(f"def {name}", arguments, ":")

@@ -40,10 +40,10 @@ def _private_directory() -> Path:
     return Path(tempfile.mkdtemp(prefix="xfcompile-"))
 
 
-def store(source: str) -> Path:
+def store(source: str, prefix: str = PREFIX) -> Path:
     """Writes the source where it is not there yet, whole or not at all; returns a file that holds exactly it."""
     key = key_of(source)
-    path = directory() / f"{PREFIX}{key}.py"
+    path = directory() / f"{prefix}{key}.py"
     try:
         if _holds(path, source):
             return path
@@ -76,10 +76,10 @@ def _replace(path: Path, source: str) -> None:
         raise
 
 
-def find(key: str) -> str | None:
+def find(key: str, prefix: str = PREFIX) -> str | None:
     """The source that has this key, if a process has stored it."""
     try:
-        source = (directory() / f"{PREFIX}{key}.py").read_text()
+        source = (directory() / f"{prefix}{key}.py").read_text()
     except (OSError, UnicodeDecodeError):
         return None
     return source if key_of(source) == key else None
@@ -146,4 +146,5 @@ def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
         full=expression(fields["full"]),
         floor=expression(fields["floor"]),
         coarse=bool(fields["coarse"]),
+        dropout=float(fields["dropout"]),  # type: ignore[arg-type]
     )

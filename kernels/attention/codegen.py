@@ -147,7 +147,7 @@ def generate(spec: ScoreSpec) -> str:
     """The module's text. `spec` must be canonical; raises Unsupported for what has no Triton form."""
     made = pieces(spec)
     text = template.module(spec, made.forms, made.names, made.row_lines, made.functions, made.helpers)
-    return text + decode.kernels(spec, made.forms, made.names, made.row_lines)
+    return text if spec.dropout else text + decode.kernels(spec, made.forms, made.names, made.row_lines)
 
 
 def pieces(spec: ScoreSpec) -> Pieces:

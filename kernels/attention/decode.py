@@ -153,7 +153,7 @@ def kernels(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
 
 def supports(spec: ScoreSpec) -> bool:
     """Whether these kernels compute it: a row's second pass over all keys needs its maximum, which no split knows."""
-    return spec.full is None
+    return spec.full is None and not spec.dropout
 
 
 def _split(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:

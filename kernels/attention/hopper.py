@@ -40,6 +40,8 @@ def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: in
         return "head dims"
     if dq % 8 or dv % 8:
         return "rows are not multiples of 16 bytes"
+    if spec.dropout:
+        return "it drops no weights out"
     if spec.full is not None:
         return "rows that score as low as masked keys take a second pass"
     if spec.band.lower is not None and spec.band.exact:

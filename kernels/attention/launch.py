@@ -165,9 +165,12 @@ def run(
     block_n: int = 0,
     heads_first: bool = False,
     check: Callable[[], None] = lambda: None,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors."""
     prepared = program(key)
+    random = random_of(prepared.spec, seed, stream)
     scalars = prepared.scalars(ints, floats)
     layout = (heads_first, *layout_of(q, k, v, operands, tiles, block_m, block_n))
     call = prepared.calls.get(layout)
@@ -178,7 +181,17 @@ def run(
         call = prepared.calls[layout] = _call(
             prepared, q, k, v, operands, tiles is not None, (block_m, block_n), heads_first
         )
-    return call(q, k, v, operands, scalars, tiles)
+    return call(q, k, v, operands, scalars, tiles, *random)
+
+
+def random_of(spec: ScoreSpec, seed: Tensor | None, stream: int) -> tuple[Tensor, int] | tuple[()]:
+    """What a kernel that drops weights out is given; raises ValueError where it has no seed."""
+    if not spec.dropout:
+        return ()
+    if seed is None or seed.dtype != torch.int64 or seed.numel() != 1:
+        found = "None" if seed is None else f"{seed.dtype} of {list(seed.shape)}"
+        raise ValueError(f"xfcompile::attention: dropout takes a seed, an int64 tensor of one element, not {found}")
+    return seed, stream
 
 
 def layout_of(
@@ -211,7 +224,7 @@ def _call(
     if 0 in (batch, heads, lq, dv):
         return lambda q, k, v, *rest: _filled(outputs(q, v, heads_first))
     if lk == 0:
-        return lambda q, k, v, operands, scalars, tiles: no_keys(
+        return lambda q, k, v, operands, scalars, tiles, *random: no_keys(
             spec, q, k, v, operands, scalars, *outputs(q, v, heads_first)
         )
     strides = [stride for operand in operands for stride in operand.stride()]
@@ -252,13 +265,19 @@ def _call(
         launch = for_any_hardware()
 
     def call(
-        q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+        tiles: Tensor | None,
+        *random: Any,
     ) -> tuple[Tensor, Tensor]:
         out, lse = outputs(q, v, heads_first)
         if made:
             assert mask is not None
             tiles = lists.run(q, *mask_values(prepared, operands, scalars), shape, block_m, block_n, mask)
-        launch(q, k, v, out, lse, operands, scalars, tiles)
+        launch(q, k, v, out, lse, operands, scalars, tiles, *random)
         return out, lse
 
     return call
@@ -334,11 +353,14 @@ class _Blocks:
         operands: Sequence[Tensor],
         scalars: Sequence[Any],
         tiles: Tensor | None,
+        *random: Any,
     ) -> None:
         tensors, free = [q, k, v, out, lse, *operands], list(scalars)
         if self.prepared.mask is not None:
             tensors.append(q if tiles is None else tiles)  # a pointer that is not looked at, where there are none
             free += lists.steps(tiles)
+        tensors += random[:1]
+        free += random[1:]
 
         def launch(sizes: Tiles) -> Any:
             if sizes not in self.launches:

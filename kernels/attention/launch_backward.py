@@ -121,6 +121,8 @@ def run(
     tiles_by_key: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Gradients:
     """The gradients, by kernels: on a GPU, or interpreted on a CPU.
 
@@ -133,7 +135,8 @@ def run(
         for x in (*made[:3], *made[3]):
             x.zero_()
         return made
-    call = _Call(program, needs, dout, q, k, v, out, lse, operands, ints, floats)
+    random = launch.random_of(program.spec, seed, stream)
+    call = _Call(program, needs, dout, q, k, v, out, lse, operands, ints, floats, random)
     call.listed(tiles, tiles_by_key, block_m, block_n)
     call.fill(made)
     return made
@@ -149,6 +152,8 @@ def by_definition(
     floats: Sequence[float],
     forward: str,
     needs: Needs,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> Gradients:
     """The gradients as the definition has them, in plain PyTorch, in fp32 at least."""
     spec = launch.program(forward).spec
@@ -156,7 +161,7 @@ def by_definition(
     made = outputs(q, k, v, operands, needs)
     dtype = torch.promote_types(q.dtype, torch.float32)
     arguments = (dout, q, k, v, operands, ints, floats)
-    *own, loads = reference.backward(spec, found, *arguments, dtype)
+    *own, loads = reference.backward(spec, found, *arguments, dtype, seed=seed, stream=stream)
     for given, value in zip(made, own, strict=False):
         assert isinstance(given, Tensor)
         if given.numel():
@@ -203,7 +208,9 @@ class _Call:
         operands: Sequence[Tensor],
         ints: Sequence[int],
         floats: Sequence[float],
+        random: tuple[Any, ...],
     ) -> None:
+        self.random = random
         self.program, self.needs = program, needs
         self.dout, self.q, self.k, self.v, self.out, self.lse = dout, q, k, v, out, lse
         self.operands = operands
@@ -213,12 +220,11 @@ class _Call:
         self.batch, self.heads, self.lq, self.dq = q.shape
         self.kv_heads, self.lk, self.dv = k.shape[1], k.shape[2], v.shape[3]
         self.interpreted = q.device.type == "cpu"
-        self.delta = torch.empty_like(lse, memory_format=torch.contiguous_format)
         self.exact = q.dtype == torch.float32 or program.made.exact
-        # What weights are made of: the maximum of each row and one over its sum, or its log-sum-exp.
-        self.top, self.inverse = (
-            (torch.empty_like(self.delta), torch.empty_like(self.delta)) if self.exact else (lse, lse)
-        )
+        # Of each row what its weights are made of, its maximum (and, in `inverse`, one over its sum) or its
+        # log-sum-exp; and delta.
+        self.pair = lse.new_empty((*lse.shape, 2))
+        self.inverse = lse.new_empty(lse.shape) if self.exact else lse
         self.lists: tuple[Tensor, Tensor] | None = None
         self.sizes: tuple[int, int] | None = None
 
@@ -246,13 +252,14 @@ class _Call:
         rows = {n: self._vector(self.lq) for n, _ in found.of("rows")}
         columns_ = {n: self._vector(self.lk) for n, _ in found.of("columns")}
         flags = {"NEED_DQ": self.needs.q, "LOOP": self.needs.q or bool(rows)}
-        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.delta, self.top, self.inverse]
+        flags["ALWAYS"] = self.q.dtype == torch.float32
+        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.pair, self.inverse]
         own.append(dq if self.needs.q else self.q)
         strided = [self.q, self.k, self.v, self.out, self.dout, own[-1]]
         self._launch("dq", [*own, *rows.values()], strided, flags, self.lq, "BLOCK_M", self.heads, lists_of=0)
         if self.needs.k or self.needs.v or columns_:
             flags = {"NEED_DX": self.needs.k or bool(columns_), "NEED_DK": self.needs.k, "NEED_DV": self.needs.v}
-            own = [self.q, self.k, self.v, self.dout, self.top, self.inverse, self.delta]
+            own = [self.q, self.k, self.v, self.dout, self.pair, self.inverse]
             own += [dk if self.needs.k else self.k, dv if self.needs.v else self.v]
             strided = [self.q, self.k, self.v, self.dout, *own[-2:]]
             tensors = [*own, *columns_.values()]
@@ -266,7 +273,7 @@ class _Call:
                 doperand.zero_()
         for n, x in enumerate(found.loads):
             if n in direct:
-                self._launch_load(n, direct[n], dense=True)
+                self._launch_load(n, direct[n])
             else:
                 self._deposit(x, self._of_load(n, x, rows, columns_), doperands)
 
@@ -310,6 +317,8 @@ class _Call:
             given = None if self.lists is None else self.lists[lists_of]
             tensors.append(self.q if given is None else given)
             free += lists.steps(given)
+        tensors += self.random[:1]
+        free += self.random[1:]
         numbers = [stride for x in strided for stride in x.stride()]
         numbers += [self.heads, self.heads // self.kv_heads, self.lq, self.lk]
         numbers += [stride for x in self.operands for stride in x.stride()]
@@ -406,28 +415,42 @@ class _Call:
             alone = sum(y.load.operand == x.load.operand for y in self.program.made.gradients.loads) == 1
             dtype = self.operands[x.load.operand].dtype if alone else torch.float32
             total = self.q.new_empty((*own, self.lq, self.lk), dtype=dtype)
-            self._launch_load(n, total, dense=True)
+            self._launch_load(n, total)
             return total, False
         return self._of_diagonal(n, own), True
 
-    def _launch_load(self, n: int, total: Tensor, *, dense: bool) -> None:
+    def _launch_load(self, n: int, dense: Tensor | None = None, own: tuple[int, int] = (1, 1)) -> Tensor:
+        """The kernel of a load writes its gradient as [b, h, i, j] to `dense`; without, that of a diagonal is returned:
+        [b, h, diagonals of tiles, T, T], where `own` are the first two sizes."""
         name = f"load{n}"
         kernel = self.program.kernel(name, self.interpreted)
-        vectors = [self.top, self.inverse, self.delta]
-        tensors = [self.q, self.k, self.v, self.dout, *vectors, total, *self.operands]
-        numbers = [stride for x in tensors[:4] for stride in x.stride()]
-        numbers += total.stride() if dense else ()
+        numbers = [stride for x in (self.q, self.k, self.v, self.dout) for stride in x.stride()]
+        numbers += () if dense is None else dense.stride()
         numbers += [self.batch, self.heads, self.heads // self.kv_heads, self.lq, self.lk]
         numbers += [stride for x in self.operands for stride in x.stride()]
 
+        free = [*self.scalars, *self.random[1:]]
+        written: list[Tensor] = []
+
+        from triton.runtime.errors import OutOfResources
+
         def with_tiles(sizes: Tiles) -> Any:
             rows, tiles = -(-self.lq // sizes.block_m), -(-self.lk // sizes.block_n)
-            blocks = rows * tiles if dense else rows + tiles - 1
+            blocks, total = rows * tiles, dense
+            if total is None:
+                if sizes.block_m != sizes.block_n:  # as if it did not fit: the next one may be square
+                    raise OutOfResources(sizes.block_m, sizes.block_n, "square tiles")
+                blocks = rows + tiles - 1
+                total = self.q.new_empty((*own, blocks, sizes.block_m, sizes.block_n), dtype=torch.float32)
+            written.append(total)
+            tensors = [self.q, self.k, self.v, self.dout, self.pair, self.inverse, total]
+            tensors += [*self.operands, *self.random[:1]]
             programs = total.shape[0] * total.shape[1] * blocks
             constants = self._constants(sizes)
-            return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, self.scalars)
+            return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, free)
 
         self._fitting(name, with_tiles)
+        return written[-1]
 
     def _of_diagonal(self, n: int, own: tuple[int, int]) -> Tensor:
         """[b, h, Lq + Lk - 1]: what scores at distances 1 - Lq ... Lk - 1 have together.
@@ -435,10 +458,9 @@ class _Call:
         The kernel leaves a tile [T, T] of sums for each diagonal of tiles; element (r, c) of diagonal d is at the
         distance (d - rows + 1) T + c - r. Tiles are skewed, so that what is as far apart is one column.
         """
-        size = (INTERPRETED if self.interpreted else DIAGONAL).block_m
-        rows, tiles = -(-self.lq // size), -(-self.lk // size)
-        total = self.q.new_empty((*own, rows + tiles - 1, size, size), dtype=torch.float32)
-        self._launch_load(n, total, dense=False)
+        total = self._launch_load(n, own=own)
+        size = total.shape[-1]
+        rows = -(-self.lq // size)
         skewed = F.pad(total.flip(-2), (0, size)).flatten(-2)[..., :-size].unflatten(-1, (size, 2 * size - 1)).sum(-2)
         halves = F.pad(skewed, (0, 1)).unflatten(-1, (2, size))
         joined = F.pad(halves[..., 0, :], (0, 0, 0, 1)) + F.pad(halves[..., 1, :], (0, 0, 1, 0))
@@ -451,12 +473,12 @@ class _Call:
         spec = self.program.spec
         assert spec.sink is not None
         evaluate = self._evaluator()
-        weights = (torch.as_tensor(evaluate(spec.sink), device=self.q.device) - self.top[..., None]).exp()
+        weights = (torch.as_tensor(evaluate(spec.sink), device=self.q.device) - self.pair[..., :1]).exp()
         if self.exact:
             weights = weights * self.inverse[..., None]
         weights = weights.masked_fill((self.lse == -math.inf)[..., None], 0.0)
         by = torch.as_tensor(evaluate(x.derivative), device=self.q.device)
-        return -weights * self.delta[..., None] * by
+        return -weights * self.pair[..., 1:] * by
 
     def _evaluator(self) -> Evaluator:
         sizes = (self.batch, self.heads, self.lq, self.lk)
@@ -483,10 +505,6 @@ class _Call:
         dead = (self.lse == -math.inf).to(self.dout.dtype)
         back = (dead[:, :, None, :] @ self.dout).float()  # [B, Hq, 1, Dv]
         dv += (back.unflatten(1, (self.kv_heads, -1)).sum(2) / self.lk).to(dv.dtype)
-
-
-DIAGONAL = Tiles(64, 64, 4, 2)
-"""Square: tiles along a diagonal then have the same distances at the same places."""
 
 
 def _summed(x: Tensor, axes: Sequence[sympy.Symbol]) -> Tensor:

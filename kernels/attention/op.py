@@ -20,7 +20,7 @@ LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 LIBRARY.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel,"
     " Tensor? tiles=None, int block_m=0, int block_n=0, bool heads_first=False,"
-    " Tensor? tiles_by_key=None) -> (Tensor out, Tensor lse)",
+    " Tensor? tiles_by_key=None, Tensor? seed=None, int stream=0) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
@@ -29,7 +29,8 @@ LIBRARY.define(
 LIBRARY.define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] operands,"
     " SymInt[] ints, float[] floats, str kernel, bool[] needs, Tensor? tiles=None, Tensor? tiles_by_key=None,"
-    " int block_m=0, int block_n=0) -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)",
+    " int block_m=0, int block_n=0, Tensor? seed=None, int stream=0)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] doperands)",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
@@ -100,6 +101,8 @@ def _attention_cuda(
     block_n: int = 0,
     heads_first: bool = False,
     tiles_by_key: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     def checked() -> None:
         check(q, k, v, operands, kernel, tiles, block_m, block_n)
@@ -107,7 +110,9 @@ def _attention_cuda(
         if reason is not None:
             raise NotImplementedError(f"xfcompile::attention: {reason}")
 
-    return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, checked)
+    return launch.run(
+        q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, checked, seed, stream
+    )
 
 
 def _attention_cpu(
@@ -123,13 +128,17 @@ def _attention_cpu(
     block_n: int = 0,
     heads_first: bool = False,
     tiles_by_key: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel, tiles, block_m, block_n)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
-        return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first)
+        more: dict[str, Any] = {"seed": seed, "stream": stream}
+        return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, **more)
     spec = launch.program(kernel).spec
+    launch.random_of(spec, seed, stream)
     dtype = torch.promote_types(q.dtype, torch.float32)
-    value, logsumexp = reference.attention(spec, q, k, v, operands, ints, floats, dtype)
+    value, logsumexp = reference.attention(spec, q, k, v, operands, ints, floats, dtype, seed, stream)
     out, lse = launch.outputs(q, v, heads_first)
     return out.copy_(value), lse.copy_(logsumexp)
 
@@ -147,6 +156,8 @@ def _attention_fake(
     block_n: int = 0,
     heads_first: bool = False,
     tiles_by_key: Tensor | None = None,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     check(q, k, v, operands, kernel, tiles, block_m, block_n)
     return launch.outputs(q, v, heads_first)
@@ -200,11 +211,12 @@ def _backward_cuda(
     tiles_by_key: Tensor | None = None,
     block_m: int = 0,
     block_n: int = 0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> launch_backward.Gradients:
     wanted = launch_backward.Needs.of(needs)
-    return launch_backward.run(
-        dout, q, k, v, out, lse, operands, ints, floats, kernel, wanted, tiles, tiles_by_key, block_m, block_n
-    )
+    listed = (tiles, tiles_by_key, block_m, block_n)
+    return launch_backward.run(dout, q, k, v, out, lse, operands, ints, floats, kernel, wanted, *listed, seed, stream)
 
 
 def _backward_cpu(
@@ -219,12 +231,18 @@ def _backward_cpu(
     floats: Sequence[float],
     kernel: str,
     needs: Sequence[bool],
-    *rest: Any,
+    tiles: Tensor | None = None,
+    tiles_by_key: Tensor | None = None,
+    block_m: int = 0,
+    block_n: int = 0,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> launch_backward.Gradients:
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
-        return _backward_cuda(dout, q, k, v, out, lse, operands, ints, floats, kernel, needs, *rest)
+        more = (tiles, tiles_by_key, block_m, block_n, seed, stream)
+        return _backward_cuda(dout, q, k, v, out, lse, operands, ints, floats, kernel, needs, *more)
     wanted = launch_backward.Needs.of(needs)
-    return launch_backward.by_definition(dout, q, k, v, operands, ints, floats, kernel, wanted)
+    return launch_backward.by_definition(dout, q, k, v, operands, ints, floats, kernel, wanted, seed, stream)
 
 
 def _backward_fake(
@@ -246,14 +264,16 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keeps q, k, v, out, the log-sum-exps and what the score loads: no weights, and nothing as large as they are."""
-    q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, _, tiles_by_key = inputs
+    q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, _, tiles_by_key, seed, stream = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.lists = tiles is not None and tiles_by_key is not None
     listed = (tiles, tiles_by_key) if ctx.lists else ()
-    ctx.save_for_backward(q, k, v, out, lse, *listed, *operands)
-    ctx.numbers = ints, floats, kernel, block_m, block_n
+    ctx.random = seed is not None
+    seeds = (seed,) if ctx.random else ()
+    ctx.save_for_backward(q, k, v, out, lse, *listed, *seeds, *operands)
+    ctx.numbers = ints, floats, kernel, block_m, block_n, stream
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
@@ -261,12 +281,13 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any,
     others: tuple[Any, ...] = tuple([] if isinstance(x, list) else None for x in ctx.needs_input_grad[4:])
     if dout is None:
         return None, None, None, [None] * len(ctx.needs_input_grad[3]), *others
-    ints, floats, kernel, block_m, block_n = ctx.numbers
+    ints, floats, kernel, block_m, block_n, stream = ctx.numbers
     q, k, v, out, lse, *rest = ctx.saved_tensors
     tiles, tiles_by_key = (rest.pop(0), rest.pop(0)) if ctx.lists else (None, None)
+    seed = rest.pop(0) if ctx.random else None
     needs = [bool(x) for x in (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])]
     *qkv, operands = torch.ops.xfcompile.attention_backward(
-        dout, q, k, v, out, lse, rest, ints, floats, kernel, needs, tiles, tiles_by_key, block_m, block_n
+        dout, q, k, v, out, lse, rest, ints, floats, kernel, needs, tiles, tiles_by_key, block_m, block_n, seed, stream
     )
     made = [x if needed else None for x, needed in zip([*qkv, *operands], needs, strict=True)]
     return *made[:3], made[3:], *others

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator, Value
+from xfcompile.kernels import philox
 from xfcompile.kernels.attention.gradient import Gradients
 from xfcompile.score import POSITION, B, H, I, J, S
 from xfcompile.site import ScoreSpec
@@ -24,8 +25,10 @@ def attention(
     ints: Sequence[int] = (),
     floats: Sequence[float] = (),
     dtype: torch.dtype = torch.float32,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over j of the score where kept, times v, computed in `dtype`.
+    """Softmax over j of the score where kept, some of it dropped out, times v, computed in `dtype`.
 
     q [B, Hq, Lq, Dq], k [B, Hkv, Lk, Dq], v [B, Hkv, Lk, Dv] -> out [B, Hq, Lq, Dv], lse [B, Hq, Lq], both in `dtype`.
     """
@@ -60,7 +63,17 @@ def attention(
         weights = weights.masked_fill(empty, {"nan": math.nan, "mean": 1 / lk, "zero": 0.0}[spec.dead])
         if spec.dead == "zero":  # SDPA counts a row of infinite scores as one without keys
             weights = weights.masked_fill(nothing, 0.0)
+    if spec.dropout:
+        weights = _dropped(spec, weights, seed, stream)
     return weights @ v, lse
+
+
+def _dropped(spec: ScoreSpec, weights: Tensor, seed: Tensor | None, stream: int) -> Tensor:
+    """Weights, or their gradients, some of them dropped out and the others larger by as much."""
+    assert seed is not None
+    batch, heads, lq, lk = weights.shape
+    kept = philox.attention_keep(seed, spec.dropout, batch, heads, lq, lk, stream, weights.device)
+    return torch.where(kept, weights * philox.scale(spec.dropout), 0.0)
 
 
 def bind(scalars: Sequence[sympy.Symbol], ints: Sequence[int], floats: Sequence[float]) -> dict[sympy.Symbol, Value]:
@@ -85,6 +98,8 @@ def backward(
     floats: Sequence[float] = (),
     dtype: torch.dtype = torch.float32,
     absolute: bool = False,
+    seed: Tensor | None = None,
+    stream: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """The gradients of `attention`'s out by q, k, v, and by each load of `found`, computed in `dtype`.
 
@@ -92,7 +107,7 @@ def backward(
     that it has not. absolute: of a load, the sum of the sizes of what its gradient is the sum of. Rows that see no key
     have none, but for v's where they get the mean of v.
     """
-    out, lse = attention(spec, q, k, v, operands, ints, floats, dtype)
+    out, lse = attention(spec, q, k, v, operands, ints, floats, dtype, seed, stream)
     batch, heads, lq, _ = q.shape
     kv_heads, lk = k.shape[1:3]
     group = heads // max(kv_heads, 1)
@@ -116,14 +131,17 @@ def backward(
     weights = torch.cat([score, sink], -1).masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
     weights, sink_weights = weights[..., :lk], weights[..., lk:]
     delta = (dout * torch.where(dead, 0.0, out)).sum(-1, keepdim=True)
-    dscore = weights * (dout @ v.mT - delta)
+    dweights, kept = dout @ v.mT, weights
+    if spec.dropout:
+        dweights, kept = (_dropped(spec, x, seed, stream) for x in (dweights, weights))
+    dscore = weights * (dweights - delta)
     ds = dscore * _full(evaluate(found.slope), shape, dtype, q.device)
     terms = []
     for x in found.loads:
         whole = -delta * sink_weights if x.kind == "sink" else dscore
         by = whole * _full(evaluate(x.derivative), tuple(whole.shape), dtype, q.device)
         terms.append((by.abs() if absolute else by, [a for a, p in enumerate(POSITION) if p not in x.axes]))
-    dv = weights.mT @ dout
+    dv = kept.mT @ dout
     if spec.dead == "mean" and spec.sink is None and lk:
         dv = dv + (dout * dead).sum(-2, keepdim=True) / lk
     loads = [by.sum(gone, keepdim=True) if gone else by for by, gone in terms]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 
+from xfcompile.kernels import philox
 from xfcompile.score import B, I, J, Load
 from xfcompile.site import Band, ScoreSpec
 
@@ -27,6 +28,7 @@ class Names:
     listed: bool
     evens: list[str]
     first: list[str]
+    random: list[str]
 
     @staticmethod
     def of(spec: ScoreSpec, rows: int, evens: int, first: bool) -> Names:
@@ -43,6 +45,7 @@ class Names:
             listed=listed(spec),
             evens=[f"even{n}" for n in range(evens)],
             first=["first"] if first else [],
+            random=["seed", "layer", "stream"] if spec.dropout else [],
         )
 
     @property
@@ -206,7 +209,7 @@ KERNEL = '''\
     lse = {lse}
     tl.store(lse_ptr + (tl.cast(b, tl.int64) * heads + h) * lq + offs_m, lse, mask=offs_m < lq)
 {dead}
-    out = acc * tl.div_rn(1.0, l)[:, None]
+    out = acc * tl.div_rn(1.0, l)[:, None]{scale}
     mask = (offs_m[:, None] < lq) & (offs_dv < DV)
     tl.store(out_ptr + out_row * DV + offs_dv, out.to(out_ptr.dtype.element_ty), mask=mask)
 '''
@@ -308,6 +311,7 @@ def module(
     parts = [
         _docstring(spec) + HEAD.format(spec=literal(fields(spec))),
         FUNCTIONS,
+        *([philox.TEXT] if spec.dropout else []),
         *(HELPERS[name] for name in sorted(helpers)),
         *functions,
         _tile(spec, forms, names),
@@ -329,6 +333,8 @@ def meaning(spec: ScoreSpec) -> str:
         lines.append("far    scores may be finite, and their products with log2(e) not")
     if spec.coarse:
         lines.append("coarse the program itself rounds q·k to bf16")
+    if spec.dropout:
+        lines.append(f"drops  {spec.dropout} of the weights")
     if spec.full is not None:
         lines.append(f"full   {spec.full}, for rows not above {spec.floor}")
     if spec.band != Band():
@@ -358,6 +364,7 @@ def fields(spec: ScoreSpec) -> dict[str, object]:
         "full": text(spec.full),
         "floor": text(spec.floor),
         "coarse": spec.coarse,
+        "dropout": spec.dropout,
     }
 
 
@@ -411,9 +418,10 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     lines += [
         "alpha = tl.exp2((m - m_safe) * POWER)",
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
+        *dropped(spec, "p"),
     ]
     flags = ["MASKED", "EDGE", *_more_flags(spec, names)]
-    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.evens]
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.random, *names.evens]
     arguments += _constexprs([*CONSTANTS, *names.flags, *flags])
     return TILE.format(signature=wrapped("def tile", arguments, ":"), power=POWER, body=_indented("\n".join(lines)))
 
@@ -425,6 +433,21 @@ def scores(spec: ScoreSpec, form: Form, site: str, prefix: str = "") -> list[str
     if spec.full is not None and not prefix:
         return ["if AGAIN:", f"    s = full_score(s, {site})", "else:", f"    s = score(s, {site})"]
     return [f"s = {prefix}score(s, {site})"]
+
+
+def dropped(spec: ScoreSpec, weights: str, kept: str = "{}", rows: str = "i", start: str = "start") -> list[str]:
+    """Drops some of [M, N] weights out, or of what has the same places. rows [M, 1]: their queries; start: the first
+    of their keys; kept: how what is kept is turned."""
+    if not spec.dropout:
+        return []
+    groups = f"({start} // 8 + tl.arange(0, BLOCK_N // 8))[None, :]"
+    numbers = f"{philox.threshold(spec.dropout)}, {rows}.shape[0], BLOCK_N"
+    kept = kept.format(f"keep_groups(seed, {groups}, {rows}, layer, stream, {numbers})")
+    return [f"{weights} = tl.where({kept}, {weights}, 0.0)"]
+
+
+RANDOM = ["seed = tl.load(seed_ptr)", "layer = b * heads + h"]
+"""What dropout's random numbers depend on, beside a weight's place and the stream of its site."""
 
 
 def _masks(spec: ScoreSpec, site: str) -> list[str]:
@@ -473,7 +496,7 @@ def step(names: Names, *, masked: bool, edge: bool, again: bool | None = None, e
     """A call of `tile`. again: whether it is in the second pass, None where there is none."""
     flags = [masked, edge, *([] if again is None else [again]), *([even] if names.evens else [])]
     evens = names.evens if even else ["0.0" for _ in names.evens]
-    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *evens, *CONSTANTS, *names.flags]
+    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.random, *evens, *CONSTANTS, *names.flags]
     return wrapped("    acc, m, l = tile", [*arguments, *map(str, flags)])
 
 
@@ -633,6 +656,8 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     lists = ["list_ptr", "list_b", "list_h"] if names.listed else []
     pointers = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers, *lists[:1]]
+    stream = ["stream"] if spec.dropout else []
+    pointers += ["seed_ptr"] if spec.dropout else []
     state = ['m = tl.full([BLOCK_M], float("-inf"), tl.float32)', "l = tl.full([BLOCK_M], 0.0, tl.float32)"]
     if spec.sink is not None:
         arguments = ["b", "h", "row", *names.outside, *names.flags]
@@ -642,6 +667,7 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
             'l = tl.where(m == float("-inf"), 0.0, 1.0)',
         ]
     arguments = [*pointers, *qkv, "heads", "group", "lq", "lk", *names.strides, *names.scalars, *lists[1:]]
+    arguments += stream
     constants = [
         *CONSTANTS,
         *names.flags,
@@ -649,12 +675,13 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
         "HEADS_FIRST",
         *(["LISTED", "PARTS_M", "PARTS_N"] if lists else []),
     ]
-    unspecialized = [*names.scalars, *lists[1:]]
+    unspecialized = [*names.scalars, *lists[1:], *stream]
     return KERNEL.format(
         jit_options=f"(do_not_specialize={unspecialized!r})" if unspecialized else "",
         signature=wrapped("def attention_forward", [*arguments, *_constexprs(constants)], ":"),
         place=_indented(_place(spec)),
-        rows=_indented("\n".join(row_lines)),
+        rows=_indented("\n".join([*row_lines, *(RANDOM if spec.dropout else [])])),
+        scale=f" * {philox.scale(spec.dropout)!r}" if spec.dropout else "",
         state=_indented("\n".join(state)),
         loops=_indented(_loops(spec, forms, names)),
         again=_indented(_again(spec, names, state)),

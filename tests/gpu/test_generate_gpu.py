@@ -96,8 +96,9 @@ def test_static_cache_of_transformers_own_compiled_step(dtype: torch.dtype, atte
     # A longer text has a longer cache, another static size: at most one compilation more.
     assert report.graphs <= 2
     assert not report.failures
-    assert len(report.sites) == LAYERS * report.graphs
-    assert all(site.matched for site in report.sites)
+    attentions = [site for site in report.sites if site.family == "attention"]
+    assert len(attentions) == LAYERS * report.graphs
+    assert all(site.matched for site in attentions)
     if mode == "reduce-overhead":
         assert counters["inductor"]["cudagraph_skips"] == 0
         assert captured() > 0

@@ -97,28 +97,29 @@ def _exact(program: Program, entry: Entry) -> dict[str, Tensor]:
         torch.set_default_dtype(usual)
 
 
-def measure(entry: Entry, through: Through, routes: Mapping[str, str] | None = None) -> Outcome:
-    """Compile and run the entry, and compare its results (its gradients too, if it differentiates). routes: as in the
-    options."""
+def measure(entry: Entry, through: Through, **options: Any) -> Outcome:
+    """Compile and run the entry, and compare its results (its gradients too, if it differentiates).
+
+    options: the backend's own; not through Inductor.
+    """
     program = entry.build()
     exact = _exact(program, entry)
     eager = _results(program, entry.differentiates)
     torch._dynamo.reset()
     with xfcompile.collect() as collected:
         report = xfcompile.Report()
-        compiled = torch.compile(program.module, backend=_backend(through, report, routes or {}))
+        compiled = torch.compile(program.module, backend=_backend(through, report, options))
         ours = _results(Program(compiled, program.args, program.kwargs), entry.differentiates)
     report.extend(collected)
     return Outcome(report, tuple(_compare(exact, eager, ours)))
 
 
-def _backend(through: Through, report: xfcompile.Report, routes: Mapping[str, str]) -> Any:
+def _backend(through: Through, report: xfcompile.Report, options: Mapping[str, Any]) -> Any:
     if through == "inductor":
-        assert not routes, "Inductor runs what the default is"
         return "xformers" if "xformers" in torch._dynamo.list_backends() else xfcompile.xformers
 
     def rewriting(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report.extend(xfcompile.rewrite(gm, example_inputs, {"strict": True, "routes": dict(routes)}))
+        report.extend(xfcompile.rewrite(gm, example_inputs, {"strict": True, **options}))
         if through == "graph":
             return gm
         from torch._dynamo.backends.debugging import aot_eager

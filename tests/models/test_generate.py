@@ -53,6 +53,10 @@ PROMPT_MASKS = {
 CAP = 20.0
 
 
+def _attentions(report: Report) -> list[SiteReport]:
+    return [site for site in report.sites if site.family == "attention"]
+
+
 @dataclass(frozen=True)
 class Generated:
     """The tokens that eager and compiled generation gave, how often was compiled, and what of the sites was said."""
@@ -64,11 +68,15 @@ class Generated:
 
     def sites(self, module: str) -> list[SiteReport]:
         """The sites of one module, in the order of compilation: of the prompt, of the steps."""
-        return [site for site in self.report.sites if site.module == module]
+        return [site for site in self.attentions if site.module == module]
+
+    @property
+    def attentions(self) -> list[SiteReport]:
+        return _attentions(self.report)
 
     @property
     def modules(self) -> list[str]:
-        return sorted({site.module or "" for site in self.report.sites})
+        return sorted({site.module or "" for site in self.attentions})
 
 
 def _model(name: str, attention: str) -> Any:
@@ -224,12 +232,12 @@ def test_static_cache_is_compiled_as_often_for_many_tokens_as_for_few(name: str,
     # Mistral's window is a number that changes until it is full.
     assert few.compilations == many.compilations == (2 if name == "mistral" else 1)
     assert len(many.modules) == ATTENTIONS[name]
-    assert len(many.report.sites) == ATTENTIONS[name] * many.compilations
-    assert {(site.matched, site.route) for site in many.report.sites} == {(True, "sdpa")}
+    assert len(many.attentions) == ATTENTIONS[name] * many.compilations
+    assert {(site.matched, site.route) for site in many.attentions} == {(True, "sdpa")}
     # transformers makes the mask outside of the graph: booleans for SDPA, floats, which are a bias, for eager. T5's
     # eager masks are read as padding all the same.
     read = "key padding" if attention == "sdpa" or name == "t5" else "none"
-    assert {site.mask for site in many.report.sites} == {read}
+    assert {site.mask for site in many.attentions} == {read}
 
 
 @pytest.mark.parametrize("name, attention", _unless([("llama", "eager")]))
@@ -257,7 +265,7 @@ def test_static_cache_given_to_a_forward_that_the_user_compiled(name: str, atten
         _same(Generated(eager, generate(), len(seen), report), tokens)
         # For the prompt and for a step; Mistral's window is a number that changes until it is full.
         assert len(seen) <= (2 if name == "llama" else 3)
-        assert {(site.matched, site.route) for site in report.sites} == {(True, "sdpa")}
+        assert {(site.matched, site.route) for site in _attentions(report)} == {(True, "sdpa")}
 
 
 def test_one_head_of_keys_in_a_compiled_step_by_the_backends_name() -> None:
@@ -276,7 +284,7 @@ def test_one_head_of_keys_in_a_compiled_step_by_the_backends_name() -> None:
         compiled = model.generate(**more, cache_implementation="static", compile_config=config)
     assert torch.equal(eager, compiled)
     assert report.graphs == 1
-    assert [(site.route, site.mask) for site in report.sites] == [("sdpa", "key padding")]
+    assert [(site.route, site.mask) for site in _attentions(report)] == [("sdpa", "key padding")]
 
 
 def test_lengths_of_keys_and_values_that_sdpa_alone_compares() -> None:
@@ -286,7 +294,7 @@ def test_lengths_of_keys_and_values_that_sdpa_alone_compares() -> None:
     for length in (5, 6):
         q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 4, length, 16), torch.randn(2, 4, length, 16)
         torch.testing.assert_close(compiled(q, k, v), fn(q, k, v))
-    assert [site.matched for site in report.sites] == [True, True], report
+    assert [site.matched for site in _attentions(report)] == [True, True], report
 
 
 def _newest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -301,7 +309,7 @@ def test_a_mask_by_the_larger_of_two_sizes_is_given_to_sdpa() -> None:
     for length in (5, 12):
         q, k, v = torch.randn(2, 4, 3, 16), torch.randn(2, 4, length, 16), torch.randn(2, 4, length, 16)
         torch.testing.assert_close(compiled(q, k, v), _newest(q, k, v))
-    assert [site.route for site in report.sites] == ["sdpa"], report
+    assert [site.route for site in _attentions(report)] == ["sdpa"], report
 
 
 def _soft_capped(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -330,4 +338,4 @@ def test_one_compilation_for_all_lengths_batches_and_scales(fn: Callable[..., Te
             eager, ours = ((f(q, k, v, scale) - exact).abs().max() for f in (fn, compiled))
             assert ours <= 2 * eager + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
     assert counters["stats"]["unique_graphs"] == 1
-    assert {(site.matched, site.route) for site in report.sites} == {(True, route)}
+    assert {(site.matched, site.route) for site in _attentions(report)} == {(True, route)}

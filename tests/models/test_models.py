@@ -7,7 +7,7 @@ does the same and writes RESULTS.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from measure import Outcome, Through, measure
@@ -63,10 +63,10 @@ KERNEL = {
 INDUCTOR = ("nanogpt", "meta_llama_train", "clip_vision[eager]")
 
 
-def _check(entry: Entry, through: Through, routes: Mapping[str, str] | None = None) -> Outcome:
+def _check(entry: Entry, through: Through, **options: Any) -> Outcome:
     if entry.missing:
         pytest.skip(f"not installed: {', '.join(entry.missing)}")
-    outcome = measure(entry, through, routes)
+    outcome = measure(entry, through, **options)
     assert not outcome.report.failures
     reasons = {site.reason for site in outcome.sites if not site.matched}
     assert outcome.matched == entry.attentions, reasons
@@ -87,7 +87,7 @@ def test_model_means_what_it_meant(name: str) -> None:
 def test_model_trains_by_our_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter's gradient, with the forward and the backward interpreted."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    outcome = _check(ENTRIES[name], "graph", {"attention": "triton"})
+    outcome = _check(ENTRIES[name], "graph", routes={"attention": "triton"})
     assert [site.route for site in outcome.sites if site.matched] == ["triton"] * KERNEL[name], outcome.report
     assert any(e.name.startswith("gradient of") for e in outcome.errors)
 

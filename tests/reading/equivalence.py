@@ -19,6 +19,8 @@ from xfcompile.options import Options
 from xfcompile.report import Report, SiteReport
 from xfcompile.rewrite import rewrite_graph
 
+LAYERS = frozenset({"attention", "gated_mlp"})
+
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,8 +52,12 @@ class Outcome:
         return found
 
 
-def rewriting(outcome: Outcome, routes: dict[str, str] | None = None, rewrite: bool = True) -> Callable[..., Any]:
-    """A backend for `torch.compile`: the rewrite, then AOTAutograd, then eager ATen."""
+def rewriting(
+    outcome: Outcome, routes: dict[str, str] | None = None, rewrite: bool = True, family: str | None = None
+) -> Callable[..., Any]:
+    """A backend for `torch.compile`: the rewrite, for one family or for those whose sites are whole layers; then
+    AOTAutograd, then eager ATen."""
+    families = LAYERS if family is None else frozenset([family])
 
     def keep(gm: fx.GraphModule, _: Any) -> Any:
         outcome.programs.append(gm)
@@ -60,7 +66,7 @@ def rewriting(outcome: Outcome, routes: dict[str, str] | None = None, rewrite: b
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         report = Report()
         if rewrite:
-            rewrite_graph(gm, example_inputs, Options(strict=True, routes=routes or {}), report)
+            rewrite_graph(gm, example_inputs, Options(families, routes or {}, strict=True), report)
         outcome.sites += report.sites
         outcome.graphs.append(copy.deepcopy(gm))
         run = aot_autograd(
@@ -187,6 +193,7 @@ def check(
     dynamic: bool | None = False,
     routes: dict[str, str] | None = None,
     rewrite: bool = True,
+    family: str | None = None,
 ) -> Outcome:
     """Compile, run, compare with eager, and say what was matched. `grad`: compare gradients too.
 
@@ -194,7 +201,7 @@ def check(
     """
     torch._dynamo.reset()
     outcome = Outcome()
-    compiled = torch.compile(fn, backend=rewriting(outcome, routes, rewrite), dynamic=dynamic, fullgraph=False)
+    compiled = torch.compile(fn, backend=rewriting(outcome, routes, rewrite, family), dynamic=dynamic, fullgraph=False)
     ours = run(fn, inputs, grad=grad, double=False, called=compiled)
     eager = run(fn, inputs, grad=grad, double=False)
     exact = run(fn, inputs, grad=grad, double=True)

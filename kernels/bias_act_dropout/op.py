@@ -1,0 +1,328 @@
+"""The operators `xfcompile::bias_act_dropout` and `xfcompile::linear_act_dropout`, with their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._triton import has_triton_package
+
+from xfcompile.activation import X
+from xfcompile.kernels.bias_act_dropout import launch, reference
+from xfcompile.kernels.bias_act_dropout.formula import parse
+
+LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+# formula: of one element, as `formula.text_of` writes it. bias [N] is added to x, vectors are [N], tensors have the
+# result's shape; seed: int64, one element, where something is dropped out, with probability p.
+LIBRARY.define(
+    "bias_act_dropout(Tensor x, Tensor? bias, Tensor[] vectors, Tensor[] tensors, Tensor? seed, int stream,"
+    " str formula, float p, ScalarType dtype) -> Tensor",
+    tags=_TAGS,
+)
+# Of x @ weight.T, weight [N, K]. The second result is that product, where `save`, else empty.
+LIBRARY.define(
+    "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[] vectors, Tensor[] tensors, Tensor? seed,"
+    " int stream, str formula, float p, ScalarType dtype, bool save) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+# The gradients of x, of the bias and of the vectors, of those that are needed (in this order), in `dtypes`.
+LIBRARY.define(
+    "bias_act_dropout_backward(Tensor dout, Tensor? x, Tensor? bias, Tensor[] vectors, Tensor? seed, int stream,"
+    " str formula, float p, int tensors, bool[] needed, str[] dtypes) -> Tensor[]",
+    tags=_TAGS,
+)
+
+
+def supports(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Why the kernels cannot run there; None if they can."""
+    if not has_triton_package():
+        return "triton is not installed"
+    for dtype in dtypes:
+        if dtype not in launch.DTYPES:
+            return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        asked = launch.interpreting()
+        return None if asked else "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    return None if device.type == "cuda" else f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
+
+
+def _check(x: Tensor, n: int, bias: Tensor | None, vectors: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    for v in (*vectors, *(() if bias is None else (bias,))):
+        if v.ndim != 1 or v.shape[0] != n:
+            raise ValueError(f"xfcompile::bias_act_dropout: vectors are [{n}], not {list(v.shape)}")
+    for r in tensors:
+        if r.shape != (*x.shape[:-1], n):
+            raise ValueError(
+                f"xfcompile::bias_act_dropout: tensors are {[*x.shape[:-1], n]}, as the result is, not {list(r.shape)}"
+            )
+
+
+def _runs(x: Tensor, *others: Tensor) -> bool:
+    """Whether the Triton kernel is to run; on a CPU plain PyTorch does else."""
+    reason = supports(x.device, [t.dtype for t in (x, *others)])
+    if reason is not None and x.device.type != "cpu":
+        raise NotImplementedError(f"xfcompile::bias_act_dropout: {reason}")
+    return reason is None and x.numel() > 0
+
+
+def _forward(
+    x: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    stream: int,
+    formula: str,
+    p: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(x, x.shape[-1], bias, vectors, tensors)
+    out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype)
+    if _runs(x, *vectors, *tensors, out):
+        launch.forward(out, x, bias, vectors, tensors, seed, stream, formula, p)
+        return out
+    wide = torch.promote_types(x.dtype, torch.float32)
+    parsed = parse(formula, len(vectors), len(tensors))
+    return out.copy_(reference.forward(parsed, x, bias, vectors, tensors, seed, stream, p, wide))
+
+
+def _forward_fake(
+    x: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    stream: int,
+    formula: str,
+    p: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    stream: int,
+    formula: str,
+    p: float,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight.shape[0], bias, vectors, tensors)
+    out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
+    if _runs(x, weight, *vectors, *tensors, out) and out.numel() > 0:
+        kept = pre if save else None
+        launch.linear(out, kept, x, weight, bias, vectors, tensors, seed, stream, formula, p)
+        return out, pre
+    wide = torch.promote_types(x.dtype, torch.float32)
+    product = x.to(wide) @ weight.to(wide).t()
+    if save:
+        pre.copy_(product)
+    parsed = parse(formula, len(vectors), len(tensors))
+    return out.copy_(reference.forward(parsed, product, bias, vectors, tensors, seed, stream, p, wide)), pre
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    stream: int,
+    formula: str,
+    p: float,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    out = torch.empty(shape, dtype=dtype, device=x.device)
+    return out, torch.empty(shape if save else (0,), dtype=x.dtype, device=x.device)
+
+
+def _backward(
+    dout: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    seed: Tensor | None,
+    stream: int,
+    formula: str,
+    p: float,
+    tensors: int,
+    needed: Sequence[bool],
+    dtypes: Sequence[str],
+) -> list[Tensor]:
+    needs_x, needs_bias, *needs = needed
+    given = [dout, *vectors, *(t for t in (x, bias) if t is not None)]
+    rows = list(_backward_fake(dout, x, bias, vectors, seed, stream, formula, p, tensors, needed, dtypes))
+    dx = rows[0] if needs_x else None
+    if _runs(*given):
+        dbias, dv = launch.backward(dx, dout, x, bias, vectors, seed, stream, formula, p, tensors, needs_bias, needs)
+    else:
+        wide = torch.promote_types(dout.dtype if x is None else x.dtype, torch.float32)
+        parsed = parse(formula, len(vectors), tensors)
+        gradient, dv = reference.gradients(parsed, dout, x, bias, vectors, seed, stream, p, wide)  # type: ignore
+        dbias = reference.total(gradient)
+        if dx is not None:
+            dx.copy_(gradient)
+    sums = [total for total, yes in zip((dbias, *dv), (needs_bias, *needs), strict=True) if yes and total is not None]
+    for result, total in zip(rows[int(needs_x) :], sums, strict=True):
+        result.copy_(total)
+    return rows
+
+
+def _backward_fake(
+    dout: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    seed: Tensor | None,
+    stream: int,
+    formula: str,
+    p: float,
+    tensors: int,
+    needed: Sequence[bool],
+    dtypes: Sequence[str],
+) -> list[Tensor]:
+    shapes = [dout.shape, *([dout.shape[-1:]] * (len(needed) - 1))]
+    return [
+        torch.empty(shape, dtype=getattr(torch, dtype), device=dout.device)
+        for shape, dtype, yes in zip(shapes, dtypes, needed, strict=True)
+        if yes
+    ]
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
+
+
+def saves(formula: str, vectors: int, tensors: int, of_vectors: bool) -> bool:
+    """Whether the gradients, those of vectors among them or not, are functions of x."""
+    return X in parse(formula, vectors, tensors).reads(of_vectors)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, vectors, tensors, seed, *call = inputs
+    needed = tuple(ctx.needs_input_grad[: 2 + len(vectors)])  # flat here: lists are not lists
+    _keep(ctx, x, bias, vectors, tensors, seed, call, needed, x.dtype)
+    ctx.save_for_backward(*ctx.pointwise)
+    del ctx.pointwise
+
+
+def _keep(
+    ctx: Any,
+    x: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    call: Sequence[Any],
+    needed: tuple[bool, ...],
+    dtype: torch.dtype,
+) -> None:
+    """What the backward of the pointwise part needs, and nothing else: tensors as `ctx.pointwise`."""
+    stream, formula, p = call[:3]
+    used = any(needed) and saves(formula, len(vectors), len(tensors), any(needed[2:]))
+    ctx.call = (stream, formula, p, len(tensors))
+    ctx.needed = needed
+    # By their names: torch 2.11 makes numbers of dtypes that are in a list.
+    dtypes = [dtype, dtype if bias is None else bias.dtype, *(v.dtype for v in vectors)]
+    ctx.dtypes = [str(x).removeprefix("torch.") for x in dtypes]
+    coefficients = parse(formula, len(vectors), len(tensors)).coefficients
+    ctx.added = [(r.dtype, c) for r, c in zip(tensors, coefficients, strict=True)]
+    any_needed = any(needed)
+    ctx.pointwise = [
+        x if used else None,
+        bias if used else None,
+        seed if any_needed else None,
+        *(vectors if any_needed else ()),
+    ]
+
+
+def _pointwise_gradients(ctx: Any, dout: Tensor, saved: Sequence[Any]) -> tuple[Any, Any, list[Any]]:
+    """Of x, of the bias and of the vectors; None where none is needed."""
+    x, bias, seed, *vectors = saved
+    if not any(ctx.needed):
+        return None, None, [None] * (len(ctx.needed) - 2)
+    stream, formula, p, tensors = ctx.call
+    found = iter(
+        torch.ops.xfcompile.bias_act_dropout_backward(
+            dout, x, bias, vectors, seed, stream, formula, p, tensors, list(ctx.needed), ctx.dtypes
+        )
+    )
+    dx, dbias, *dv = (next(found) if needed else None for needed in ctx.needed)
+    return dx, dbias, dv
+
+
+def _added_gradients(ctx: Any, dout: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Of tensors, which are added times a number."""
+    return [
+        (dout if c == 1.0 else dout * c).to(dtype) if needed else None
+        for (dtype, c), needed in zip(ctx.added, needs, strict=True)
+    ]
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    dx, dbias, dv = _pointwise_gradients(ctx, dout, ctx.saved_tensors)
+    added = _added_gradients(ctx, dout, ctx.needs_input_grad[3])
+    return dx, dbias, dv, added, None, None, None, None, None
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, vectors, tensors, seed, *call = inputs
+    needs_x, needs_weight, *needs = ctx.needs_input_grad[: 3 + len(vectors)]
+    _, pre = output
+    ctx.mark_non_differentiable(pre)
+    ctx.set_materialize_grads(False)
+    needed = (needs_x or needs_weight, *needs)
+    _keep(ctx, pre, bias, vectors, tensors, seed, call, needed, x.dtype)
+    if ctx.pointwise[0] is not None and not call[-1]:
+        raise ValueError("xfcompile::linear_act_dropout: a gradient is needed, for which `save` has to be True")
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *ctx.pointwise)
+    del ctx.pointwise
+
+
+def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 11
+    x, weight, *saved = ctx.saved_tensors
+    dpre, dbias, dv = _pointwise_gradients(ctx, dout, saved)
+    dx = None if weight is None else dpre @ weight
+    dweight = None if x is None else dpre.flatten(0, -2).t() @ x.flatten(0, -2)
+    added = _added_gradients(ctx, dout, ctx.needs_input_grad[4])
+    return dx, dweight, dbias, dv, added, None, None, None, None, None, None
+
+
+def _twice(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "xfcompile::bias_act_dropout has no second derivative: leave bias-act-dropout to Inductor where a gradient is "
+        'differentiated again (options={"routes": {"bias-act-dropout": "inductor"}})'
+    )
+
+
+LIBRARY.impl("bias_act_dropout", _forward, "CUDA")
+LIBRARY.impl("bias_act_dropout", _forward, "CPU")
+LIBRARY.impl("linear_act_dropout", _linear, "CUDA")
+LIBRARY.impl("linear_act_dropout", _linear, "CPU")
+LIBRARY.impl("bias_act_dropout_backward", _backward, "CUDA")
+LIBRARY.impl("bias_act_dropout_backward", _backward, "CPU")
+torch.library.register_fake("xfcompile::bias_act_dropout", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("xfcompile::linear_act_dropout", _linear_fake, lib=LIBRARY)
+torch.library.register_fake("xfcompile::bias_act_dropout_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("xfcompile::bias_act_dropout", _gradients, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd(
+    "xfcompile::linear_act_dropout", _linear_gradients, setup_context=_setup_linear, lib=LIBRARY
+)
+torch.library.register_autograd("xfcompile::bias_act_dropout_backward", _twice, lib=LIBRARY)
+
+bias_act_dropout = torch.ops.xfcompile.bias_act_dropout
+linear_act_dropout = torch.ops.xfcompile.linear_act_dropout

@@ -1,0 +1,374 @@
+"""From tensors to launches of the generated kernels: arguments, tile sizes, and smaller ones where they do not fit."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+
+from xfcompile.kernels import philox
+from xfcompile.kernels.attention import cache
+from xfcompile.kernels.attention.launch import FirstThatRuns, precision
+from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.tiles import HOPPER, device_generation
+from xfcompile.kernels.gated_mlp import codegen, reference, tiles
+from xfcompile.kernels.gated_mlp.tiles import Tiles
+from xfcompile.site import Layout
+
+log = logging.getLogger(__name__)
+
+PREFIX = "gated_mlp_"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A generated module in this process: its formula, its file, and the calls that were made, by the layout of their
+    tensors."""
+
+    key: str
+    formula: sympy.Expr
+    source: str
+    calls: dict[object, Callable[..., None]] = field(default_factory=dict)
+
+    def kernel(self, name: str, interpreted: bool) -> Any:
+        """The Triton function, compiled or interpreted: which one `triton.jit` decides when the file is imported."""
+        return getattr(_module(self.key, interpreted), name)
+
+
+_programs: dict[str, Program] = {}
+
+
+@functools.cache
+def _module(key: str, interpreted: bool) -> ModuleType:
+    path = cache.store(_programs[key].source, PREFIX)
+    return cache.load(path, f"xfcompile_{PREFIX}{key}{'_interpreted' if interpreted else ''}")
+
+
+def prepare(formula: sympy.Expr) -> str:
+    """Generates the kernels of a formula and stores their source; returns the key that the ops are called with.
+
+    Raises evaluate.Unsupported where the formula has no Triton form.
+    """
+    source = codegen.generate(formula)
+    key = cache.key_of(source)
+    if key not in _programs:
+        log.info("gated MLP kernels %s: %s", cache.store(source, PREFIX), formula)
+        _programs[key] = Program(key, formula, source)
+    return key
+
+
+def program(key: str) -> Program:
+    """The prepared kernels; those that another process prepared are read back from the cache directory."""
+    if key not in _programs:
+        source = cache.find(key, PREFIX)
+        if source is None:
+            raise RuntimeError(
+                f"xfcompile::gated_mlp: no kernel {key!r} was prepared in this process and none is stored in "
+                f"{cache.directory()}; call xfcompile.kernels.gated_mlp.prepare(formula) first"
+            )
+        module = cache.load(cache.store(source, PREFIX), f"xfcompile_{PREFIX}{key}_formula")
+        _programs[key] = Program(key, codegen.parse(module.FORMULA), source)
+    return _programs[key]
+
+
+@dataclass(frozen=True)
+class Operands:
+    """x [E, M, K]; gate and up [E, N, K] and their biases [E, N] or None, views of what the op was given."""
+
+    x: Tensor
+    gate: Tensor
+    up: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Experts, rows, features, inner."""
+        return (*self.x.shape[:2], self.gate.shape[1], self.x.shape[2])
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """p of the product, and an int64 tensor of one element that is the seed (None where p is 0)."""
+
+    seed: Tensor | None = None
+    p: float = 0.0
+
+    @property
+    def numbers(self) -> list[Any]:
+        """threshold and scale, as the kernels take them."""
+        return [philox.threshold(self.p), float(philox.scale(self.p))]
+
+
+MANY_CALLS = 1024
+"""Layouts that are remembered of a kernel; row counts that change at every call make new ones."""
+
+
+def _remembered(program: Program, layout: object, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
+    call = program.calls.get(layout)
+    if call is None:
+        if len(program.calls) >= MANY_CALLS:
+            program.calls.clear()
+        call = program.calls[layout] = make()
+    return call
+
+
+def _layout_of(x: Tensor | None) -> object:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+
+
+def starts(layout: Layout, features: int) -> tuple[int, int, int]:
+    """Where gate's and up's features start in what holds both, and the step between neighbours."""
+    gate, up = reference.STARTS[layout]
+    return (gate, up, 2) if reference.interleaved(layout) else (gate * features, up * features, 1)
+
+
+def forward(
+    key: str,
+    operands: Operands,
+    layout: Layout,
+    dropout: Dropout,
+    out: Tensor,
+    saved: Tensor | None,
+    check: Callable[[], None],
+) -> None:
+    """Fills out [E, M, N] and, if there is one, saved [E, M, 2 N] with both projections.
+
+    check: called at the first of all calls with such tensors.
+    """
+    prepared = program(key)
+    if out.numel() == 0:
+        return
+    tensors = [operands.x, operands.gate, operands.up, out, saved, operands.gate_bias, operands.up_bias, dropout.seed]
+    described = ("forward", layout, dropout.p, precision(operands.x.dtype), *map(_layout_of, tensors))
+
+    def make() -> Callable[..., None]:
+        check()
+        return _forward(prepared, operands, layout, dropout, out, saved is not None)
+
+    call = _remembered(prepared, described, make)
+    # Pointers that are not looked at, where there is no such tensor.
+    call([operands.x if t is None else t for t in tensors], dropout.numbers)
+
+
+def _forward(
+    prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, save: bool
+) -> Callable[..., None]:
+    experts, rows, features, inner = operands.sizes
+    interpreted = out.device.type == "cpu"
+    gate_start, up_start, step = starts(layout, features)
+    bias_strides = [
+        s for b in (operands.gate_bias, operands.up_bias) for s in (b.stride() if b is not None else (0, 0))
+    ]
+    strides = [s for t in (operands.x, operands.gate, operands.up) for s in t.stride()]
+    constants: dict[str, Any] = {
+        "GATE_BIAS": operands.gate_bias is not None,
+        "UP_BIAS": operands.up_bias is not None,
+        "SAVE": save,
+        "STEP": step,
+        "DROPOUT": dropout.p != 0.0,
+        "ALIGNED": features % 8 == 0,
+        "PRECISION": precision(operands.x.dtype),
+        "UPCAST": interpreted and operands.x.dtype == torch.bfloat16,
+        "ONE": rows == 1,
+    }
+    numbers = [rows, features, inner, *strides, *bias_strides, gate_start, up_start]
+    if rows <= tiles.FEW_ROWS:
+        first = tiles.INTERPRETED_FEW if interpreted else tiles.few(operands.x.dtype, rows)
+        kernel = prepared.kernel("gated_few", interpreted)
+        return _Fitting(kernel, lambda t: experts * -(-features // t.block_n), first, numbers, constants, inner)
+    kind = HOPPER if interpreted else device_generation(out.device)
+    first = tiles.INTERPRETED if interpreted else tiles.dual(kind, operands.x.dtype, rows, save)
+
+    def for_any_layout() -> Callable[..., None]:
+        def programs(t: Tiles) -> int:
+            return experts * -(-rows // t.block_m) * -(-features // t.block_n)
+
+        kernel = prepared.kernel("gated_forward", interpreted)
+        return _Fitting(kernel, programs, first, numbers, constants, inner)
+
+    if not _described(operands, kind):
+        return for_any_layout()
+    sizes = [rows, features, inner, *bias_strides, gate_start, up_start]
+    through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), first, sizes, constants)
+    return through_tma if interpreted else FirstThatRuns(through_tma, for_any_layout)
+
+
+def _described(operands: Operands, kind: str) -> bool:
+    """Whether all that is multiplied can be read through descriptors: rows that start at multiples of 16 bytes."""
+    tensors = (operands.x, operands.gate, operands.up)
+    return (
+        kind == HOPPER
+        and operands.x.shape[0] == 1
+        and operands.x.dtype.itemsize == 2
+        and all(
+            t.stride(2) == 1 and t.stride(1) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
+        )
+    )
+
+
+class _Fitting:
+    """Launches with the first tiles that fit the device."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: Callable[[Tiles], int],
+        first: Tiles,
+        numbers: list[Any],
+        constants: dict[str, Any],
+        inner: int,
+    ) -> None:
+        self.kernel, self.programs, self.first = kernel, programs, first
+        self.numbers, self.constants, self.inner = numbers, constants, inner
+        self.launch: Launch | None = None
+
+    def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
+        if self.launch is not None:
+            self.launch(tensors, self.numbers, free)
+            return
+        self.launch = _first_that_fits(
+            [self.first, *tiles.smaller(self.first)], self._made, tensors, self.numbers, free
+        )
+
+    def _made(self, t: Tiles) -> Launch:
+        known = {**self.constants, **_sizes(t), "EVEN_K": self.inner % t.block_k == 0}
+        names = self.kernel.arg_names
+        ordered = {name: known[name] for name in names if name in known}
+        return Launch(self.kernel, self.programs(t), ordered, _options(t))
+
+
+def _sizes(t: Tiles) -> dict[str, Any]:
+    blocks = {"BLOCK_M": t.block_m, "BLOCK_N": t.block_n, "BLOCK_K": t.block_k}
+    return {**blocks, "GROUP": t.group, "PARTS": t.parts, "FLATTEN": t.flatten, "STAGES": t.num_stages}
+
+
+def _options(t: Tiles) -> dict[str, int]:
+    return {"num_warps": t.num_warps, "num_stages": t.num_stages}
+
+
+def _first_that_fits(
+    candidates: Iterable[Tiles],
+    make: Callable[[Tiles], Launch],
+    tensors: list[Tensor],
+    numbers: list[Any],
+    free: list[Any],
+) -> Launch:
+    from triton.runtime.errors import OutOfResources
+
+    for t in candidates:
+        launch = make(t)
+        try:
+            launch(tensors, numbers, free)
+        except OutOfResources as error:
+            log.debug("%s does not fit: %s", t, error)
+        else:
+            return launch
+    raise RuntimeError(f"xfcompile::gated_mlp: no tile size fits {torch.cuda.get_device_name(tensors[0].device)}")
+
+
+class _Described:
+    """Launches of the kernel that reads through descriptors, as many programs as there are multiprocessors."""
+
+    def __init__(self, kernel: Any, first: Tiles, numbers: list[Any], constants: dict[str, Any]) -> None:
+        self.kernel, self.tiles, self.numbers = kernel, first, numbers
+        known = {**constants, **_sizes(first)}
+        self.constants = {name: known[name] for name in kernel.arg_names if name in known}
+
+    def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        x, gate, up, *rest = tensors
+        t = self.tiles
+        described = [
+            TensorDescriptor(v[0], list(v.shape[1:]), list(v.stride()[1:]), [block, t.block_k])
+            for v, block in ((x, t.block_m), (gate, t.block_n), (up, t.block_n))
+        ]
+        rows, features = self.numbers[:2]
+        count = -(-rows // t.block_m) * -(-features // t.block_n)
+        programs = 2 if x.device.type == "cpu" else multiprocessors(x.device.index)
+        with _device(x):
+            self.kernel[(min(count, programs), 1, 1)](
+                *described, *rest, *self.numbers, *free, **self.constants, **_options(t)
+            )
+
+
+def _device(x: Tensor) -> Any:
+    import contextlib
+
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tensor) -> None:
+    """Fills out [E, M, N] from saved [E, M, 2 N]."""
+    prepared = program(key)
+    if out.numel() == 0:
+        return
+    features = out.shape[-1]
+    tensors = [saved, out, dropout.seed]
+    described = ("product", layout, dropout.p, *map(_layout_of, tensors))
+
+    def make() -> Callable[..., None]:
+        numbers = [out.numel() // features, features, *starts(layout, features)[:2]]
+        return _pointwise(prepared, "gated_product", out, numbers, layout, dropout, {})
+
+    call = _remembered(prepared, described, make)
+    call([saved if t is None else t for t in tensors], dropout.numbers)
+
+
+def backward(
+    key: str, dout: Tensor, saved: Tensor, layout: Layout, dropout: Dropout, grad: Tensor, made: Tensor | None
+) -> None:
+    """Fills grad [E, M, 2 N], laid out as saved, from dout [E, M, N]; and made [E, M, N] with the product."""
+    prepared = program(key)
+    if dout.numel() == 0:
+        return
+    features = dout.shape[-1]
+    tensors = [dout, saved, grad, made, dropout.seed]
+    described = ("backward", layout, dropout.p, *map(_layout_of, tensors))
+
+    def make() -> Callable[..., None]:
+        sizes = [dout.numel() // features, features, dout.shape[1], *dout.stride()]
+        numbers = [*sizes, *starts(layout, features)[:2]]
+        return _pointwise(prepared, "gated_backward", dout, numbers, layout, dropout, {"PRODUCT": made is not None})
+
+    call = _remembered(prepared, described, make)
+    call([saved if t is None else t for t in tensors], dropout.numbers)
+
+
+def _pointwise(
+    prepared: Program,
+    name: str,
+    like: Tensor,
+    numbers: list[Any],
+    layout: Layout,
+    dropout: Dropout,
+    more: dict[str, Any],
+) -> Callable[..., None]:
+    interpreted = like.device.type == "cpu"
+    block_m, block_n, warps = tiles.INTERPRETED_POINTWISE if interpreted else tiles.POINTWISE
+    rows, features = numbers[:2]
+    known = {
+        **more,
+        "STEP": starts(layout, features)[2],
+        "DROPOUT": dropout.p != 0.0,
+        "ALIGNED": features % 8 == 0,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    kernel = prepared.kernel(name, interpreted)
+    ordered = {n: known[n] for n in kernel.arg_names if n in known}
+    launch = Launch(kernel, -(-rows // block_m) * -(-features // block_n), ordered, {"num_warps": warps})
+    return lambda tensors, free: launch(tensors, numbers, free)

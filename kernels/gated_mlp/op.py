@@ -1,0 +1,388 @@
+"""The ops `xfcompile::gated_mlp`, the same with the linear after it, and their backward."""
+
+from __future__ import annotations
+
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from xfcompile.kernels.attention.tiles import interpreting
+from xfcompile.kernels.gated_mlp import launch, reference
+from xfcompile.kernels.gated_mlp.launch import Dropout, Operands
+from xfcompile.kernels.gated_mlp.tiles import supports
+from xfcompile.site import Layout
+
+LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
+TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+# x [.., M, K] (2 dimensions, or 3 with experts), weight and up_weight [.., N, K], or one weight [.., 2 N, K] by
+# `layout`; biases [.., N]. form: "dual", one kernel, or "packed", a product by cuBLAS and a kernel after it. save:
+# whether the projections [.., M, 2 N] are returned for the backward, which projects again if they are not. p, seed: of
+# dropout.
+_INPUTS = "Tensor x, Tensor weight, Tensor? up_weight, Tensor? gate_bias, Tensor? up_bias"
+_ABOUT = "str kernel, str layout, str form, bool save, ScalarType dtype, Tensor? seed=None, float p=0."
+LIBRARY.define(f"gated_mlp({_INPUTS}, {_ABOUT}) -> (Tensor out, Tensor projections)", tags=TAGS)
+LIBRARY.define(
+    f"gated_mlp_down({_INPUTS}, Tensor down_weight, Tensor? down_bias, {_ABOUT}) -> (Tensor out, Tensor projections)",
+    tags=TAGS,
+)
+LIBRARY.define(
+    "gated_mlp_backward(Tensor dout, Tensor projections, str kernel, str layout, bool product, Tensor? seed=None,"
+    " float p=0.) -> (Tensor grad, Tensor product)",
+    tags=TAGS,
+)
+
+
+def _error(name: str, what: str) -> ValueError:
+    return ValueError(f"xfcompile::{name}: {what}")
+
+
+def check(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    layout: str,
+    form: str,
+    seed: Tensor | None,
+    p: float,
+) -> None:
+    """Shapes, dtypes and devices; an error says what was expected and what was found."""
+    name = "gated_mlp"
+    if layout not in get_args(Layout) or form not in ("dual", "packed"):
+        raise _error(name, f"no layout {layout!r}, or no form {form!r}")
+    if (layout == "separate") != (up_weight is not None):
+        raise _error(name, f"two weights are 'separate', one is not; the layout is {layout!r}")
+    if x.ndim not in (2, 3) or weight.ndim != x.ndim:
+        raise _error(name, f"x is [M, K] or [E, M, K], and weights alike; found {list(x.shape)}, {list(weight.shape)}")
+    if up_weight is not None and up_weight.shape != weight.shape:
+        raise _error(name, f"weights of gate and up are alike; found {list(weight.shape)}, {list(up_weight.shape)}")
+    if weight.shape[-1] != x.shape[-1] or weight.shape[:-2] != x.shape[:-2]:
+        raise _error(name, f"x {list(x.shape)} and weights {list(weight.shape)} do not go together")
+    if up_weight is None and weight.shape[-2] % 2:
+        raise _error(name, f"a packed weight has an even number of features, not {weight.shape[-2]}")
+    features = weight.shape[-2] // (1 if up_weight is not None else 2)
+    for bias in (gate_bias, up_bias):
+        if bias is not None and bias.shape != (*weight.shape[:-2], features):
+            raise _error(name, f"biases are {[*weight.shape[:-2], features]}, not {list(bias.shape)}")
+    given = [t for t in (x, weight, up_weight, gate_bias, up_bias) if t is not None]
+    if len({(t.dtype, t.device) for t in given}) != 1:
+        raise _error(name, f"x, weights and biases have one dtype and one device, not {[t.dtype for t in given]}")
+    if p != 0.0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise _error(name, "dropout takes a seed, one int64")
+
+
+def _outputs(
+    x: Tensor, weight: Tensor, up_weight: Tensor | None, save: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    features = weight.shape[-2] // (1 if up_weight is not None else 2)
+    out = x.new_empty((*x.shape[:-1], features), dtype=dtype)
+    return out, x.new_empty((*x.shape[:-1], 2 * features) if save else (0,))
+
+
+def _three(x: Tensor) -> Tensor:
+    """[M, K] to [1, M, K]; what has experts is that already."""
+    return x if x.ndim == 3 else x.unsqueeze(0)
+
+
+def _operands(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    layout: Layout,
+) -> Operands:
+    gate, up = (weight, up_weight) if up_weight is not None else reference.parts(weight, layout, -2)
+    biases = [b if b is None or x.ndim == 3 else b.unsqueeze(0) for b in (gate_bias, up_bias)]
+    return Operands(_three(x), _three(gate), _three(up), biases[0], biases[1])
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """Both projections [.., M, 2 N], by PyTorch: one product where there is one weight."""
+    if up_weight is not None:
+        gate, up = (_product(x, w, b) for w, b in ((weight, gate_bias), (up_weight, up_bias)))
+        return reference.joined(gate, up, layout)
+    if gate_bias is None and up_bias is None:
+        return _product(x, weight, None)
+    features = weight.shape[-2] // 2
+    biases = [x.new_zeros((*weight.shape[:-2], features)) if b is None else b for b in (gate_bias, up_bias)]
+    return _product(x, weight, reference.joined(biases[0], biases[1], layout))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.ndim == 2:
+        return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+
+
+def _gated_mlp(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    kernel: str,
+    layout: str,
+    form: str,
+    save: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    def checked() -> None:
+        check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
+        reason = supports(x.device, x.dtype)
+        if reason is not None:
+            raise NotImplementedError(f"xfcompile::gated_mlp: {reason}")
+
+    known = cast(Layout, layout)
+    if form == "packed" or x.device.type == "cpu":
+        checked()
+    out, saved = _outputs(x, weight, up_weight, save, dtype)
+    if x.device.type == "cpu" and not interpreting():
+        return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
+    dropout = Dropout(seed if p != 0.0 else None, p)
+    if form == "packed":
+        both = project(x, weight, up_weight, gate_bias, up_bias, known)
+        launch.product(kernel, _three(both), known, dropout, _three(out))
+        return out, both if save else saved
+    operands = _operands(x, weight, up_weight, gate_bias, up_bias, known)
+    launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None, checked)
+    return out, saved
+
+
+def _by_reference(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    kernel: str,
+    layout: Layout,
+    save: bool,
+    out: Tensor,
+    saved: Tensor,
+    seed: Tensor | None,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """The definition, for CPUs: sums in fp32 at least, and projections rounded when they are saved."""
+    made, gate, up = reference.forward(
+        launch.program(kernel).formula,
+        x,
+        (weight, up_weight),
+        (gate_bias, up_bias),
+        layout,
+        seed,
+        p,
+        torch.promote_types(x.dtype, torch.float32),
+    )
+    if save:
+        saved.copy_(reference.joined(gate, up, layout))
+    return out.copy_(made), saved
+
+
+def _gated_mlp_fake(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    kernel: str,
+    layout: str,
+    form: str,
+    save: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
+    return _outputs(x, weight, up_weight, save, dtype)
+
+
+def _gated_mlp_down(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    kernel: str,
+    layout: str,
+    form: str,
+    save: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    product, saved = _gated_mlp(x, weight, up_weight, gate_bias, up_bias, kernel, layout, form, save, dtype, seed, p)
+    return _product(product, down_weight, down_bias), saved
+
+
+def _gated_mlp_down_fake(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    kernel: str,
+    layout: str,
+    form: str,
+    save: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
+    product, saved = _outputs(x, weight, up_weight, save, dtype)
+    if x.ndim != 2 or down_weight.ndim != 2 or down_weight.shape[1] != product.shape[1] or down_weight.dtype != dtype:
+        found = f"product {list(product.shape)} of {dtype}, weight {list(down_weight.shape)} of {down_weight.dtype}"
+        raise _error("gated_mlp_down", f"the second linear does not go with the product: {found}")
+    return product.new_empty((x.shape[0], down_weight.shape[0])), saved
+
+
+def _backward(
+    dout: Tensor,
+    projections: Tensor,
+    kernel: str,
+    layout: str,
+    product: bool,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    grad, made = _backward_fake(dout, projections, kernel, layout, product, seed, p)
+    known = cast(Layout, layout)
+    if projections.device.type != "cpu" or interpreting():
+        dropout = Dropout(seed if p != 0.0 else None, p)
+        target = _three(made) if product else None
+        launch.backward(kernel, _three(dout), _three(projections), known, dropout, _three(grad), target)
+        return grad, made
+    dtype = torch.promote_types(projections.dtype, torch.float32)
+    gate, up = (t.to(dtype) for t in reference.parts(projections, known))
+    d_gate, d_up, value = reference.backward(launch.program(kernel).formula, dout, gate, up, seed, p)
+    grad.copy_(reference.joined(d_gate, d_up, known))
+    return grad, made.copy_(value) if product else made
+
+
+def _backward_fake(
+    dout: Tensor,
+    projections: Tensor,
+    kernel: str,
+    layout: str,
+    product: bool,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    if projections.shape != (*dout.shape[:-1], 2 * dout.shape[-1]) or not projections.is_contiguous():
+        found = f"{list(dout.shape)} and {list(projections.shape)}"
+        raise _error(
+            "gated_mlp_backward", f"dout is [.., M, N] and projections [.., M, 2 N], contiguous; found {found}"
+        )
+    return torch.empty_like(projections), dout.new_empty(dout.shape if product else (0,))
+
+
+for _name, _run, _fake in (
+    ("gated_mlp", _gated_mlp, _gated_mlp_fake),
+    ("gated_mlp_down", _gated_mlp_down, _gated_mlp_down_fake),
+    ("gated_mlp_backward", _backward, _backward_fake),
+):
+    LIBRARY.impl(_name, _run, "CUDA")
+    LIBRARY.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"xfcompile::{_name}", _fake, lib=LIBRARY)
+
+
+# -- autograd -----------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps x, the projections (or none, and then the biases), and what is no activation: weights and the seed."""
+    down = len(inputs) == 14
+    x, weight, up_weight, gate_bias, up_bias = inputs[:5]
+    ctx.down = down
+    ctx.kernel, ctx.layout, _, saved, _, seed, ctx.p = inputs[7 if down else 5 :]
+    ctx.save_for_backward(
+        x,
+        weight,
+        up_weight,
+        gate_bias,
+        up_bias,
+        inputs[5] if down else None,
+        seed,
+        output[1] if saved else None,
+    )
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
+    x, weight, up_weight, gate_bias, up_bias, down_weight, seed, projections = ctx.saved_tensors
+    layout: Layout = ctx.layout
+    needed = ctx.needs_input_grad
+    none = (None,) * 7
+    if dout is None:
+        return (None,) * len(needed)
+    d_down: tuple[Any, ...] = ()
+    remade, inner = ctx.down and needed[5], any(needed[:5])
+    if not inner and not remade:
+        return (*(None,) * 5, *((None, dout.sum(0) if needed[6] else None) if ctx.down else ()), *none)
+    if projections is None:
+        projections = project(x, weight, up_weight, gate_bias, up_bias, layout)
+    if not ctx.down:
+        dproduct = dout
+    else:  # of a product that needs no gradient, any will do
+        dproduct = torch.mm(dout, down_weight) if inner else reference.parts(projections, layout)[0]
+    backward = torch.ops.xfcompile.gated_mlp_backward
+    grad, product = backward(dproduct, projections, ctx.kernel, layout, remade, seed, ctx.p)
+    if ctx.down:
+        d_weight = _weight_gradient(dout, product, down_weight) if needed[5] else None
+        d_down = (d_weight, dout.sum(0) if needed[6] else None)
+    d_gate, d_up = reference.parts(grad, layout)
+    d_x = None
+    if needed[0] and up_weight is None:
+        d_x = grad @ weight
+    elif needed[0]:
+        add = torch.addmm if x.ndim == 2 else torch.baddbmm
+        d_x = add(d_gate @ weight, d_up, up_weight)
+    d_weights: tuple[Tensor | None, ...]
+    if up_weight is None:
+        d_weights = (_weight_gradient(grad, x, weight) if needed[1] else None, None)
+    else:
+        d_weights = (
+            _weight_gradient(d_gate, x, weight) if needed[1] else None,
+            _weight_gradient(d_up, x, up_weight) if needed[2] else None,
+        )
+    d_biases = [d.sum(-2) if need else None for d, need in ((d_gate, needed[3]), (d_up, needed[4]))]
+    return (d_x, *d_weights, *d_biases, *d_down, *none)
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """gradᵀ x, laid out as the weight is."""
+    return (x.mT @ grad).mT if weight.stride(-2) == 1 and weight.shape[-1] != 1 else grad.mT @ x
+
+
+def _no_second(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(
+        "xfcompile::gated_mlp has no second derivative: leave gated MLPs to Inductor "
+        '(options={"routes": {"gated-mlp": "inductor"}}) where gradients are differentiated again'
+    )
+
+
+for _name in ("gated_mlp", "gated_mlp_down"):
+    torch.library.register_autograd(f"xfcompile::{_name}", _gradients, setup_context=_setup, lib=LIBRARY)
+torch.library.register_autograd("xfcompile::gated_mlp_backward", _no_second, lib=LIBRARY)
+
+gated_mlp = torch.ops.xfcompile.gated_mlp
+gated_mlp_down = torch.ops.xfcompile.gated_mlp_down
+gated_mlp_backward = torch.ops.xfcompile.gated_mlp_backward

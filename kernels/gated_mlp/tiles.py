@@ -1,0 +1,113 @@
+"""Which devices run the kernels, with what tile sizes, and which kernel runs how many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils._triton import has_triton_package
+
+from xfcompile.kernels.attention.tiles import AMD, AMPERE, HOPPER, capability
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One program's share: block_m rows and block_n features (of gate, and of up), block_k of the sum a step.
+
+    group: rows of tiles that are taken together. parts: into how many a tile is divided when it is stored. flatten: one
+    loop of tiles and steps, where programs take several.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+    parts: int = 1
+    flatten: bool = False
+
+
+# By (generation, bits of an element). Hopper's: two sums of 128 x 128 are one of 128 x 256, the largest that eight
+# warps hold, and what cuBLAS takes; four stages of 48 KiB fill its shared memory. None is measured yet:
+# `examples/bench_gated.py --sweep` is what chooses. Registers and spills are examples/cross_compile.py's.
+DUAL: dict[tuple[str, int], Tiles] = {
+    (HOPPER, 16): Tiles(128, 128, 64, 8, 4, parts=2),
+    (HOPPER, 32): Tiles(64, 64, 32, 8, 3),
+    (AMPERE, 16): Tiles(128, 64, 64, 8, 3),
+    (AMPERE, 32): Tiles(64, 64, 32, 8, 2),
+    (AMD, 16): Tiles(128, 64, 64, 8, 1),
+    (AMD, 32): Tiles(64, 64, 32, 8, 1),
+}
+
+FEW_ROWS = 16
+"""Up to so many rows the time is that of reading the weights (on an H200 up to about 150): `gated_few` has all rows in
+one tile of 16, which is what tensor cores take."""
+
+# (one row or not, bits): a step reads 2 * block_n * block_k numbers of the weights: 16 KiB, three steps under way and
+# two or three programs on a multiprocessor are above the 40 KiB each that an H200's bandwidth takes under way.
+FEW: dict[tuple[bool, int], Tiles] = {
+    (True, 16): Tiles(1, 8, 512, 4, 3),
+    (True, 32): Tiles(1, 8, 256, 4, 3),
+    (False, 16): Tiles(16, 16, 256, 4, 3),
+    (False, 32): Tiles(16, 16, 128, 4, 3),
+}
+
+POINTWISE = (1, 1024, 4)
+"""Rows, columns and warps of a tile of the kernels that do not multiply: 16 bytes a thread of 16-bit numbers."""
+
+# The interpreter's time is a matter of how many programs there are; small enough for several tiles and steps in tests.
+INTERPRETED = Tiles(32, 32, 32, 4, 1, parts=2)
+INTERPRETED_FEW = Tiles(16, 16, 32, 4, 1)
+INTERPRETED_POINTWISE = (16, 32, 4)
+
+
+def padded(rows: int) -> int:
+    """A power of two, and no less than tensor cores take."""
+    return max(16, 1 << (rows - 1).bit_length())
+
+
+def dual(kind: str, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:
+    """The tiles of the dual GEMM; few rows get short ones, for rows that are not there are computed all the same.
+
+    save: whether both projections are stored too, which takes registers that a smaller part of a tile leaves.
+    """
+    tiles = DUAL[kind, 8 * dtype.itemsize]
+    if save and tiles.parts > 1:
+        tiles = replace(tiles, parts=2 * tiles.parts)
+    if rows >= tiles.block_m:
+        return tiles
+    short = padded(rows)
+    return replace(tiles, block_m=short, num_warps=4 if short <= 64 else tiles.num_warps)
+
+
+def few(dtype: torch.dtype, rows: int) -> Tiles:
+    return FEW[rows == 1, 8 * dtype.itemsize]
+
+
+def smaller(tiles: Tiles) -> Iterator[Tiles]:
+    """What to try, in order, where the device has too little shared memory: fewer stages, then shorter steps."""
+    while tiles.num_stages > 1:
+        tiles = replace(tiles, num_stages=tiles.num_stages - 1)
+        yield tiles
+    while tiles.block_k > 32:
+        tiles = replace(tiles, block_k=tiles.block_k // 2)
+        yield tiles
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the ops cannot run such inputs there; None if they can. On CPUs they are their definition, or interpreted."""
+    if not has_triton_package():
+        return "triton is not installed"
+    if dtype not in DTYPES:
+        return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
+    if torch.version.hip is None and capability(device.index) < (8, 0):
+        return "the kernel needs compute capability 8.0 or higher"
+    return None

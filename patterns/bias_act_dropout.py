@@ -1,0 +1,447 @@
+"""Recognises dropout(act(x + b)), with the linear that makes x and the residual that is added after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import sympy
+import torch
+
+from xfcompile import activation
+from xfcompile.activation import KEEP, X
+from xfcompile.contraction import contraction
+from xfcompile.elementwise import literal, rounded
+from xfcompile.evaluate import Evaluator
+from xfcompile.site import BiasActDropoutSite, Miss, Product
+from xfcompile.values import Value, depends
+
+log = logging.getLogger(__name__)
+
+FAMILY = BiasActDropoutSite.family
+
+Users = dict[Value, list[Value]]
+
+LONGEST = 200
+"""Operations in a formula past which it is no activation."""
+
+MOST = 64
+"""Values that are computed from a projection, one element from one element, past which no more are looked at."""
+
+OTHER_DROPOUTS = {
+    "alpha_dropout": "alpha dropout keeps mean and variance, and does not drop elements to 0",
+    "feature_alpha_dropout": "alpha dropout keeps mean and variance, and does not drop elements to 0",
+    "feature_dropout": "a dropout of whole channels, not of elements",
+}
+
+
+class Near(Miss):
+    """A `Miss` of what a user might have taken for a site."""
+
+
+def anchors(values: list[Value]) -> Iterator[Value]:
+    """Projections, and sums with a bias of what is none, or is no value of its own (addmm's)."""
+    known = set(values)
+    for value in values:
+        if product(value) is not None:
+            yield value
+            continue
+        pair = biased(value)
+        if pair is not None and (product(pair[0]) is None or pair[0] not in known):
+            yield value
+
+
+def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
+    """The largest site that starts at a projection or a biased sum; none where nothing is activated or dropped out."""
+    made, x = product(anchor), None
+    if made is None:
+        pair = biased(anchor)
+        assert pair is not None
+        made = product(pair[0])
+        x = pair[0] if made is None else None
+        reader = Reader(anchor, users, pair[1])
+    else:
+        reader = Reader(anchor, users, anchor["bias"] if anchor.op == "linear" else None)
+    reader.run()
+    reasons: list[Miss] = list(reader.near)
+    for root in sorted(reader.found, key=lambda v: -v.order):
+        if root is anchor or root.op in ("reshape", "to", "permute"):
+            continue
+        formula = reader.found[root]
+        if not _worthwhile(formula):
+            continue
+        interior = reader.between(root)
+        outside = next((v for v in interior if not _users(users, v) <= {*interior, root}), None)
+        if outside is not None:
+            reasons.append(Near("what is activated is used elsewhere too", outside))
+            continue
+        if root in reader.gates:
+            return []  # of a gated MLP, or of the like
+        return [_site(reader, root, formula, made, x, tuple(interior))]
+    if reasons:
+        raise reasons[0]
+    return []
+
+
+def _users(users: Users, value: Value) -> set[Value]:
+    """The users of a value, without the masks that `native_dropout` gives beside its result, and without views of which
+    nothing is made."""
+    return {v for v in users.get(value, ()) if v.op != "native_dropout" and (v.op != "reshape" or users.get(v))}
+
+
+def _worthwhile(formula: sympy.Expr) -> bool:
+    """Whether anything is activated or dropped out; the square in a norm is no activation."""
+    return X in formula.free_symbols and (KEEP in formula.free_symbols or not formula.is_polynomial(X))
+
+
+def _site(
+    reader: Reader, root: Value, formula: sympy.Expr, made: Product | None, x: Value | None, interior: tuple[Value, ...]
+) -> BiasActDropoutSite:
+    symbols = formula.free_symbols
+    vectors = [n for n in range(len(reader.vectors)) if activation.vector(n) in symbols]
+    tensors = [n for n in range(len(reader.tensors)) if activation.tensor(n) in symbols]
+    renamed = {activation.vector(n): activation.vector(k) for k, n in enumerate(vectors)}
+    renamed |= {activation.tensor(n): activation.tensor(k) for k, n in enumerate(tensors)}
+    drops = KEEP in symbols
+    bias = reader.bias
+    if reader.moved is not None and reader.moved in interior:
+        # Rows in another order than the projection has them: what is read is the projection, as it is seen there.
+        x, made, bias = reader.moved, None, None
+        interior = after(x, interior)
+    return BiasActDropoutSite(
+        root=root,
+        formula=formula.xreplace(renamed),
+        product=made,
+        x=x,
+        bias=bias,
+        vectors=tuple(reader.vectors[n] for n in vectors),
+        tensors=tuple(reader.tensors[n] for n in tensors),
+        features=reader.features,
+        dropout=reader.dropouts[0][1] if drops else 0.0,
+        dtype=reader.start.dtype,
+        interior=interior,
+        drawn=tuple(v for v, _ in reader.dropouts if drops and (v is root or v in interior)),
+    )
+
+
+def after(x: Value, interior: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The values between, where the replacement reads x."""
+    known: dict[Value, bool] = {}
+    return tuple(v for v in interior if v is not x and v.order > x.order and depends(v, x, known))
+
+
+def product(value: Value) -> Product | None:
+    """x [.., K] times a weight of two dimensions, if that is what a value is; a linear's without its bias."""
+    if value.op == "linear":
+        x, weight = value["input"], value["weight"]
+        return Product(x, weight, False) if weight.ndim == 2 and _usable(value) else None
+    try:
+        made = contraction(value)
+    except Miss:
+        return None
+    if made is None or not _usable(value):
+        return None
+    for side in (made, made.swapped()):
+        if len(side.rhs_labels) != 2 or len(side.summed) != 1 or not side.lhs_labels or side.lhs.ndim < 2:
+            continue
+        summed = next(iter(side.summed))
+        other = side.rhs_labels.replace(summed, "")
+        if len(other) == 1 and side.lhs_labels[-1] == summed and side.out_labels == side.lhs_labels[:-1] + other:
+            if _is_weight(side.rhs):
+                return Product(side.lhs, side.rhs, side.rhs_labels[0] == summed)
+    return None
+
+
+def _usable(value: Value) -> bool:
+    return (
+        value.ndim >= 2 and value.dtype.is_floating_point and isinstance(value.shape[-1], int) and value.shape[-1] > 1
+    )
+
+
+_VIEWS = frozenset("permute reshape expand to detach".split())
+
+
+def _is_weight(value: Value) -> bool:
+    """Whether a matrix is an input of the program: one that is computed (keys, say) makes scores, no projection."""
+    while value.op in _VIEWS:
+        value = value["self"]
+    return value.op == "leaf"
+
+
+def biased(value: Value) -> tuple[Value, Value] | None:
+    """x and a bias, where a value is their sum."""
+    if value.op != "add" or value.args.get("alpha", 1) != 1 or not _usable(value):
+        return None
+    for x, bias in ((value["self"], value["other"]), (value["other"], value["self"])):
+        if not (isinstance(x, Value) and isinstance(bias, Value)) or x.shape != value.shape or x.op == "full":
+            continue
+        if bias.ndim == 0 or bias.shape[-1] != value.shape[-1] or not _is_vector(bias, value.shape[-1]):
+            continue
+        if _is_weight(bias) and not _of_projection(x):
+            return x, bias
+    return None
+
+
+def _of_projection(x: Value) -> bool:
+    """Whether a tensor is another view of a projection, at which a site starts."""
+    inner = x
+    while inner.op in ("reshape", "to"):
+        inner = inner["self"]
+    return inner is not x and product(inner) is not None
+
+
+def _is_vector(value: Value, features: int) -> bool:
+    """One element for each channel, or a single one for all."""
+    if not value.dtype.is_floating_point or any(n != 1 for n in value.shape[:-1]):
+        return False
+    return value.ndim == 0 or value.shape[-1] in (1, features)
+
+
+class Reader:
+    """Formulas of all that is computed, one element from one, of `start`, with a single dropout and what is added.
+
+    start: the value of which one element is `X`: a projection with its bias, if it has one here.
+    """
+
+    def __init__(self, start: Value, users: Users, bias: Value | None) -> None:
+        self.start = start
+        self.users = users
+        self.bias = bias
+        self.features = int(start.shape[-1])
+        self.found: dict[Value, sympy.Expr] = {start: X}
+        self.vectors: list[Value] = []
+        self.tensors: list[tuple[Value, tuple[Any, ...]]] = []
+        self.dropouts: list[tuple[Value, float]] = []
+        self.gates: set[Value] = set()
+        self.moved: Value | None = None
+        """The projection with its rows in another order."""
+        self.near: list[Miss] = []
+
+    def run(self) -> None:
+        """In the order in which values were made, so that all that a value is made of has been read before."""
+        waiting = set(self.users.get(self.start, ()))
+        while waiting and len(self.found) < MOST:
+            value = min(waiting, key=lambda v: v.order)
+            waiting.remove(value)
+            if value in self.found:
+                continue
+            try:
+                formula = self.read(value)
+                self._check(formula, value)
+            except Near as miss:
+                self.near.append(miss)
+            except Miss as miss:
+                log.debug("no bias-act-dropout beyond %s: %s", value, miss.reason)
+            else:
+                self.found[value] = formula
+                waiting.update(self.users.get(value, ()))
+
+    def between(self, root: Value) -> list[Value]:
+        """The values from the start to a root, without it."""
+        inside: dict[Value, None] = {}
+        todo = [root]
+        while todo:
+            for v in todo.pop().inputs():
+                if v in self.found and v not in inside:
+                    inside[v] = None
+                    if v is not self.start:
+                        todo.append(v)
+        return sorted(inside, key=lambda v: v.order)
+
+    def _check(self, formula: sympy.Expr, value: Value) -> None:
+        if formula.count_ops(visual=False) > LONGEST:
+            raise Miss("a formula of so many operations is no activation", value)
+        if X not in formula.free_symbols:
+            raise Miss("nothing is left of the projection", value)
+        for n in range(len(self.tensors)):
+            r = activation.tensor(n)
+            if r in formula.free_symbols and not sympy.diff(formula, r).is_number:
+                raise Miss("more than a number is done to what was added", value)
+
+    def read(self, value: Value) -> sympy.Expr:
+        if value.op in OTHER_DROPOUTS:
+            raise Near(OTHER_DROPOUTS[value.op], value) if value.args.get("train") else Miss("no dropout", value)
+        rule = _RULES.get(value.op)
+        if rule is None or not value.dtype.is_floating_point:
+            raise Miss(f"{value.op} is no function of one element", value)
+        return rule(self, value)
+
+    def operand(self, x: Any, value: Value) -> sympy.Expr:
+        """One element of an operand of `value`, to whose shape it is broadcast."""
+        if not isinstance(x, Value):
+            number = literal(x) if not isinstance(x, bool) else None
+            if number is None or not number.is_number or not number.is_finite:
+                raise Miss(f"{x} is no finite number that is known at compile time", value)
+            return number
+        if x in self.found:
+            if x.shape != value.shape:
+                raise Miss("a projection is broadcast", value)
+            return self.found[x]
+        return self._other(x, value)
+
+    def _other(self, x: Value, value: Value) -> sympy.Symbol:
+        if x.op == "full":
+            return rounded(literal(x["fill"]), x.dtype)
+        if not x.dtype.is_floating_point or x.meta.device != value.meta.device or x.dtype.is_complex:
+            raise Miss(f"an operand of {x.dtype} on {x.meta.device}", x)
+        while x.op == "expand":
+            x = x["self"]
+        if _is_vector(x, self.features):
+            if x not in self.vectors:
+                self.vectors.append(x)
+            return activation.vector(self.vectors.index(x))
+        if (x, value.shape) not in self.tensors:
+            self.tensors.append((x, value.shape))
+        return activation.tensor(self.tensors.index((x, value.shape)))
+
+    def is_tensor(self, formula: sympy.Expr) -> bool:
+        return any(formula == activation.tensor(n) for n in range(len(self.tensors)))
+
+
+# -- rules: (reader, value) -> formula ------------------------------------------------------------------------------
+
+
+def _add(r: Reader, v: Value) -> sympy.Expr:
+    a, b = r.operand(v["self"], v), r.operand(v["other"], v)
+    alpha = literal(v.args.get("alpha", 1))
+    if not alpha.is_number:
+        raise Miss("a factor that is not known at compile time", v)
+    if v.op == "sub":
+        return a - alpha * b
+    if alpha == 1 and r.bias is None and r.users.get(r.start) == [v]:
+        for x, other, symbol in ((a, v["other"], b), (b, v["self"], a)):
+            if x == X and symbol.is_Symbol and _is_vector(_bare(other), r.features) and _bare(other) in r.vectors:
+                r.bias = _bare(other)
+                return X
+    return a + alpha * b
+
+
+def _bare(value: Any) -> Any:
+    while isinstance(value, Value) and value.op == "expand":
+        value = value["self"]
+    return value
+
+
+def _mul(r: Reader, v: Value) -> sympy.Expr:
+    a, b = r.operand(v["self"], v), r.operand(v["other"], v)
+    for x, own in ((a, v["other"]), (b, v["self"])):
+        if r.is_tensor(x):
+            r.gates.add(own)
+            raise Miss("multiplied by another tensor", v)
+    return a * b
+
+
+def _div(r: Reader, v: Value) -> sympy.Expr:
+    if v.args.get("rounding_mode") is not None:
+        raise Miss("divided into whole numbers", v)
+    return activation.quotient(r.operand(v["self"], v), r.operand(v["other"], v))
+
+
+def _reciprocal(r: Reader, v: Value) -> sympy.Expr:
+    return activation.quotient(sympy.S.One, r.operand(v["self"], v))
+
+
+def _pow(r: Reader, v: Value) -> sympy.Expr:
+    if isinstance(v["exponent"], Value) or not isinstance(v["self"], Value):
+        raise Miss("a power that is a tensor", v)
+    return activation.power(r.operand(v["self"], v), v["exponent"])
+
+
+def _clamp(r: Reader, v: Value) -> sympy.Expr:
+    bounds = [x if x is None else r.operand(x, v) for x in (v.args.get("min"), v.args.get("max"))]
+    if any(x is not None and not x.is_number for x in bounds):
+        raise Miss("clamped by a tensor", v)
+    return activation.clamp(r.operand(v["self"], v), *bounds)
+
+
+def _function(r: Reader, v: Value) -> sympy.Expr:
+    return activation.ALL[v.op](r.operand(v["self"], v), v.args)
+
+
+def _same(r: Reader, v: Value) -> sympy.Expr:
+    x = v["self"]
+    if not x.dtype.is_floating_point or x.meta.device != v.meta.device:
+        raise Miss("moved, or no real number before", v)
+    return r.found[x]
+
+
+def _reshape(r: Reader, v: Value) -> sympy.Expr:
+    if v.ndim == 0 or v.shape[-1] != r.features:
+        raise Miss("the last axis is reshaped", v)
+    return r.found[v["self"]]
+
+
+def _permute(r: Reader, v: Value) -> sympy.Expr:
+    if v["dims"][-1] != v.ndim - 1 or r.found[v["self"]] != X or r.moved is not None:
+        raise Miss("moved in the middle of what is done to its elements", v)
+    # Else what is computed of the projection in its own order would be taken for the same.
+    inner = v["self"]
+    if _users(r.users, r.start) != ({v} if inner is r.start else {inner}) or _users(r.users, inner) != {v}:
+        raise Miss("seen in two orders", v)
+    r.moved = v
+    return X
+
+
+def _custom_gradient(r: Reader, v: Value) -> sympy.Expr:
+    """An autograd function whose backward is the derivative of its forward, as far as numbers can tell."""
+    x = v["args"][0]
+    if len(v["args"]) != 1 or r.found.get(x) != X:
+        raise Miss("an autograd function of more than a projection", v)
+    upstream = sympy.Symbol("upstream", real=True)
+    forward = _inside(r, v["forward"], {x: X})
+    backward = _inside(r, v["backward"][0], {x: X, v["grad"]: upstream})
+    factor = sympy.diff(backward, upstream)
+    points = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    evaluated = Evaluator({X: points, upstream: torch.full_like(points, 0.7)}, (), torch.float64, points.device)
+
+    def numbers(f: sympy.Expr) -> torch.Tensor:
+        return torch.as_tensor(evaluated(f), dtype=points.dtype).expand(points.shape)
+
+    derivative = numbers(sympy.diff(forward, X))
+    for written in (numbers(factor), numbers(backward) / 0.7):
+        if not torch.allclose(written, derivative, rtol=1e-6, atol=1e-6):
+            raise Near("an autograd function whose backward is not the derivative of its forward", v)
+    return forward
+
+
+def _inside(r: Reader, value: Value, known: dict[Value, sympy.Expr]) -> sympy.Expr:
+    """A value as a formula of others, in the body of a function."""
+    inner = Reader(r.start, {}, None)
+    inner.found = dict(known)
+    todo, needed = [value], set[Value]()
+    while todo:
+        v = todo.pop()
+        if v in known or v in needed or v.op == "full":
+            continue
+        if v.op == "leaf":
+            raise Miss("a function of more than its arguments", v)
+        needed.add(v)
+        todo.extend(v.inputs())
+    for v in sorted(needed, key=lambda v: v.order):
+        inner.found[v] = inner.read(v)
+    return inner.found[value]
+
+
+def _dropout(r: Reader, v: Value) -> sympy.Expr:
+    p = v["p"]
+    if isinstance(p, (Value, sympy.Basic)) and not getattr(p, "is_number", False):
+        raise Near("a dropout whose probability is not known at compile time", v)
+    p = float(p)
+    inner = r.operand(v["self"], v)
+    if KEEP in inner.free_symbols:
+        raise Miss("dropped out twice", v)
+    if r.dropouts and r.dropouts[0][0] is not v:
+        raise Near("two dropouts of one projection", v)
+    if any(activation.tensor(n) in inner.free_symbols for n in range(len(r.tensors))):
+        raise Miss("more than a number is done to what was added", v)
+    r.dropouts.append((v, p))
+    return KEEP * inner
+
+
+_RULES: dict[str, Callable[[Reader, Value], sympy.Expr]] = {
+    "add": _add, "sub": _add, "mul": _mul, "div": _div, "reciprocal": _reciprocal, "pow": _pow,
+    "clamp": _clamp, "clip": _clamp, "clamp_min": _clamp, "clamp_max": _clamp,
+    "to": _same, "reshape": _reshape, "permute": _permute, "custom_gradient": _custom_gradient, "dropout": _dropout,
+    **dict.fromkeys(activation.ALL, _function),
+}  # fmt: skip

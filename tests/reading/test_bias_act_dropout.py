@@ -1,0 +1,767 @@
+"""One bias-act-dropout, however it is spelled; what must not be taken for one; and what came of it."""
+
+# ruff: noqa: E501 (one line a program, so that the tables can be read as such)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equivalence import Outcome, check, rewriting, tensors
+from expecttest import TestCase
+from functorch.compile import make_boxed_func
+from test_golden import rows as graph_rows
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import checkpoint
+
+from xfcompile import rewrite
+from xfcompile.activation import KEEP, X, tensor, vector
+from xfcompile.evaluate import Evaluator
+from xfcompile.kernels import philox
+from xfcompile.patterns import bias_act_dropout as pattern
+from xfcompile.read import Reading
+from xfcompile.site import BiasActDropoutSite, Miss
+
+FAMILY = "bias-act-dropout"
+# x [.., K], weight [N, K], bias [N], residual [.., N], scale [N]
+SHAPES = ((2, 5, 8), (16, 8), (16,), (2, 5, 16), (16,))
+
+
+def found(fn: Callable[..., Any], *inputs: Any) -> list[BiasActDropoutSite | str]:
+    """The sites of a program, and the reasons of near misses."""
+    result: list[BiasActDropoutSite | str] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        reading = Reading(gm, examples)
+        users: dict[Any, list[Any]] = {}
+        for value in reading.steps:
+            for source in dict.fromkeys(value.inputs()):
+                users.setdefault(source, []).append(value)
+        for anchor in pattern.anchors(list(reading.steps)):
+            try:
+                result.extend(pattern.match(anchor, users))
+            except Miss as miss:
+                result.append(miss.reason)
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=backend)(*inputs)
+    return result
+
+
+def given(grad: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return tensors(*SHAPES, grad=grad, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def newgelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0))))
+
+
+def bloom(h: Tensor) -> Tensor:
+    return h * 0.5 * (1.0 + torch.tanh(0.79788456 * h * (1 + 0.044715 * h * h)))
+
+
+def quick(h: Tensor) -> Tensor:
+    return h * torch.sigmoid(1.702 * h)
+
+
+# What it is, and its spellings.
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], list[Callable[[Tensor], Tensor]]]] = {
+    "relu": (F.relu, [F.relu, lambda h: h.relu(), torch.relu, lambda h: torch.clamp(h, min=0), lambda h: h.clamp_min(0), torch.nn.ReLU()]),
+    "relu in place": (F.relu, [lambda h: F.relu(h, inplace=True) * 1, lambda h: h.relu_() * 1, torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Identity())][:2]),
+    "relu6": (F.relu6, [F.relu6, lambda h: F.hardtanh(h, 0.0, 6.0)]),
+    "relu squared": (lambda h: F.relu(h) ** 2, [lambda h: torch.square(F.relu(h)), lambda h: F.relu(h).pow(2), lambda h: F.relu(h) * F.relu(h)]),
+    "gelu": (F.gelu, [F.gelu, lambda h: F.gelu(h, approximate="none"), torch.nn.GELU(), lambda h: h * 0.5 * (1.0 + torch.erf(h / math.sqrt(2.0))), lambda h: 0.5 * h * (1 + (h / math.sqrt(2)).erf())]),
+    "gelu by tanh": (lambda h: F.gelu(h, approximate="tanh"), [newgelu, bloom, lambda h: F.gelu(h, approximate="tanh"), torch.nn.GELU("tanh"), lambda h: 0.5 * h * (1 + torch.tanh(0.7978845608028654 * h * (1 + 0.044715 * h.square())))]),
+    "quick gelu": (quick, [quick, lambda h: torch.sigmoid(h * 1.702) * h, lambda h: h / (1 + torch.exp(-1.702 * h))]),
+    "silu": (F.silu, [F.silu, lambda h: h * h.sigmoid(), torch.nn.SiLU(), lambda h: torch.mul(torch.sigmoid(h), h)]),
+    "tanh": (torch.tanh, [torch.tanh, lambda h: h.tanh()]),
+    "sigmoid": (torch.sigmoid, [torch.sigmoid, F.sigmoid, lambda h: 1 / (1 + torch.exp(-h)), lambda h: torch.reciprocal(1 + (-h).exp())]),
+    "leaky relu": (lambda h: F.leaky_relu(h, 0.1), [lambda h: F.leaky_relu(h, 0.1), torch.nn.LeakyReLU(0.1)]),
+    "elu": (lambda h: F.elu(h, 0.7), [lambda h: F.elu(h, 0.7)]),
+    "selu": (F.selu, [F.selu]),
+    "celu": (lambda h: F.celu(h, 1.5), [lambda h: F.celu(h, 1.5)]),
+    "hardswish": (F.hardswish, [F.hardswish]),
+    "hardsigmoid": (F.hardsigmoid, [F.hardsigmoid]),
+    "mish": (F.mish, [F.mish, lambda h: h * torch.tanh(F.softplus(h))]),
+    "softplus": (F.softplus, [F.softplus]),
+}  # fmt: skip
+SPELLED = [(name, k) for name, (_, spellings) in ACTIVATIONS.items() for k in range(len(spellings))]
+
+
+@pytest.mark.parametrize("name, k", SPELLED)
+def test_one_activation_however_it_is_spelled(name: str, k: int) -> None:
+    meant, spellings = ACTIVATIONS[name]
+    x, w, b, *_ = given()
+    (site,) = found(lambda x, w, b: spellings[k](F.linear(x, w, b)), x, w, b)
+    assert isinstance(site, BiasActDropoutSite), site
+    assert site.bias is not None and site.product is not None and not site.vectors and not site.tensors
+    h = torch.linspace(-9, 9, 721, dtype=torch.float64)
+    value = Evaluator({X: h}, (), torch.float64, h.device)(site.formula)
+    torch.testing.assert_close(value, meant(h), rtol=2e-8, atol=2e-8)  # 0.79788456 is what BLOOM has of sqrt(2 / pi)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_an_activation_has_eagers_numbers_and_gradients(name: str, route: str) -> None:
+    _, spellings = ACTIVATIONS[name]
+    x, w, b, *_ = given()
+    outcome = check(
+        lambda x, w, b: spellings[0](F.linear(x, w, b)),
+        x * 2,
+        w,
+        b * 3,
+        grad=True,
+        routes={FAMILY: route},
+        family=FAMILY,
+    )
+    assert [s.route for s in outcome.sites] == [route]
+
+
+Fn = Callable[..., Tensor]
+# The spellings of a linear and its bias: x, w [N, K], b.
+LINEARS: dict[str, Fn] = {
+    "F.linear": lambda x, w, b: F.linear(x, w, b),
+    "F.linear, bias added": lambda x, w, b: F.linear(x, w) + b,
+    "bias first": lambda x, w, b: b + F.linear(x, w),
+    "bias of three dimensions": lambda x, w, b: F.linear(x, w) + b.view(1, 1, -1),
+    "bias expanded": lambda x, w, b: F.linear(x, w) + b.expand(2, 5, 16),
+    "bias added in place": lambda x, w, b: F.linear(x, w).add_(b),
+    "torch.add": lambda x, w, b: torch.add(F.linear(x, w), b),
+    "matmul with T": lambda x, w, b: x @ w.T + b,
+    "matmul with t": lambda x, w, b: torch.matmul(x, w.t()) + b,
+    "matmul with transpose": lambda x, w, b: x.matmul(w.transpose(0, 1)) + b,
+    "addmm": lambda x, w, b: torch.addmm(b, x.view(-1, 8), w.t()).view(2, 5, 16),
+    "addmm, method": lambda x, w, b: b.addmm(x.reshape(10, 8), w.mT).reshape(2, 5, 16),
+    "einsum": lambda x, w, b: torch.einsum("bsk,nk->bsn", x, w) + b,
+    "einsum, weight first": lambda x, w, b: torch.einsum("nk,bsk->bsn", w, x) + b,
+    "einsum with ellipsis": lambda x, w, b: torch.einsum("...k,nk->...n", x, w) + b,
+    "mm": lambda x, w, b: (torch.mm(x.flatten(0, 1), w.t()) + b).unflatten(0, (2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LINEARS)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_one_linear_however_it_is_spelled(name: str, route: str) -> None:
+    x, w, b, *_ = given()
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.silu(LINEARS[name](x, w, b))
+
+    (site,) = found(program, x, w, b)
+    assert isinstance(site, BiasActDropoutSite), site
+    assert site.bias is not None and site.product is not None and not site.vectors and not site.tensors
+    assert str(site.formula) == "x*sigmoid(x)"
+    outcome = check(program, x, w, b, grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites] == [route]
+
+
+# What comes after: h is a linear's result with its bias.
+AFTER: dict[str, tuple[str, Fn]] = {
+    "residual": ("keep*x + r0", lambda h, r, g: F.dropout(h, 0.25) + r),
+    "residual first": ("keep*x + r0", lambda h, r, g: r + F.dropout(h, 0.25)),
+    "torch.dropout": ("keep*x + r0", lambda h, r, g: r + torch.dropout(h, 0.25, True)),
+    "keywords": ("keep*x + r0", lambda h, r, g: F.dropout(h, p=0.25, training=True) + r),
+    "module": ("keep*x + r0", lambda h, r, g: torch.nn.Dropout(0.25)(h) + r),
+    "native": ("keep*x + r0", lambda h, r, g: torch.native_dropout(h, 0.25, True)[0] + r),
+    "dropout in place": ("keep*x + r0", lambda h, r, g: F.dropout(h, 0.25, True, True) + r),
+    "torch.add": ("keep*x + r0", lambda h, r, g: torch.add(F.dropout(h, 0.25), r)),
+    "residual times a number": ("keep*x + 0.5*r0", lambda h, r, g: torch.add(F.dropout(h, 0.25), r, alpha=0.5)),
+    "difference": ("keep*x - r0", lambda h, r, g: F.dropout(h, 0.25) - r),
+    "layer scale": ("keep*v0*x + r0", lambda h, r, g: r + g * F.dropout(h, 0.25)),
+    "layer scale before": ("keep*v0*x + r0", lambda h, r, g: r + F.dropout(h * g, 0.25)),
+    "rescaled": ("0.5*keep*x + 0.5*r0", lambda h, r, g: (F.dropout(h, 0.25) + r) / 2.0),
+    "two residuals": ("keep*x + r0 + r1", lambda h, r, g: F.dropout(h, 0.25) + r + r.cos()),
+    "broadcast residual": ("keep*x + r0", lambda h, r, g: F.dropout(h, 0.25) + r[:1]),
+    "activated": ("keep*Where(x <= 0, 0, x)", lambda h, r, g: F.dropout(F.relu(h), 0.25)),
+    "activated in place": ("keep*Where(x <= 0, 0, x)", lambda h, r, g: F.dropout(F.relu(h, inplace=True), 0.25)),
+    "activated and all": ("keep*v0*Where(x <= 0, 0, x) + r0", lambda h, r, g: r + g * F.dropout(F.relu(h), 0.25)),
+    "another view": ("keep*x + r0", lambda h, r, g: (F.dropout(h.view(10, 16), 0.25) + r.view(10, 16)).view(2, 5, 16)),
+    "all is dropped": ("keep*x + r0", lambda h, r, g: F.dropout(h, 1.0) + r),
+    "dropout alone": ("keep*x", lambda h, r, g: F.dropout(h, 0.25)),
+}  # fmt: skip
+
+
+def as_text(site: BiasActDropoutSite) -> str:
+    return str(site.formula.xreplace({f: round(f, 6) for f in site.formula.atoms() if f.is_Float}))
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_one_dropout_and_residual_however_they_are_spelled(name: str) -> None:
+    expected, after = AFTER[name]
+    (site,) = found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given())
+    assert isinstance(site, BiasActDropoutSite), site
+    simple = site.formula.subs({tensor(0): 3, tensor(1): 5, vector(0): 7, KEEP: 2, X: -11})
+    scope = {"keep": 2, "x": -11, "r0": 3, "r1": 5, "v0": 7, "Where": lambda c, a, b: a if c else b}
+    assert float(simple) == eval(expected, scope), site.formula
+    assert site.bias is not None and site.dropout == (1.0 if name == "all is dropped" else 0.25)
+
+
+def kept(p: float, shape: Sequence[int], stream: int = 0) -> Tensor:
+    """What the next seed keeps, times what it is multiplied by."""
+    state = torch.get_rng_state()
+    seed = torch.randint(2**63 - 1, (1,))
+    torch.set_rng_state(state)
+    return philox.linear_keep(seed, p, shape, stream) * philox.scale(p)
+
+
+@pytest.mark.parametrize("name", [n for n in AFTER if n != "all is dropped"])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_with_dropout_results_and_gradients_are_those_of_one_mask(name: str, route: str) -> None:
+    """The program is run eagerly with that very mask in dropout's place: backward and forward have the same."""
+    _, after = AFTER[name]
+    inputs = given()
+    outcome = Outcome()
+
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        return after(F.linear(x, w, b), r, g)
+
+    compiled = torch.compile(program, backend=rewriting(outcome, {FAMILY: route}, family=FAMILY))
+    torch.manual_seed(11)
+    mask = kept(0.25, (2, 5, 16))
+    out = compiled(*inputs)
+    assert [s.route for s in outcome.sites] == [route], outcome.sites
+    weights = torch.linspace(0.5, 1.5, out.numel()).view_as(out)
+    gradients = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
+
+    def masked(h: Tensor, *_: Any, **__: Any) -> Tensor:
+        return h * mask.view(h.shape).to(h)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "dropout", masked)
+        patch.setattr(torch, "dropout", masked)
+        patch.setattr(torch, "native_dropout", lambda h, *_: (masked(h), None))
+        double = [x.detach().double().requires_grad_() for x in inputs]
+        exact = program(*double)
+        wanted = torch.autograd.grad((exact * weights).sum(), double, allow_unused=True)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=2e-6)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        if theirs is None:
+            assert ours is None or not ours.any()
+        else:
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+NEAR_MISSES: dict[str, tuple[str, Fn]] = {
+    "alpha dropout": ("alpha dropout", lambda h, r, g: F.alpha_dropout(h, 0.25, True)),
+    "feature alpha dropout": ("alpha dropout", lambda h, r, g: F.feature_alpha_dropout(h, 0.25, True)),
+    "dropout1d": ("whole channels", lambda h, r, g: F.dropout1d(h, 0.25)),
+    "dropout2d": ("whole channels", lambda h, r, g: F.dropout2d(h[None], 0.25)),
+    "used elsewhere": ("used elsewhere", lambda h, r, g: F.gelu(h) + h.sum()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_a_near_miss_says_why(name: str) -> None:
+    reason, after = NEAR_MISSES[name]
+    results = found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given())
+    assert len(results) == 1 and isinstance(results[0], str), results
+    assert reason in results[0]
+
+
+# Nothing of the kind: no word is lost over them.
+NOTHING: dict[str, Fn] = {
+    "a linear": lambda x, w, b, r, g: F.linear(x, w, b),
+    "a linear and a residual": lambda x, w, b, r, g: F.linear(x, w, b) + r,
+    "a linear, scaled": lambda x, w, b, r, g: F.linear(x, w, b) * 0.5 + 1,
+    "a norm": lambda x, w, b, r, g: F.layer_norm(F.linear(x, w, b), (16,)),
+    "a softmax": lambda x, w, b, r, g: F.linear(x, w, b).softmax(-1),
+    "a gate": lambda x, w, b, r, g: F.silu(F.linear(x, w, b)) * r,
+    "a gate of a sigmoid": lambda x, w, b, r, g: r * torch.sigmoid(F.linear(x, w, b)),
+    "a norm, written out": lambda x, w, b, r, g: (lambda h: g * h * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5))(
+        F.linear(x, w, b)
+    ),
+    "a square": lambda x, w, b, r, g: F.linear(x, w, b).square() + F.linear(x, w, b) ** 3,
+    "packed gates": lambda x, w, b, r, g: F.glu(F.linear(x, w, b)),
+    "halves": lambda x, w, b, r, g: (lambda u, v: F.silu(u) * v)(*F.linear(x, w, b).chunk(2, -1)),
+    "dropout of what is no projection": lambda x, w, b, r, g: F.dropout(r, 0.25) + r,
+    "activation of what has no bias": lambda x, w, b, r, g: F.gelu(r),
+    "soft-capped scores": lambda x, w, b, r, g: torch.tanh(r @ (r * 2)[0].mT),
+    "a convolution": lambda x, w, b, r, g: F.gelu(F.conv1d(x.mT, w.view(16, 8, 1), b)),
+    "one feature": lambda x, w, b, r, g: torch.sigmoid(F.linear(x, w[:1], b[:1])),
+    "integers": lambda x, w, b, r, g: F.linear(x, w, b).round().long() + 1,
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_nothing_is_made_of_what_is_no_site(name: str) -> None:
+    assert found(NOTHING[name], *given()) == []
+
+
+# Larger than it is: the part that is a site is taken, and gives eager's numbers.
+PARTS: dict[str, tuple[str, Fn]] = {
+    "activation after a residual": ("keep*x", lambda h, r, g: F.relu(F.dropout(h, 0.0 + 0.25, False) * 1 + r)),
+    "the residual is activated": ("r0 + x*sigmoid(x)", lambda h, r, g: F.relu(F.silu(h) + r)),
+    "scaled after a residual": ("r0 + x*sigmoid(x)", lambda h, r, g: (F.silu(h) + r) * g),
+    "a norm after": ("r0 + x*sigmoid(x)", lambda h, r, g: F.layer_norm(F.silu(h) + r, (16,))),
+    "added to two": ("x*sigmoid(x)", lambda h, r, g: (lambda a: (a + r) * (a - r))(F.silu(h))),
+    "broadcast": ("x*sigmoid(x)", lambda h, r, g: F.silu(h)[None] + torch.ones(3, 1, 1, 1)),
+    "integers": ("x*sigmoid(x)", lambda h, r, g: F.silu(h) + torch.arange(16)),
+    "transposed": ("x*sigmoid(x)", lambda h, r, g: F.silu(h).mT + r.mT),
+    "alpha dropout after": ("x*sigmoid(x)", lambda h, r, g: F.alpha_dropout(F.silu(h), 0.5, False) * r.sum(-1).argmax()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in PARTS if n != "activation after a residual"])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_the_part_that_is_a_site_is_taken(name: str, route: str) -> None:
+    expected, after = PARTS[name]
+
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        return after(F.linear(x, w, b), r, g)
+
+    (site,) = found(program, *given())
+    assert isinstance(site, BiasActDropoutSite) and as_text(site) == expected
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites] == [route]
+
+
+MOVED: dict[str, tuple[int, Fn]] = {
+    "rows moved": (1, lambda h, r, g: F.silu(h.transpose(0, 1)) * g + r.transpose(0, 1)),
+    "rows moved, another view": (1, lambda h, r, g: F.silu(h.view(10, 16).view(2, 5, 16).transpose(0, 1)) + r.transpose(0, 1)),
+    "moved twice": (1, lambda h, r, g: F.silu(h.transpose(0, 1)).transpose(0, 1) + r),
+    "moved after": (1, lambda h, r, g: F.silu(h).transpose(0, 1) + r.transpose(0, 1)),
+    "seen in two orders": (0, lambda h, r, g: F.silu(h)[:, :2] + h.transpose(0, 1)[:2, :2].transpose(0, 1)),
+    "columns moved": (0, lambda h, r, g: F.silu(h.mT) + r.mT),
+    "inside a call": (1, lambda h, r, g: r + g * F.silu(F.multi_head_attention_forward(
+        h, h, h, 16, 2, torch.ones(48, 16) * g[None] / 9, g.repeat(3), None, None, False, 0.0, torch.eye(16) * g, g, need_weights=False)[0])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVED)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_rows_in_another_order(name: str, route: str) -> None:
+    sites, after = MOVED[name]
+
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        return after(F.linear(x, w, b), r, g)
+
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert len([s for s in outcome.sites if s.matched]) == sites, outcome.sites
+
+
+@pytest.mark.parametrize("rows", [(9,), (3, 3)])
+def test_rows_seen_in_two_orders_of_equal_sizes_are_not_confused(rows: tuple[int, ...]) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        h = F.linear(x, w, b).view(3, 3, 16)
+        return F.silu(h.transpose(0, 1)) + h
+
+    x, w, b = tensors((*rows, 8), (16, 8), (16,))
+    assert found(program, x, w, b) == []
+    check(program, x, w, b, routes={FAMILY: "triton"}, family=FAMILY)
+
+
+class Bloom(torch.autograd.Function):
+    """As transformers has it: forward and backward by hand."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return bloom(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        t = torch.tanh(0.79788456 * h * (1 + 0.044715 * h * h))
+        return (0.5 * h * ((1 - t * t) * (0.79788456 + 0.1070322243 * h * h)) + 0.5 * (1 + t)) * grad
+
+
+class Straight(torch.autograd.Function):
+    """A gradient that is not the derivative: quantisation's."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return torch.tanh(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class Squared(torch.autograd.Function):
+    """A backward that is not linear in what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return torch.sigmoid(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        s = torch.sigmoid(h)
+        return grad * grad * s * (1 - s)
+
+
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize("function, matched", [(Bloom, True), (Straight, False), (Squared, False)])
+def test_an_autograd_function_whose_backward_is_the_derivative(function: Any, matched: bool, route: str) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return r + function.apply(F.linear(x, w, b))
+
+    outcome = check(program, *given()[:4], grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [(s.matched, s.route) for s in outcome.sites] == [(matched, route if matched else None)], outcome.sites
+    assert matched or "not the derivative" in outcome.reasons
+
+
+def test_an_activation_after_a_residual_is_no_site() -> None:
+    _, after = PARTS["activation after a residual"]
+    assert found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given()) == []
+
+
+def changed_between(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    a = F.silu(h)
+    x.add_(1)
+    return a * 2
+
+
+def weight_changed_between(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    a = F.silu(h)
+    w.mul_(2)
+    return a * 2
+
+
+def activated_after_a_write(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    h[:, 0] = 0
+    return F.silu(h)
+
+
+def residual_changed(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    y = r + F.silu(F.linear(x, w, b))
+    r.zero_()
+    return y
+
+
+def residual_changed_before(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    a = F.silu(F.linear(x, w, b))
+    r.mul_(3)
+    return a + r
+
+
+def written_later(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    y = r + F.silu(F.linear(x, w, b))
+    z = y.exp()
+    y.mul_(2)
+    return y + z
+
+
+def kept_before(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w, b)
+    return F.silu(h), h
+
+
+def relu_in_place_seen(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    F.relu(h, inplace=True)
+    return h @ h.mT
+
+
+def relu_in_place_then_linear(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, w, b), inplace=True), w.mT)
+
+
+def added_in_place(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = r * 2
+    h += F.silu(F.linear(x, w, b))
+    return h.exp()
+
+
+def two_uses_of_a_product(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    p = F.linear(x, w)
+    return F.silu(p + b) * p
+
+
+MUTATED = {
+    f.__name__: f
+    for f in (
+        changed_between, weight_changed_between, activated_after_a_write, residual_changed, residual_changed_before,
+        written_later, kept_before, relu_in_place_seen, relu_in_place_then_linear, added_in_place, two_uses_of_a_product,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATED)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_written_in_place_is_seen(name: str, route: str, grad: bool) -> None:
+    """Whatever is made of these, results are eager's, and inputs are left as eager leaves them."""
+    writes_inputs = name in ("changed_between", "weight_changed_between", "residual_changed", "residual_changed_before")
+    if grad and writes_inputs:
+        pytest.skip("leaves that need gradients are not written to")
+    check(MUTATED[name], *given(grad), grad=grad, routes={FAMILY: route}, family=FAMILY)
+
+
+def relu_in_place_of_two(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    a = F.relu(F.linear(x, w, b), inplace=True)
+    c = F.dropout(F.linear(a, w.mT, w.sum(0)), 0.0).relu_()
+    return F.linear(c, w) + a
+
+
+def relu_in_place_of_a_view(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+    h = F.linear(x, w, b)
+    a = h.view(-1, 16)
+    a = F.relu(a, inplace=True)
+    return a.sin()
+
+
+def relu_in_place_of_a_view_seen(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    h = F.linear(x, w, b)
+    a = h.view(-1, 16)
+    F.relu(a, inplace=True)
+    return a.sin(), h.cos()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize(
+    "program, sites",
+    [
+        (relu_in_place_then_linear, 1),
+        (relu_in_place_of_two, 2),
+        (relu_in_place_of_a_view, 1),
+        (relu_in_place_of_a_view_seen, 0),
+        (relu_in_place_seen, 0),
+    ],
+)
+def test_an_activation_in_place_of_what_nothing_else_sees(program: Fn, sites: int, route: str, grad: bool) -> None:
+    outcome = check(program, *given(grad), grad=grad, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites if s.matched] == [route] * sites
+
+
+def test_eval_leaves_bias_and_activation() -> None:
+    mlp = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(16, 8), torch.nn.Dropout(0.5)
+    )
+    x = given()[0]
+    (site,) = found(mlp.eval(), x)
+    assert isinstance(site, BiasActDropoutSite) and site.dropout == 0
+    first, second = found(mlp.train(), x)
+    assert isinstance(first, BiasActDropoutSite) and isinstance(second, BiasActDropoutSite)
+    assert (first.dropout, as_text(second), second.dropout) == (0.5, "keep*x", 0.5)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(16)
+        self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(F.gelu(self.up(self.norm(x))), self.p, self.training)
+        return x + F.dropout(self.down(h), self.p, self.training)
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block(p), Block(p)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("backend", ["aot", "inductor"])
+@pytest.mark.parametrize("kind", [Block, Checkpointed])
+def test_backward_and_a_checkpoints_recomputation_see_the_masks_of_the_forward(kind: Any, backend: str) -> None:
+    """A loss that is linear in the input's perturbation says so: f(x + d) - f(x) = f'(x) d for the same seed."""
+    torch.manual_seed(3)
+    model = kind(0.25).double().float().train()
+    outcome = Outcome()
+    if backend == "aot":
+        compiled = torch.compile(model, backend=rewriting(outcome, {FAMILY: "triton"}, family=FAMILY))
+    else:
+        compiled = torch.compile(
+            model, backend="xformers", options={"routes": {FAMILY: "triton"}, "patterns": [FAMILY]}
+        )
+    x = torch.randn(3, 7, 16, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return compiled(x)
+
+    out = run(x)
+    again = run(x)
+    assert torch.equal(out, again), "the same seed gives other numbers"
+    torch.manual_seed(6)
+    assert not torch.equal(out, compiled(x)), "another seed gives the same numbers"
+    weights = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad((out * weights).sum(), x)
+    step = torch.randn_like(x) * 2e-3
+    change = ((run(x + step) - run(x - step)) * weights).double().sum() / 2
+    slope = (gradient * step).double().sum()
+    assert abs(change - slope) < 2e-3 * (gradient.norm() * step.norm()), (change, slope)
+    if backend == "aot":
+        assert [s.route for s in outcome.sites] == ["triton"] * (2 if kind is Block else 4)
+
+
+def test_no_mask_is_kept() -> None:
+    """Of what the forward keeps for the backward nothing is a mask: no bool, no byte a number."""
+    model, outcome = Block(0.25).train(), Outcome()
+    compiled = torch.compile(model, backend=rewriting(outcome, {FAMILY: "triton"}, family=FAMILY))
+    compiled(torch.randn(3, 7, 16, requires_grad=True)).sum().backward()
+    (forward,) = outcome.programs
+    (output,) = [n for n in forward.graph.nodes if n.op == "output"]
+    saved = [n.meta["val"] for n in output.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    assert saved and all(x.dtype in (torch.float32, torch.int64) for x in saved)
+    assert [tuple(x.shape) for x in saved if x.dtype == torch.int64] == [(1,)], "one seed for a graph"
+
+
+def test_frozen_inputs_cost_no_work() -> None:
+    x, w, b, *_ = given(grad=False)
+    x.requires_grad_()
+    outcome = Outcome()
+    backward: list[torch.fx.GraphModule] = []
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.gelu(F.linear(x, w, b))
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        outcome.sites += rewrite(gm, examples, {"routes": {FAMILY: "epilogue"}, "strict": True}).sites
+        keep = lambda gm, _: (backward.append(gm), make_boxed_func(gm.forward))[1]  # noqa: E731
+        return aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm.forward), bw_compiler=keep)(gm, examples)
+
+    torch.compile(program, backend=backend)(x, w, b).sum().backward()
+    (gm,) = backward
+    products = [n for n in gm.graph.nodes if "mm" in str(n.target)]
+    assert len(products) == 1, "the weight's gradient is computed"
+    (call,) = [n for n in gm.graph.nodes if "bias_act_dropout_backward" in str(n.target)]
+    assert list(call.args[9]) == [True, False]
+
+
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_a_gradient_of_a_gradient_is_refused_in_words(route: str) -> None:
+    from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
+
+    formula = text_of(X**2)
+    x, w, b, *_ = given()
+    if route == "triton":
+        out = bias_act_dropout(x, None, [], [], None, 0, formula, 0.0, torch.float32)
+    else:
+        out, _ = linear_act_dropout(x, w, b, [], [], None, 0, formula, 0.0, torch.float32, True)
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_under_autocast(route: str) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return r + g * F.gelu(F.linear(x, w, b))
+
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites] == [route]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_in_half_precision(dtype: torch.dtype, route: str) -> None:
+    inputs = given(dtype=dtype)
+    outcome = check(
+        lambda x, w, b, r, g: r + g * newgelu(F.linear(x, w, b)),
+        *inputs,
+        grad=True,
+        routes={FAMILY: route},
+        family=FAMILY,
+    )
+    assert [s.route for s in outcome.sites] == [route]
+
+
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_rows_may_be_any_number(route: str) -> None:
+    """One graph for all of them."""
+    model, outcome = Block(0.0).train(), Outcome()
+    compiled = torch.compile(model, backend=rewriting(outcome, {FAMILY: route}, family=FAMILY), dynamic=True)
+    for batch, length in ((3, 7), (2, 9), (5, 4)):
+        x = torch.randn(batch, length, 16, requires_grad=True)
+        out, exact = compiled(x), model(x)
+        torch.testing.assert_close(out, exact)
+        ours, eagers = (torch.autograd.grad(y.square().sum(), [x, *model.parameters()]) for y in (out, exact))
+        torch.testing.assert_close(ours, eagers, rtol=1e-4, atol=1e-4)
+    assert [s.route for s in outcome.sites] == [route], "the down projection has neither activation nor dropout here"
+
+
+def test_fp64_is_left() -> None:
+    outcome = check(
+        lambda x, w, b: F.gelu(F.linear(x, w, b)),
+        *given(dtype=torch.float64)[:3],
+        routes={FAMILY: "triton"},
+        family=FAMILY,
+    )
+    assert [s.route for s in outcome.sites] == ["inductor"]
+    assert "float64" in str(outcome.sites[0].reason)
+
+
+@pytest.mark.parametrize("p", [1e-4, 0.9999])
+def test_a_probability_that_is_finer_than_our_numbers_is_left(p: float) -> None:
+    outcome = Outcome()
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.dropout(F.linear(x, w, b), p)
+
+    torch.compile(program, backend=rewriting(outcome, {FAMILY: "triton"}, family=FAMILY))(*given()[:3])
+    assert [(s.matched, s.route) for s in outcome.sites] == [(True, "inductor")]
+    assert "16 bits" in str(outcome.sites[0].reason)
+
+
+def test_eagers_own_numbers_are_asked_for() -> None:
+    with torch._inductor.config.patch(fallback_random=True):
+        outcome = check(
+            lambda x, w, b: F.dropout(F.gelu(F.linear(x, w, b)), 0.25),
+            *given()[:3],
+            routes={FAMILY: "triton"},
+            family=FAMILY,
+        )
+    assert [s.route for s in outcome.sites] == ["inductor"]
+    assert "fallback_random" in str(outcome.sites[0].reason)
+
+
+def test_on_a_cpu_without_the_interpreter_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for routes in ({}, {FAMILY: "triton"}):
+        outcome = check(lambda x, w, b: F.gelu(F.linear(x, w, b)), *given()[:3], routes=routes, family=FAMILY)
+        assert [(s.matched, s.route) for s in outcome.sites] == [(True, "inductor")]
+        assert outcome.sites[0].reason
+
+
+class Golden(TestCase):
+    def test_a_block(self) -> None:
+        outcome = Outcome()
+        torch.manual_seed(0)
+        compiled = torch.compile(Block(0.25).train(), backend=rewriting(outcome, {FAMILY: "epilogue"}, family=FAMILY))
+        compiled(torch.randn(3, 7, 16, requires_grad=True))
+        self.assertExpectedInline(
+            graph_rows(outcome),
+            """\
+l_self_modules_norm_parameters_weight_
+l_self_modules_norm_parameters_bias_
+l_x_
+l_self_modules_up_parameters_weight_
+l_self_modules_up_parameters_bias_
+l_self_modules_down_parameters_weight_
+l_self_modules_down_parameters_bias_
+layer_norm = layer_norm(l_x_, (16,), l_self_modules_norm_parameters_weight_, l_self_modules_norm_parameters_bias_, 1e-05)
+randint = randint(9223372036854775807, (1,), dtype=torch.int64, device=cpu)
+linear_act_dropout_default = linear_act_dropout.default(layer_norm, l_self_modules_up_parameters_weight_, l_self_modules_up_parameters_bias_, [], [], randint, 0, Mul(Rational(1, 2), Symbol('keep', real=True), Symbol('x', real=True), Add(erf(Mul(Float('0.70710678118654757274', precision=60), Symbol('x', real=True))), Integer(1))), 0.25, torch.float32, True)
+getitem = getitem(linear_act_dropout_default, 0)
+linear_act_dropout_default_1 = linear_act_dropout.default(getitem, l_self_modules_down_parameters_weight_, l_self_modules_down_parameters_bias_, [], [l_x_], randint, 1, Add(Mul(Symbol('keep', real=True), Symbol('x', real=True)), Symbol('r0', real=True)), 0.25, torch.float32, False)
+getitem_1 = getitem(linear_act_dropout_default_1, 0)
+contiguous = contiguous(getitem_1)
+return (contiguous,)""",
+        )

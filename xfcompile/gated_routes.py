@@ -1,0 +1,98 @@
+"""Chooses how a gated MLP runs: a dual GEMM, a packed product and a fused activation, or left to Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+
+from xfcompile.evaluate import Unsupported
+from xfcompile.family import Route
+from xfcompile.kernels import philox
+from xfcompile.site import GatedMLPSite
+
+RECOMPUTE = "_recompute"
+
+ROUTES = ("triton", "cublas", f"triton{RECOMPUTE}", f"cublas{RECOMPUTE}", "inductor")
+"""Those that recompute keep nothing of a gated MLP but its input, and project again in the backward: two more products
+beside nine, for the memory of both projections. They are for who asks for them."""
+
+UNKNOWN = "the number of features is not known at compile time"
+
+UNMEASURED = "not measured to be faster than Inductor at this size"
+
+USUAL: Mapping[tuple[str, str, str], str] = {
+    ("inference", "separate", "one row"): "inductor",
+    ("inference", "separate", "few rows"): "inductor",
+    ("inference", "separate", "some rows"): "inductor",
+    ("inference", "separate", "many rows"): "inductor",
+    ("inference", "packed", "one row"): "inductor",
+    ("inference", "packed", "few rows"): "inductor",
+    ("inference", "packed", "some rows"): "inductor",
+    ("inference", "packed", "many rows"): "inductor",
+    ("training", "separate", "some rows"): "inductor",
+    ("training", "separate", "many rows"): "inductor",
+    ("training", "packed", "some rows"): "inductor",
+    ("training", "packed", "many rows"): "inductor",
+}
+"""The usual route on GPUs, of 16-bit numbers: by what is differentiated, how many weights there are, and the class of
+the number of rows. What is not in the table is left to Inductor. examples/bench_gated.py measures all of its cells."""
+
+CLASSES = ((1, "one row"), (16, "few rows"), (1023, "some rows"))
+"""Up to how many rows; "many rows" beyond. 16 rows are one tile of tensor cores, and cost no more than reading the
+weights; from about 1024 rows on the products take longer than that on an H200, of 4096 by 11008 and larger."""
+
+
+def rows_class(rows: sympy.Expr) -> str | None:
+    """The class of a number of rows; None if it is not known at compile time."""
+    if not rows.is_Integer:
+        return None
+    return next((name for most, name in CLASSES if rows <= most), "many rows")
+
+
+def usual(site: GatedMLPSite, training: bool) -> str:
+    """The usual route on GPUs."""
+    rows = rows_class(site.rows)
+    if rows is None or site.experts is not None or site.dtype.itemsize != 2:
+        return "inductor"
+    weights = "separate" if site.layout == "separate" else "packed"
+    return USUAL.get(("training" if training else "inference", weights, rows), "inductor")
+
+
+def choose(site: GatedMLPSite, *, training: bool, forced: str | None) -> Route:
+    """The route of a site; `forced` is what the user asks for."""
+    if forced == "inductor":
+        return Route("inductor", "asked for")
+    device = site.root.meta.device
+    if forced is None and device.type != "cuda":
+        return Route("inductor", f"left to Inductor: there is no kernel that is faster on {device.type}")
+    name = forced or usual(site, training)
+    if name == "inductor":
+        return Route("inductor", f"left to Inductor: {UNMEASURED}")
+    reason = _why_not(site, name)
+    if reason is not None:
+        return Route("inductor", reason)
+    return Route(name, "asked for" if forced else None)
+
+
+def _why_not(site: GatedMLPSite, name: str) -> str | None:
+    try:
+        from xfcompile.kernels.gated_mlp import prepare, supports
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    if name.startswith("cublas") and site.layout == "separate":
+        return "gate and up have a weight each, which one product would have to copy into one"
+    if not (site.features.is_Integer and site.inner.is_Integer):
+        return UNKNOWN
+    if site.dropout and not philox.fine_enough(site.dropout):
+        return f"our kernel drops out with 16 random bits, too few for p = {site.dropout}"
+    device = site.root.meta.device
+    for dtype in (site.dtype, site.root.dtype):
+        reason = supports(device, dtype)
+        if reason is not None:
+            return reason
+    try:
+        prepare(site.formula)
+    except Unsupported as error:
+        return str(error)
+    return None
