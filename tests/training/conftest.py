@@ -46,13 +46,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     seen = Launches()
     forward, backward = launch.run, launch_backward.run
 
-    def counted_forward(*args: Any) -> Any:
+    def counted_forward(*args: Any, **kwargs: Any) -> Any:
         seen.forwards += 1
-        return forward(*args)
+        return forward(*args, **kwargs)
 
-    def counted_backward(*args: Any) -> Any:
-        seen.needs += [x for x in args if isinstance(x, launch_backward.Needs)]
-        return backward(*args)
+    def counted_backward(*args: Any, **kwargs: Any) -> Any:
+        seen.needs += [x for x in (*args, *kwargs.values()) if isinstance(x, launch_backward.Needs)]
+        return backward(*args, **kwargs)
 
     monkeypatch.setattr(launch, "run", counted_forward)
     monkeypatch.setattr(launch_backward, "run", counted_backward)
