@@ -57,10 +57,9 @@ def copied(to: Path) -> Path:
 def run(packages: Path, caches: Path) -> dict[str, object]:
     """One training step in a process of its own, by the package in that folder."""
     environment = {
-        **os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1",
+        **os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1",
         "TORCHINDUCTOR_CACHE_DIR": str(caches), "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        "TRITON_INTERPRET": "1",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", STEP], env=environment, cwd=packages, capture_output=True, text=True, check=False

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Launches
-from step import OPTIONS, ROUTE, check, compiled, doubled, judge, numbers, qkv, step
+from step import OPTIONS, ROUTE, Launches, check, compiled, doubled, judge, numbers, qkv, step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
