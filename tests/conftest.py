@@ -7,6 +7,24 @@ from collections.abc import Iterator
 
 import pytest
 
+THINNED = {
+    "test_bias_act_dropout.py": 3,
+    "test_gated_spellings.py": 3,
+    "test_gated_mlp.py": 2,
+    "test_decode.py": 2,
+    "test_far_masks.py": 2,
+}
+"""Long tables, of which one case in so many runs each time; the others are `slow`: they vary what these do too."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen: dict[str, int] = {}
+    for item in items:
+        number = seen[item.path.name] = seen.get(item.path.name, -1) + 1
+        if number % THINNED.get(item.path.name, 1):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:

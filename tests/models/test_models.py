@@ -7,6 +7,8 @@ does the same and writes RESULTS.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from measure import Outcome, Through, measure
 from zoo import Entry, entries
@@ -41,16 +43,30 @@ GRAPH = (
     "openfold_triangle_train",
     "megatron_core",
     "documents_window_train",
+    "gpt2_train[eager]",
+    "t5_train[eager]",
+    "gemma2_train[eager]",
+    "vit_train[eager]",
+    "swin_train[eager]",
+    "gpt_oss_train[eager]",
     "msa_tied_rows",
     "talking_heads",
 )
+KERNEL = {
+    "gpt2_train[eager]": 2,
+    "gemma2_train[eager]": 2,
+    "t5_train[eager]": 6,
+    "swin_train[eager]": 4,
+    "gpt_oss_train[eager]": 2,
+}
+"""One training step with our kernels in Triton's interpreter, and how many sites they run."""
 INDUCTOR = ("nanogpt", "meta_llama_train", "clip_vision[eager]")
 
 
-def _check(entry: Entry, through: Through) -> Outcome:
+def _check(entry: Entry, through: Through, **options: Any) -> Outcome:
     if entry.missing:
         pytest.skip(f"not installed: {', '.join(entry.missing)}")
-    outcome = measure(entry, through)
+    outcome = measure(entry, through, **options)
     assert not outcome.report.failures
     reasons = {site.reason for site in outcome.sites if not site.matched}
     assert outcome.matched == entry.attentions, reasons
@@ -67,6 +83,15 @@ def test_model_means_what_it_meant(name: str) -> None:
     _check(ENTRIES[name], "graph")
 
 
+@pytest.mark.parametrize("name", KERNEL)
+def test_model_trains_by_our_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter's gradient, with the forward and the backward interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    outcome = _check(ENTRIES[name], "graph", routes={"attention": "triton"})
+    assert [site.route for site in outcome.sites if site.matched] == ["triton"] * KERNEL[name], outcome.report
+    assert any(e.name.startswith("gradient of") for e in outcome.errors)
+
+
 @pytest.mark.parametrize("name", INDUCTOR)
 def test_model_compiled_by_inductor(name: str) -> None:
     outcome = _check(ENTRIES[name], "inductor")
@@ -80,5 +105,5 @@ def test_whole_zoo(name: str) -> None:
 
 
 def test_names_are_those_of_the_zoo() -> None:
-    assert set(GRAPH) | set(INDUCTOR) <= ENTRIES.keys()
+    assert set(GRAPH) | set(INDUCTOR) | KERNEL.keys() <= ENTRIES.keys()
     assert len(ENTRIES) >= 120

@@ -52,6 +52,11 @@ _DECODERS = (
         implementations=["eager"],
     ),
     *both(
+        "gemma2_train", "Gemma2ForCausalLM",
+        ("Gemma2Config", {**DECODER, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}), labelled(), 2,
+        implementations=["eager"], train=True,
+    ),
+    *both(
         "gemma2_left_padded", "Gemma2ForCausalLM",
         ("Gemma2Config", {**DECODER, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
         padded(left=True), 2, implementations=["eager"],
@@ -93,6 +98,11 @@ _DECODERS = (
     *both(
         "gpt_oss", "GptOssForCausalLM", ("GptOssConfig", {**DECODER, **_EXPERTS, "head_dim": 16, "sliding_window": 8}),
         ids(), 2, declined=2, implementations=["eager"],
+    ),
+    *both(
+        "gpt_oss_train", "GptOssForCausalLM",
+        ("GptOssConfig", {**DECODER, **_EXPERTS, "head_dim": 16, "sliding_window": 8}), labelled(), 2, declined=2,
+        implementations=["eager"], train=True,
     ),
     *both("gpt2", "GPT2LMHeadModel", ("GPT2Config", _GPT), ids(), 2),
     *both("gpt2_left_padded", "GPT2LMHeadModel", ("GPT2Config", _GPT), padded(left=True), 2),
@@ -163,6 +173,8 @@ _ENCODER_DECODERS = (
     *both("t5_gated_train", "T5ForConditionalGeneration", ("T5Config", {
         **_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}),
         labelled(padded()), 6, train=True),
+    *both("t5_train", "T5ForConditionalGeneration", ("T5Config", {**_T5, "decoder_start_token_id": 0}), labelled(), 6,
+          train=True),
     *both("bart", "BartModel", ("BartConfig", _BART), seq2seq, 6),
     *both("m2m100", "M2M100Model", ("M2M100Config", _BART), seq2seq, 6),
 )  # fmt: skip

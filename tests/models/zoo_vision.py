@@ -75,6 +75,8 @@ ENTRIES = (
     *both("clip_text", "CLIPTextModel", ("CLIPTextConfig", ENCODER), ids(), 2),
     *both("clip_vision", "CLIPVisionModel", ("CLIPVisionConfig", VISION), pixels(), 2),
     *both("swin", "SwinModel", ("SwinConfig", _SWIN), pixels(), 4),
+    *both("swin_train", "SwinForImageClassification", ("SwinConfig", _SWIN), pixels(labels=torch.tensor([0, 1])), 4,
+          train=True),
     *both("swinv2", "Swinv2Model", ("Swinv2Config", _SWIN), pixels(), 4, implementations=["eager"]),
     *both("sam_vision", "SamVisionModel", _sam, pixels(64), 2),
     *both("segformer", "SegformerModel", ("SegformerConfig", dict(

@@ -300,7 +300,12 @@ right("up in place on a part of a packed projection",
       lambda x, w: (lambda g, u: F.silu(g) * u.add_(1))(*L(x, w).chunk(2, -1)), SQUARE, PACKED, fused=None, grad=False)  # fmt: skip
 right("both in place on overlapping parts",
       lambda x, w: (lambda p: F.silu(p[..., :4].mul_(2)) * p[..., 2:6].add_(1))(L(x, w)), SQUARE, PACKED, fused=None, grad=False)  # fmt: skip
-right("a product in place of what nothing else sees", lambda x, w, v: F.silu(L(x, w)).mul_(L(x, v)), fused=True, grad=False)
+right(
+    "a product in place of what nothing else sees",
+    lambda x, w, v: F.silu(L(x, w)).mul_(L(x, v)),
+    fused=True,
+    grad=False,
+)
 right("a product in place, by its other name too",
       lambda x, w, v: (lambda a: (a.mul_(L(x, v)), a + 1))(F.silu(L(x, w))), fused=None, grad=False)  # fmt: skip
 miss("a gate without gradient", "border", half_without_grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,3 +108,11 @@ def check(
     assert routes == [expected or ROUTE[route]] * sites, [(x.route, x.reason) for x in report.sites]
     judge(step(program, doubled(inputs)), step(program, inputs), ours, torch.finfo(inputs[0].dtype).eps)
     return report
+
+
+@dataclass
+class Launches:
+    """Kernels that were launched: how many forwards, and of each backward what it was to make."""
+
+    forwards: int = 0
+    needs: list[Any] = field(default_factory=list)

@@ -38,7 +38,11 @@ print(json.dumps({
 """
 
 # AOTAutograd traces this formula: what it says is in the compiled backward, and in its cached copies.
-FORMULA = ("kernels/attention/op.py", "return *made[:3], made[3:], *others", "return 2 * made[0], *made[1:3], made[3:], *others")
+FORMULA = (
+    "kernels/attention/op.py",
+    "return *made[:3], made[3:], *others",
+    "return 2 * made[0], *made[1:3], made[3:], *others",
+)
 # A kernel's text is only called from there.
 KERNEL = ("kernels/attention/backward.py", "dv = tl.dot(", "dv = 2.0 * tl.dot(")
 
@@ -53,9 +57,9 @@ def copied(to: Path) -> Path:
 def run(packages: Path, caches: Path) -> dict[str, object]:
     """One training step in a process of its own, by the package in that folder."""
     environment = {
-        **os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1", "TORCHINDUCTOR_CACHE_DIR": str(caches),
-        "TORCHINDUCTOR_AUTOGRAD_CACHE": "1", "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
-        "TRITON_INTERPRET": "1",
+        **os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1", "TRITON_INTERPRET": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(caches), "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
+        "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", STEP], env=environment, cwd=packages, capture_output=True, text=True, check=False
