@@ -163,7 +163,7 @@ def test_a_family_is_checked_when_it_is_registered() -> None:
     for wrong, words in [
         (example, "takes an xfcompile.Family, not module"),
         (replace(example.FAMILY, name="attention"), "has a family 'attention' of its own"),
-        (replace(example.FAMILY, name="rms norm"), "has to be an identifier"),
+        (replace(example.FAMILY, name="rms norm"), "has to be a word"),
         (replace(example.FAMILY, routes=("fused",)), "needs a route 'inductor'"),
     ]:
         with pytest.raises(ValueError, match=words):

@@ -117,6 +117,7 @@ def _relation(function: Callable[[Value, Value], Value]) -> Callable[..., Value]
 # Functions of real numbers: whatever they are given is a real number first.
 REAL = frozenset(
     [
+        "OpaqueUnaryFn_sqrt",
         "tanh",
         "exp",
         "log",
@@ -144,6 +145,7 @@ FUNCTIONS: dict[str, Callable[..., Value]] = {
     "Max": _fold(_tensors(torch.maximum)),
     "Abs": abs,
     "tanh": torch.tanh,
+    "OpaqueUnaryFn_sqrt": torch.sqrt,
     "Sigmoid": torch.sigmoid,
     "exp": torch.exp,
     "log": torch.log,

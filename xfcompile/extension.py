@@ -98,8 +98,8 @@ def _installed() -> None:
 def _check(family: Family[Any, Any]) -> None:
     if not isinstance(family, Family):
         raise ValueError(f"register_family takes an xfcompile.Family, not {type(family).__name__}")
-    if not family.name.isidentifier():
-        raise ValueError(f"register_family: the name {family.name!r} has to be an identifier, such as 'rms_norm'")
+    if not family.name.replace("-", "_").isidentifier():
+        raise ValueError(f"register_family: the name {family.name!r} has to be a word, such as 'rms_norm'")
     if "inductor" not in family.routes:
         raise ValueError(f"register_family: {family.name} needs a route 'inductor', which leaves a site as it is")
 

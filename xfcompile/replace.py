@@ -12,6 +12,7 @@ from torch import fx
 
 from xfcompile.diagonal import vector
 from xfcompile.emit import Emitter
+from xfcompile.evaluate import Unsupported
 from xfcompile.layout import layout_matters, stride_key, with_layout
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
@@ -252,7 +253,10 @@ def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype)
     k = emitter.whole_batch(k, site, candidate.k, heads=group_k != group_v)
     v = emitter.whole_batch(v, site, candidate.v, heads=group_k != group_v)
     spec, operands, ints = score_spec(emitter, candidate)
-    key = prepare(spec)
+    try:
+        key = prepare(spec)
+    except Unsupported as error:
+        raise Miss(str(error), site.root) from error
     loaded: tuple[Any, Any, Any] = (operands, ints, [])
     tiles = _tiles(emitter, site, dtype, q, loaded, key)
     more: dict[str, Any] = {"heads_first": True} if _heads_first(candidate) else {}

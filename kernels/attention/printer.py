@@ -493,6 +493,7 @@ BY_NAME: dict[str, Callable[[Printer, sympy.Basic], Term]] = {
     "exp": _function("tl.exp"),
     "log": _function("tl.log"),
     "erf": _function("tl.erf"),
+    "OpaqueUnaryFn_sqrt": _function("tl.sqrt"),  # math.sqrt of a size
     "sin": _function("tl.sin"),
     "cos": _function("tl.cos"),
     "sign": Printer._sign,
