@@ -65,9 +65,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def parallel(kind: str, model: nn.Module) -> nn.Module:
-    if (
-        kind == "tensor"
-    ):  # results of columns are local, as is usual: no DTensor reaches an attention
+    if kind == "tensor":  # results of columns are local, as is usual: no DTensor reaches an attention
         mesh = init_device_mesh("cpu", (WORLD,))
         columns = {name: ColwiseParallel() for name in ("q", "k", "v", "gate", "up")}
         plan: dict[str, Any] = columns | {name: RowwiseParallel() for name in ("o", "down")}
