@@ -64,6 +64,11 @@ def run(fn: Callable[..., Any], *args: Any, **options: Any) -> tuple[xfcompile.R
     return reports[0], code[0]
 
 
+def norms(report: xfcompile.Report) -> list[xfcompile.SiteReport]:
+    """What it says of the example; a linear with its bias may be a site of another family."""
+    return [site for site in report.sites if site.family == "add_rms_norm"]
+
+
 # -- the example --------------------------------------------------------------------------------------------------
 
 
@@ -72,14 +77,14 @@ def test_the_example_is_matched_and_right() -> None:
     block = example.Block(16)
     with torch.no_grad():
         report, code = run(block, *inputs())
-        assert report.summary() == "1 add_rms_norm site: 1 matched (1 fused)"
+        assert "1 add_rms_norm site: 1 matched (1 fused)" in report.summary()
         assert "example.add_rms_norm" in code and "rsqrt" not in code
         verified = xfcompile.verify(block, *inputs())
         found = torch.compile(block, backend=xfcompile.xformers)(*inputs())
         torch.testing.assert_close(found, block(*inputs()))
     assert [check.ok for check in verified.checks] == [True]
     report, code = run(block, *inputs())
-    assert [(s.route, s.reason) for s in report.sites] == [("inductor", "the op has no backward")]
+    assert [(s.route, s.reason) for s in norms(report)] == [("inductor", "the op has no backward")]
     assert "rsqrt" in code
 
 
@@ -145,14 +150,15 @@ def test_options_know_it() -> None:
     with torch.no_grad():
         assert run(program, *inputs(), patterns=["attention"])[0].sites == []
         assert run(program, *inputs(), patterns=["add_rms_norm"])[0].sites[0].route == "fused"
-        assert run(program, *inputs(), routes={"add_rms_norm": "inductor"})[0].sites[0].route == "inductor"
+        left = norms(run(program, *inputs(), routes={"add_rms_norm": "inductor"})[0])
+        assert [s.route for s in left] == ["inductor"]
     with pytest.raises(ValueError, match="add_rms_norm has no route 'triton'; its routes are 'fused', 'inductor'"):
         Options(routes={"add_rms_norm": "triton"})
 
 
 def test_what_is_not_registered_is_not_known() -> None:
     with torch.no_grad():
-        assert run(example.Block(16), *inputs())[0].sites == []
+        assert norms(run(example.Block(16), *inputs())[0]) == []
     with pytest.raises(ValueError, match="unknown family 'add_rms_norm'"):
         Options(patterns=frozenset({"add_rms_norm"}))
     with pytest.raises(KeyError):
@@ -289,7 +295,7 @@ def test_what_another_source_compiled_is_not_taken_from_the_cache(copied: Callab
         counters.clear()
         with torch.no_grad(), xfcompile.collect() as report:
             torch.compile(program, backend=xfcompile.xformers)(inputs()[0])
-        assert [s.route for s in report.sites] == ["fused"]
+        assert [s.route for s in norms(report)] == ["fused"]
         return counters["inductor"]["fxgraph_cache_hit"]
 
     with fresh_cache():

@@ -280,9 +280,9 @@ def test_inductor_passes_strides_symbols_and_floats(layout: str, monkeypatch: py
     seen: list[tuple[tuple[int, ...], ...]] = []
     run = launch.run
 
-    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> object:
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object, **more: object) -> object:
         seen.append((q.stride(), k.stride(), v.stride()))
-        return run(q, k, v, *rest)  # type: ignore[arg-type]
+        return run(q, k, v, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(launch, "run", spy)
 
