@@ -35,7 +35,9 @@ def unfold(reading: Reading, search: Search) -> bool:
 
 def spell_out(reading: Reading, node: fx.Node) -> bool:
     """Put its ATen calls in a node's place; whether that can be done."""
-    program = reading.program[node]
+    program = reading.program.get(node)
+    if program is None:  # a call with bodies of its own, which is read by these
+        return False
     picks = [u for u in node.users if u.target is operator.getitem and isinstance(u.args[1], int)]
     single = isinstance(program.result, Ref)
     if not single and len(picks) != len(node.users):
