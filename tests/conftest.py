@@ -8,11 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 THINNED = {
-    "test_bias_act_dropout.py": 3,
-    "test_gated_spellings.py": 3,
-    "test_gated_mlp.py": 2,
+    "test_bias_act_dropout.py": 4,
+    "test_gated_spellings.py": 4,
+    "test_gated_near_misses.py": 2,
+    "test_gated_mlp.py": 3,
     "test_decode.py": 2,
     "test_far_masks.py": 2,
+    "test_backward.py": 2,
+    "test_gradients.py": 2,
+    "test_bias_models.py": 3,
+    "test_gated_models.py": 3,
 }
 """Long tables, of which one case in so many runs each time; the others are `slow`: they vary what these do too."""
 

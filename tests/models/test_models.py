@@ -83,7 +83,10 @@ def test_model_means_what_it_meant(name: str) -> None:
     _check(ENTRIES[name], "graph")
 
 
-@pytest.mark.parametrize("name", KERNEL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if "swin" in name or "t5" in name else name for name in KERNEL],
+)
 def test_model_trains_by_our_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parameter's gradient, with the forward and the backward interpreted."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
