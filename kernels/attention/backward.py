@@ -15,7 +15,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import sympy
 
@@ -370,8 +369,19 @@ class _Writer:
     def site(self) -> str:
         return ", ".join(["b", "h", "i", "j", *self.inside, *self.flags])
 
-    def _function(self, name: str, arguments: Sequence[str], expr: sympy.Basic, *, real: bool, tile: bool) -> str:
-        printer = Printer(self.spec.operands, self.scope, {**self.rows, **self.columns})
+    def _function(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        expr: sympy.Basic,
+        *,
+        real: bool,
+        tile: bool = False,
+        site: bool = True,
+    ) -> str:
+        """A function of the site's own. real: as a number in fp32; tile: of the shape of s; site: whether it is given
+        what rows and columns have read, as those of a position are."""
+        printer = Printer(self.spec.operands, self.scope, {**self.rows, **self.columns} if site else {})
         term = printer.float(expr) if real else printer.print(expr)
         self.helpers |= printer.helpers
         value = term.text
@@ -388,13 +398,9 @@ class _Writer:
             made.append(self._function("score", ["s", *site], self.score, real=True, tile=True))
         if spec.sink is not None:
             own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
-            printer = Printer(spec.operands, self.scope)
-            text = printer.float(spec.sink).text
-            self.helpers |= printer.helpers
-            lines = "".join(f"    {line}\n" for line in [*printer.lines, *returned(text)])
-            made.append(f"@triton.jit\n{wrapped('def sink', own, ':')}\n{lines}")
+            made.append(self._function("sink", own, spec.sink, real=True, site=False))
         if spec.keep != sympy.true:
-            made.append(self._function("keep", site, spec.keep, real=False, tile=False))
+            made.append(self._function("keep", site, spec.keep, real=False))
         if self.slope is None:
             made.append(self._function("slope", ["s", *site], self.found.slope, real=True, tile=True))
         for n, x in self.found.of("rows", "columns", "dense", "diagonal"):
@@ -402,11 +408,7 @@ class _Writer:
                 made.append(self._function(f"by_load{n}", ["s", *site], x.derivative, real=True, tile=True))
         for side, bound in (("lower", spec.band.lower), ("upper", spec.band.upper)):
             if bound is not None:
-                printer = Printer(spec.operands, self.scope)
-                text = printer.print(bound).text
-                self.helpers |= printer.helpers
-                lines = "".join(f"    {line}\n" for line in returned(text))
-                made.append(f"@triton.jit\n{wrapped(f'def {side}', ['i', *self.scalars], ':')}\n{lines}")
+                made.append(self._function(side, ["i", *self.scalars], bound, real=False, site=False))
                 made.append(
                     SEARCH.format(
                         side=side,
@@ -607,7 +609,7 @@ class _Writer:
             place = f"(tl.load(key_list + {listed}) * PARTS_N + n % PARTS_N) * BLOCK_N"
             return "\n".join([head, f"    start = {place}", body])
 
-        bounded = self._between(loop, over="keys")
+        bounded = template.bounded_loops(self.spec, self.scalars, loop, "EDGE_N")
         if not self.listed:
             return bounded
         front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"
@@ -626,47 +628,18 @@ class _Writer:
         ]
         return "\n".join(lines)
 
-    def _between(self, loop: Loop, *, over: Literal["keys", "queries"]) -> str:
-        """Loops between closed bounds, over the keys of a block of queries or over the queries of a block of keys."""
-        size, end, edge = ("BLOCK_N", "lk", "EDGE_N") if over == "keys" else ("BLOCK_M", "lq", "EDGE_M")
+    def _query_loops(self, loop: Loop) -> str:
+        """Loops between closed bounds on the queries of a block of keys, which `_query_range` has found."""
+        band = self.spec.band
         if self.spec.keep == sympy.true:
-            lines = [
-                f"full = {end} // {size} * {size}",
-                loop("0", "full", masked=False, edge=False),
-                f"if {edge}:",
-                _indented(loop("full", end, masked=False, edge=True).splitlines()),
-            ]
-            return "\n".join(lines)
-        return self._key_bounds(loop) if over == "keys" else self._query_bounds(loop)
-
-    def _key_bounds(self, loop: Loop) -> str:
-        band = self.spec.band
-
-        def bound(side: str, row: str) -> str:
-            if getattr(band, side) is None:
-                return "0" if side == "lower" else "lk"
-            return f"clamp({side}({', '.join([row, *self.scalars])}), lk)"
-
-        whole = " // BLOCK_N * BLOCK_N"
-        lines = [
-            "last = tl.minimum(first + BLOCK_M, lq) - 1",
-            f"lo = {bound('lower', 'first')}{whole if band.lower is not None else ''}",
-            f"hi = {bound('upper', 'last')}",
-        ]
-        if not band.exact:
-            return "\n".join([*lines, loop("lo", "hi", masked=True, edge="EDGE_N")])
-        lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1){whole}, hi)"
-        lines += [
-            f"lo_full = {lo_full if band.lower is not None else 'lo'}",
-            f"hi_full = tl.maximum({bound('upper', 'first')}{whole}, lo_full)",
-            *([loop("lo", "lo_full", masked=True, edge="EDGE_N")] if band.lower is not None else []),
-            loop("lo_full", "hi_full", masked=False, edge=False),
-            loop("hi_full", "hi", masked=True, edge="EDGE_N"),
-        ]
-        return "\n".join(lines)
-
-    def _query_bounds(self, loop: Loop) -> str:
-        band = self.spec.band
+            return "\n".join(
+                [
+                    "full = lq // BLOCK_M * BLOCK_M",
+                    loop("0", "full", masked=False, edge=False),
+                    "if EDGE_M:",
+                    _indented(loop("full", "lq", masked=False, edge=True).splitlines()),
+                ]
+            )
         if not band.exact:
             return loop("lo", "hi", masked=True, edge="EDGE_M")
         return "\n".join(
@@ -759,7 +732,7 @@ class _Writer:
             head = f"for t in tl.range({start} * PARTS_M, {end} * PARTS_M):"
             return "\n".join([head, f"    start = {place}", body])
 
-        loops = self._between(loop, over="queries")
+        loops = self._query_loops(loop)
         if self.listed:
             front, back = "3 + t // PARTS_M", "2 + rows - t // PARTS_M"
             loops = "\n".join(

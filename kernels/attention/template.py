@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -548,11 +548,11 @@ def _even_loop(names: Names, forms: Forms, again: bool | None) -> str:
 
 def _loops(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
-    bounded = _bounded_loops(spec, names)
-    if not names.listed:
-        return bounded
     again = None if spec.full is None else False
     loop = functools.partial(_loop, names, again=again)
+    bounded = bounded_loops(spec, names.scalars, loop)
+    if not names.listed:
+        return bounded
     front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"
     lines = [
         "if LISTED:",
@@ -573,28 +573,32 @@ def _loops(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     return "\n".join(lines)
 
 
-def _bounded_loops(spec: ScoreSpec, names: Names) -> str:
-    """Loops between closed bounds on the keys."""
-    loop = functools.partial(_loop, names, again=None if spec.full is None else False)
+def bounded_loops(spec: ScoreSpec, scalars: Sequence[str], loop: Callable[..., str], edge: bool | str = True) -> str:
+    """Loops between closed bounds on the keys of a block of queries.
+
+    loop: (start, end, *, masked, edge) -> the text of one. edge: whether the last tile of keys may be ragged, or the
+    name of the flag that says so.
+    """
     if spec.keep == sympy.true:
+        ragged = loop("full", "lk", masked=False, edge=True)
         return "\n".join(
             [
                 "full = lk // BLOCK_N * BLOCK_N",
                 loop("0", "full", masked=False, edge=False),
-                loop("full", "lk", masked=False, edge=True),
+                ragged if edge is True else f"if {edge}:\n{_indented(ragged)}",
             ]
         )
 
     def bound(side: str, row: str) -> str:
         if getattr(spec.band, side) is None:
             return "0" if side == "lower" else "lk"
-        return f"clamp({side}({', '.join([row, *names.scalars])}), lk)"
+        return f"clamp({side}({', '.join([row, *scalars])}), lk)"
 
     tiles = " // BLOCK_N * BLOCK_N" if spec.band.lower is not None else ""
     last = ["last = tl.minimum(first + BLOCK_M, lq) - 1"] if spec.band != Band() else []
     lines = [*last, f"lo = {bound('lower', 'first')}{tiles}", f"hi = {bound('upper', 'last')}"]
     if not spec.band.exact:
-        return "\n".join([*lines, loop("lo", "hi", masked=True, edge=True)])
+        return "\n".join([*lines, loop("lo", "hi", masked=True, edge=edge)])
     lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1) // BLOCK_N * BLOCK_N, hi)"
     lines += [
         "# Every row of the block sees every key from lo_full to hi_full.",
@@ -602,9 +606,9 @@ def _bounded_loops(spec: ScoreSpec, names: Names) -> str:
         f"hi_full = tl.maximum({bound('upper', 'first')} // BLOCK_N * BLOCK_N, lo_full)",
     ]
     if spec.band.lower is not None:
-        lines.append(loop("lo", "lo_full", masked=True, edge=True))
+        lines.append(loop("lo", "lo_full", masked=True, edge=edge))
     lines.append(loop("lo_full", "hi_full", masked=False, edge=False))
-    lines.append(loop("hi_full", "hi", masked=True, edge=True))
+    lines.append(loop("hi_full", "hi", masked=True, edge=edge))
     return "\n".join(lines)
 
 
