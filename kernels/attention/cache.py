@@ -85,14 +85,20 @@ def find(key: str, prefix: str = PREFIX) -> str | None:
     return source if key_of(source) == key else None
 
 
-def read_back(key: str, op: str, prepare: str) -> tuple[str, ScoreSpec | MaskSpec]:
-    """The source that another process has stored, and its spec."""
-    source = find(key)
+def stored(key: str, op: str, prepare: str, prefix: str = PREFIX) -> str:
+    """The source that another process has stored; raises RuntimeError where none has. prepare: the call that does."""
+    source = find(key, prefix)
     if source is None:
         raise RuntimeError(
             f"xfcompile::{op}: no kernel {key!r} was prepared in this process and none is stored in "
-            f"{directory()}; call xfcompile.kernels.attention.{prepare}(spec) first"
+            f"{directory()}; call xfcompile.kernels.{prepare} first"
         )
+    return source
+
+
+def read_back(key: str, op: str, prepare: str) -> tuple[str, ScoreSpec | MaskSpec]:
+    """The source that another process has stored, and its spec."""
+    source = stored(key, op, f"attention.{prepare}(spec)")
     return source, parse(load(store(source), f"xfcompile_{op}_{key}_spec").SPEC)
 
 

@@ -168,28 +168,11 @@ def by_definition(
             given.copy_(value)
     for doperand in made[3]:
         doperand.zero_()
-    evaluate = evaluator(spec, (*q.shape[:3], k.shape[2]), operands, ints, floats, q.device)
+    shape = (*q.shape[:3], k.shape[2])
+    evaluate = reference.evaluator(spec, shape, operands, ints, floats, torch.float32, q.device)
     for x, value in zip(found.loads, loads, strict=True):
         deposit(made[3][x.load.operand], x.load, value, evaluate)
     return made
-
-
-def evaluator(
-    spec: ScoreSpec,
-    sizes: Sequence[int],
-    operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
-    device: torch.device,
-) -> Evaluator:
-    """Evaluates formulas of a score over the positions [B, 1, 1, 1] to [1, 1, 1, Lk]."""
-
-    def index(n: int, axis: int) -> Tensor:
-        return torch.arange(n, device=device).view([-1 if a == axis else 1 for a in range(4)])
-
-    scope: dict[sympy.Symbol, Any] = {x: index(n, a) for a, (x, n) in enumerate(zip(POSITION, sizes, strict=True))}
-    scope.update(reference.bind(spec.scalars, ints, floats))
-    return Evaluator(scope, operands, torch.float32, device)
 
 
 class _Call:
@@ -481,8 +464,10 @@ class _Call:
         return -weights * self.pair[..., 1:] * by
 
     def _evaluator(self) -> Evaluator:
-        sizes = (self.batch, self.heads, self.lq, self.lk)
-        return evaluator(self.program.spec, sizes, self.operands, self.ints, self.floats, self.q.device)
+        shape, device = (self.batch, self.heads, self.lq, self.lk), self.q.device
+        return reference.evaluator(
+            self.program.spec, shape, self.operands, self.ints, self.floats, torch.float32, device
+        )
 
     def _deposit(self, x: LoadGradient, found: tuple[Tensor, bool], doperands: Sequence[Tensor]) -> None:
         """Adds the gradient by a load to that of its operand, at the places that it is loaded from."""

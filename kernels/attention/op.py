@@ -11,6 +11,7 @@ from torch import Tensor
 from xfcompile.kernels.attention import launch, launch_backward, lists, reference
 from xfcompile.kernels.attention.launch import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
+from xfcompile.kernels.double_backward import refuse
 
 __all__ = ["attention", "attention_tiles", "prepare"]
 
@@ -293,13 +294,6 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any,
     return *made[:3], made[3:], *others
 
 
-def _no_second_gradient(ctx: Any, *grads: Any) -> Any:
-    raise NotImplementedError(
-        "xfcompile::attention has no second derivative: a gradient of its gradients was asked for (double backward); "
-        'leave attention to Inductor there (options={"routes": {"attention": "inductor"}})'
-    )
-
-
 LIBRARY.impl("attention", _attention_cuda, "CUDA")
 LIBRARY.impl("attention", _attention_cpu, "CPU")
 torch.library.register_fake("xfcompile::attention", _attention_fake, lib=LIBRARY)
@@ -307,7 +301,7 @@ torch.library.register_autograd("xfcompile::attention", _gradients, setup_contex
 LIBRARY.impl("attention_backward", _backward_cuda, "CUDA")
 LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
 torch.library.register_fake("xfcompile::attention_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("xfcompile::attention_backward", _no_second_gradient, lib=LIBRARY)
+refuse(LIBRARY, "attention", "attention")
 LIBRARY.impl("attention_tiles", lists.run, "CUDA")
 LIBRARY.impl("attention_tiles", _tiles_cpu, "CPU")
 torch.library.register_fake("xfcompile::attention_tiles", _tiles_fake, lib=LIBRARY)

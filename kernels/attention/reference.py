@@ -12,7 +12,7 @@ from torch import Tensor
 from xfcompile.evaluate import Evaluator, Value
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention.gradient import Gradients
-from xfcompile.score import POSITION, B, H, I, J, S
+from xfcompile.score import POSITION, S
 from xfcompile.site import ScoreSpec
 
 
@@ -37,14 +37,8 @@ def attention(
     group = heads // max(k.shape[1], 1)
     q, k, v = (x.to(dtype) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
 
-    def index(n: int, axis: int) -> Tensor:
-        return torch.arange(n, device=q.device).view([-1 if a == axis else 1 for a in range(4)])
-
-    scope: dict[sympy.Symbol, Value] = {B: index(batch, 0), H: index(heads, 1), I: index(lq, 2), J: index(lk, 3)}
-    scope.update(bind(spec.scalars, ints, floats))
-    scope[S] = q @ k.mT
-    evaluate = Evaluator(scope, operands, dtype, q.device)
     shape = (batch, heads, lq, lk)
+    evaluate = evaluator(spec, shape, operands, ints, floats, dtype, q.device, q @ k.mT)
     # Where there is a full score, masked keys are kept with the numbers that they then have.
     masked = spec.full is None
     score = _full(evaluate(spec.score if masked else spec.full), shape, dtype, q.device)
@@ -74,6 +68,30 @@ def _dropped(spec: ScoreSpec, weights: Tensor, seed: Tensor | None, stream: int)
     batch, heads, lq, lk = weights.shape
     kept = philox.attention_keep(seed, spec.dropout, batch, heads, lq, lk, stream, weights.device)
     return torch.where(kept, weights * philox.scale(spec.dropout), 0.0)
+
+
+def evaluator(
+    spec: ScoreSpec,
+    shape: Sequence[int],
+    operands: Sequence[Tensor],
+    ints: Sequence[int],
+    floats: Sequence[float],
+    dtype: torch.dtype,
+    device: torch.device,
+    dot: Tensor | None = None,
+) -> Evaluator:
+    """Evaluates formulas of a score over the positions [B, 1, 1, 1] to [1, 1, 1, Lk] of a shape [B, Hq, Lq, Lk].
+
+    dot: q·k, of that shape, where the formulas speak of it.
+    """
+    scope: dict[sympy.Symbol, Value] = {
+        position: torch.arange(n, device=device).view([-1 if a == axis else 1 for a in range(4)])
+        for axis, (position, n) in enumerate(zip(POSITION, shape, strict=True))
+    }
+    scope.update(bind(spec.scalars, ints, floats))
+    if dot is not None:
+        scope[S] = dot
+    return Evaluator(scope, operands, dtype, device)
 
 
 def bind(scalars: Sequence[sympy.Symbol], ints: Sequence[int], floats: Sequence[float]) -> dict[sympy.Symbol, Value]:
@@ -113,14 +131,8 @@ def backward(
     group = heads // max(kv_heads, 1)
     dout, q, k, v = (x.to(dtype) for x in (dout, q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
 
-    def index(n: int, axis: int) -> Tensor:
-        return torch.arange(n, device=q.device).view([-1 if a == axis else 1 for a in range(4)])
-
-    scope: dict[sympy.Symbol, Value] = {B: index(batch, 0), H: index(heads, 1), I: index(lq, 2), J: index(lk, 3)}
-    scope.update(bind(spec.scalars, ints, floats))
-    scope[S] = q @ k.mT
-    evaluate = Evaluator(scope, operands, dtype, q.device)
     shape = (batch, heads, lq, lk)
+    evaluate = evaluator(spec, shape, operands, ints, floats, dtype, q.device, q @ k.mT)
     keep = _full(evaluate(spec.keep), shape, torch.bool, q.device)
     score = _full(evaluate(spec.score), shape, dtype, q.device).masked_fill(~keep, -math.inf)
     dead = lse[..., None] == -math.inf

@@ -199,14 +199,24 @@ def fits_twice(shared: int, device: torch.device) -> bool:
 
 def supports(device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> str | None:
     """Why the kernel cannot run such inputs there; None if it can."""
+    reason = runs(device, dtype)
+    if reason is not None:
+        return reason
+    if not (1 <= dq <= MAX_HEAD_DIM and 1 <= dv <= MAX_HEAD_DIM):
+        return f"head dims are 1 to {MAX_HEAD_DIM}, not {dq} and {dv}"
+    if device.type == "cpu" and not interpreting():
+        return "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    return None
+
+
+def runs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel of ours computes in this dtype there; None if one may, on CPUs in the interpreter."""
     if not has_triton_package():
         return "triton is not installed"
     if dtype not in DTYPES:
         return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
-    if not (1 <= dq <= MAX_HEAD_DIM and 1 <= dv <= MAX_HEAD_DIM):
-        return f"head dims are 1 to {MAX_HEAD_DIM}, not {dq} and {dv}"
     if device.type == "cpu":
-        return None if interpreting() else "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+        return None
     if device.type != "cuda":
         return f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
     if torch.version.hip is None and capability(device.index) < (8, 0):

@@ -12,6 +12,7 @@ from torch.utils._triton import has_triton_package
 from xfcompile.activation import X
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
+from xfcompile.kernels.double_backward import refuse
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -302,13 +303,6 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
     return dx, dweight, dbias, dv, added, None, None, None, None, None, None
 
 
-def _twice(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "xfcompile::bias_act_dropout has no second derivative: leave bias-act-dropout to Inductor where a gradient is "
-        'differentiated again (options={"routes": {"bias-act-dropout": "inductor"}})'
-    )
-
-
 LIBRARY.impl("bias_act_dropout", _forward, "CUDA")
 LIBRARY.impl("bias_act_dropout", _forward, "CPU")
 LIBRARY.impl("linear_act_dropout", _linear, "CUDA")
@@ -322,7 +316,7 @@ torch.library.register_autograd("xfcompile::bias_act_dropout", _gradients, setup
 torch.library.register_autograd(
     "xfcompile::linear_act_dropout", _linear_gradients, setup_context=_setup_linear, lib=LIBRARY
 )
-torch.library.register_autograd("xfcompile::bias_act_dropout_backward", _twice, lib=LIBRARY)
+refuse(LIBRARY, "bias_act_dropout", "bias-act-dropout")
 
 bias_act_dropout = torch.ops.xfcompile.bias_act_dropout
 linear_act_dropout = torch.ops.xfcompile.linear_act_dropout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import sympy
@@ -11,6 +10,7 @@ import sympy
 from xfcompile.activation import GATE, UP, Sigmoid
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels import philox
+from xfcompile.kernels.attention.printer import RELATIONS
 from xfcompile.kernels.attention.template import HELPERS
 from xfcompile.kernels.gated_mlp import template
 from xfcompile.score import Where
@@ -21,10 +21,6 @@ def sigmoid(x):
     """exp(-x) may be infinite, of which the reciprocal is 0."""
     return 1.0 / (1.0 + tl.exp(-x))
 '''
-
-RELATIONS: Mapping[type, str] = {
-    sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
-}  # fmt: skip
 
 
 def separate(formula: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:

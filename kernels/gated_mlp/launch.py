@@ -67,12 +67,7 @@ def prepare(formula: sympy.Expr) -> str:
 def program(key: str) -> Program:
     """The prepared kernels; those that another process prepared are read back from the cache directory."""
     if key not in _programs:
-        source = cache.find(key, PREFIX)
-        if source is None:
-            raise RuntimeError(
-                f"xfcompile::gated_mlp: no kernel {key!r} was prepared in this process and none is stored in "
-                f"{cache.directory()}; call xfcompile.kernels.gated_mlp.prepare(formula) first"
-            )
+        source = cache.stored(key, "gated_mlp", "gated_mlp.prepare(formula)", PREFIX)
         module = cache.load(cache.store(source, PREFIX), f"xfcompile_{PREFIX}{key}_formula")
         _programs[key] = Program(key, codegen.parse(module.FORMULA), source)
     return _programs[key]

@@ -7,10 +7,10 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention.tiles import interpreting
+from xfcompile.kernels.attention.tiles import interpreting, runs
+from xfcompile.kernels.double_backward import refuse
 from xfcompile.kernels.gated_mlp import launch, reference
 from xfcompile.kernels.gated_mlp.launch import Dropout, Operands
-from xfcompile.kernels.gated_mlp.tiles import supports
 from xfcompile.site import Layout
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
@@ -141,7 +141,7 @@ def _gated_mlp(
 ) -> tuple[Tensor, Tensor]:
     def checked() -> None:
         check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
-        reason = supports(x.device, x.dtype)
+        reason = runs(x.device, x.dtype)
         if reason is not None:
             raise NotImplementedError(f"xfcompile::gated_mlp: {reason}")
 
@@ -372,16 +372,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return (x.mT @ grad).mT if weight.stride(-2) == 1 and weight.shape[-1] != 1 else grad.mT @ x
 
 
-def _no_second(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "xfcompile::gated_mlp has no second derivative: leave gated MLPs to Inductor "
-        '(options={"routes": {"gated-mlp": "inductor"}}) where gradients are differentiated again'
-    )
-
-
 for _name in ("gated_mlp", "gated_mlp_down"):
     torch.library.register_autograd(f"xfcompile::{_name}", _gradients, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd("xfcompile::gated_mlp_backward", _no_second, lib=LIBRARY)
+refuse(LIBRARY, "gated_mlp", "gated_mlp")
 
 gated_mlp = torch.ops.xfcompile.gated_mlp
 gated_mlp_down = torch.ops.xfcompile.gated_mlp_down

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch.utils._triton import has_triton_package
 
-from xfcompile.kernels.attention.tiles import AMD, AMPERE, HOPPER, capability
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from xfcompile.kernels.attention.tiles import AMD, AMPERE, HOPPER
 
 
 @dataclass(frozen=True)
@@ -96,18 +93,3 @@ def smaller(tiles: Tiles) -> Iterator[Tiles]:
     while tiles.block_k > 32:
         tiles = replace(tiles, block_k=tiles.block_k // 2)
         yield tiles
-
-
-def supports(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the ops cannot run such inputs there; None if they can. On CPUs they are their definition, or interpreted."""
-    if not has_triton_package():
-        return "triton is not installed"
-    if dtype not in DTYPES:
-        return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
-    if torch.version.hip is None and capability(device.index) < (8, 0):
-        return "the kernel needs compute capability 8.0 or higher"
-    return None
