@@ -14,6 +14,7 @@ the products of matrices alone, by cuBLAS. Errors are largest differences from f
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import math
@@ -321,7 +322,8 @@ def main() -> None:
     device = "cpu" if options.quick or not torch.cuda.is_available() else "cuda"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     sizes = [s for s in (QUICK if options.quick else SIZES) if not options.rows or s[0] in options.rows]
-    about = {"device": name, "torch": torch.__version__, "dtype": "bfloat16"}
+    triton = importlib.metadata.version("triton")
+    about = {"device": name, "torch": torch.__version__, "triton": triton, "dtype": "bfloat16"}
     results: list[dict[str, Any]] = []
 
     def store() -> None:
