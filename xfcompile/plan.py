@@ -13,6 +13,7 @@ from xfcompile.family import Candidate, Route
 from xfcompile.kernels import philox
 from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
+from xfcompile.meaning import Tensor
 from xfcompile.score import B, H, J, Load, S
 from xfcompile.site import AttentionSite, Placed
 
@@ -55,6 +56,7 @@ class AttentionCandidate(Candidate):
     """An attention at a node, with the readings of its operands that were chosen there, and the score of these.
 
     words: what SDPA is told of it, where that is its route. training: whether its result needs a gradient.
+    loads: what the score loads from, in the program's names.
     """
 
     site: AttentionSite
@@ -64,6 +66,7 @@ class AttentionCandidate(Candidate):
     score: sympy.Expr
     words: Told | None = None
     training: bool = False
+    loads: tuple[Tensor, ...] = ()
 
 
 def told(site: AttentionSite, score: sympy.Expr) -> Told | str:

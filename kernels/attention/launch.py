@@ -124,6 +124,18 @@ def mask_of(key: str) -> str | None:
     return program(key).mask
 
 
+def source_of_kernel(key: str) -> str:
+    """The text of a kernel's module."""
+    return program(key).source
+
+
+def source_of_lists(key: str) -> str:
+    """The text of the module that makes the lists of tiles which a kernel takes."""
+    mask = mask_of(key)
+    assert mask is not None
+    return lists.program(mask).source
+
+
 def mask_arguments(
     key: str, operands: Sequence[Any], ints: Sequence[Any], floats: Sequence[Any]
 ) -> tuple[list[Any], list[Any], list[Any]]:

@@ -59,8 +59,14 @@ INTERPRETED = Tile(16, 32, 4, 32)
 
 
 @functools.cache
+def source_of_kernel(text: str, vectors: int, tensors: int, p: float) -> str:
+    """The text of a formula's module."""
+    return module(parse(text, vectors, tensors), p)
+
+
+@functools.cache
 def _module(text: str, vectors: int, tensors: int, p: float, interpreted: bool) -> ModuleType:
-    source = module(parse(text, vectors, tensors), p)
+    source = source_of_kernel(text, vectors, tensors, p)
     path = cache.store(source, "bias_act_dropout_")
     return cache.load(path, f"xfcompile_{path.stem}{'_interpreted' if interpreted else ''}")
 

@@ -73,6 +73,11 @@ def program(key: str) -> Program:
     return _programs[key]
 
 
+def source_of_kernel(key: str) -> str:
+    """The text of a kernel's module."""
+    return program(key).source
+
+
 @dataclass(frozen=True)
 class Operands:
     """x [E, M, K]; gate and up [E, N, K] and their biases [E, N] or None, views of what the op was given."""
