@@ -14,7 +14,6 @@ from xfcompile.meaning import AttentionMeaning, GatedMeaning, Meaning, Pointwise
 from xfcompile.page.markup import Markup, element, join
 from xfcompile.page.mathematics import (
     Printer,
-    call,
     comma,
     display,
     fenced,
@@ -71,8 +70,9 @@ def load_names(loads: Sequence[Tensor]) -> dict[int, str]:
     """Short names of operands, all different: what the program calls them, or t0, t1 ..."""
     names: dict[int, str] = {}
     for n, x in enumerate(loads):
-        sources = [x.name] if x.name is not None else list(x.made_of)
-        name = _short(sources[0]) if len(sources) == 1 else None
+        # A parameter's name says more than that of a variable on the way.
+        source = x.made_of[0] if len(x.made_of) == 1 else x.name
+        name = None if source is None else _short(source)
         names[n] = name if name is not None and name not in names.values() else f"t{n}"
     return names
 
@@ -156,7 +156,7 @@ def _sink(meaning: AttentionMeaning, printer: Printer) -> list[Markup]:
 KNOWN: tuple[tuple[str, Callable[[sympy.Expr], sympy.Expr]], ...] = (
     ("SiLU", activation.silu),
     ("GELU", lambda x: activation.gelu(x, "none")),
-    ("GELU (tanh)", lambda x: activation.gelu(x, "tanh")),
+    ("GELU tanh", lambda x: activation.gelu(x, "tanh")),
     ("ReLU", activation.relu),
     ("ReLU²", lambda x: activation.relu(x) ** 2),
     ("ReLU6", lambda x: activation.hardtanh(x, 0, 6)),
@@ -176,6 +176,12 @@ def _named(formula: sympy.Expr, x: sympy.Symbol, others: sympy.Expr) -> str | No
     return next((name for name, function in KNOWN if function(x) * others == formula), None)
 
 
+def _applied(name: str, x: Markup) -> Markup:
+    name, _, kind = name.partition(" ")
+    function = sub(mi(name), mi(kind)) if kind else mi(name)
+    return row(function, mo("\u2061"), fenced(x))
+
+
 def _gated(meaning: GatedMeaning) -> Markup:
     def projection(name: str, bias: bool) -> Markup:
         weight = element("msubsup", mi("W"), mi(name), mo("⊤"))
@@ -186,9 +192,9 @@ def _gated(meaning: GatedMeaning) -> Markup:
     printer, name = Printer(), _named(meaning.formula, GATE, UP)
     product = printer(meaning.formula)
     if name is not None:
-        product = row(call(name, mi("g")), mo("⊙"), mi("u"), mo("="), product)
+        product = row(_applied(name, mi("g")), mo("⊙"), mi("u"), mo("="), product)
     if meaning.dropout:
-        product = call(f"dropout {meaning.dropout:g}", product)
+        product = row(sub(mi("dropout"), mn(f"{meaning.dropout:g}")), mo("\u2061"), fenced(product))
     if meaning.down:
         product = row(fenced(product), element("msubsup", mi("W"), mi("down"), mo("⊤")))
     return _shown([both, _equation(mi("out"), product)])
@@ -202,7 +208,7 @@ def _pointwise(meaning: PointwiseMeaning) -> Markup:
     name = _named(meaning.formula, X, sympy.S.One)
     printer = Printer()
     equations.append(
-        _equation(mi("out"), call(name, mi("x")), mo("="), printer(meaning.formula))
+        _equation(mi("out"), _applied(name, mi("x")), mo("="), printer(meaning.formula))
         if name is not None and name != "tanh"
         else _sum_or_lines(printer, mi("out"), meaning.formula)
     )

@@ -174,8 +174,8 @@ class Printer:
         negative = bool(sympy.sympify(term.as_coeff_Mul()[0]).is_negative)
         text = self.at(-term if negative else term, MUL)
         if negative:
-            return row(mo("−"), text)
-        return text if first else row(mo("+"), text)
+            return row(mo("−"), text) if first else join([mo("−", form="infix"), text])
+        return text if first else join([mo("+", form="infix"), text])
 
     def _product(self, x: sympy.Expr) -> Printed:
         number, rest = x.as_coeff_Mul()

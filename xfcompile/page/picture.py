@@ -188,6 +188,6 @@ def _box(x: float, y: float, width: float, height: float) -> str:
 def legend(found: Picture) -> list[tuple[Verdict, int, str]]:
     """What is in the picture: verdict, how many tiles, and what it means."""
     words: Sequence[tuple[Verdict, str]] = (
-        ("whole", "run whole"), ("masked", "run under the mask"), ("data", "data decides"), ("skipped", "never run"),
+        ("whole", "run whole"), ("masked", "run masked"), ("data", "data decides"), ("skipped", "never run"),
     )  # fmt: skip
     return [(verdict, found.count(verdict), text) for verdict, text in words if found.count(verdict)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+
+import sympy
 
 from xfcompile.checks import Check
 from xfcompile.meaning import AttentionMeaning, GatedMeaning, Meaning, PointwiseMeaning
@@ -22,6 +25,8 @@ ROUTES = {
     ("bias-act-dropout", "epilogue"): "one Triton kernel for the product and all that follows",
 }
 """What runs a site, by family and route."""
+
+_FUSED = re.compile(r" = (torch\.ops\.xfcompile\.\w+|scaled_dot_product_attention)\(")
 
 CALLS = 14
 """Kinds of calls that are named of those which Inductor gets."""
@@ -83,7 +88,7 @@ def card(group: Group, shown: dict[str, str]) -> Markup:
     """One group of matched sites. shown: the kernels on the page already, by text, with the anchors of their groups."""
     site, about = group.first, group.about
     formulas = board(about.meaning) if about.meaning is not None else _plain(site.expression)
-    left = [formulas, _glossary(about.meaning), _facts(site, about.meaning)]
+    left = [formulas, _glossary(group), _facts(site, about.meaning)]
     drawn = picture(about.meaning) if isinstance(about.meaning, AttentionMeaning) else None
     body = [element("div", left, class_="formulas")]
     if drawn is not None:
@@ -119,30 +124,42 @@ def _plain(expression: str | None) -> Markup | None:
     return None if expression is None else element("pre", expression, class_="plain")
 
 
-def _glossary(meaning: Meaning | None) -> Markup | None:
+def _glossary(group: Group) -> Markup | None:
+    """The tensors of the formulas, with layers as stars where each site has its own."""
+    meaning = group.about.meaning
     words = glossary(meaning) if meaning is not None else []
     if not words:
         return None
-    rows = [element("div", element("dt", name), element("dd", what)) for name, what in words]
+    alike = len({_names(site) for site in group.sites}) == 1
+    rows = [
+        element("div", element("dt", name), element("dd", what if alike else re.sub(r"(?<=\.)\d+(?=\.)", "*", what)))
+        for name, what in words
+    ]
     return element("dl", rows, class_="glossary")
+
+
+def _names(site: SiteReport) -> tuple[Any, ...]:
+    meaning = site.about.meaning if site.about is not None else None
+    return tuple((x.name, x.made_of) for x in meaning.loads) if isinstance(meaning, AttentionMeaning) else ()
 
 
 def _facts(site: SiteReport, meaning: Meaning | None) -> Markup:
     facts: list[tuple[str, str | Markup]] = []
     if isinstance(meaning, AttentionMeaning):
-        lead = " × ".join(map(str, meaning.sizes))
+        names = ("batch", "heads")[-len(meaning.sizes) :] if len(meaning.sizes) <= 2 else ("",) * len(meaning.sizes)
+        lead = " × ".join(f"{name} {n}".strip() for name, n in zip(names, meaning.sizes, strict=True))
         dims = str(meaning.head_dim)
         if meaning.value_dim != meaning.head_dim:
             dims += f" (values {meaning.value_dim})"
         sizes = f"{meaning.queries} queries × {meaning.keys} keys of {dims}"
-        facts.append(("sizes", f"{lead} heads, {sizes}, {meaning.dtype}" if lead else f"{sizes}, {meaning.dtype}"))
+        facts.append(("sizes", ", ".join(filter(None, [lead, sizes, meaning.dtype]))))
         facts.append(("mask", site.mask or "none"))
         if site.tiles:
             facts.append(("proved", site.tiles))
         if site.mask not in (None, "none") and not meaning.alive:
             dead = {"nan": "NaN", "zero": "0", "mean": "the mean of the values"}.get(meaning.dead, meaning.dead)
             facts.append(("a row without keys", f"may occur, and gets {dead}"))
-        elif meaning.keep.is_Boolean is not True and meaning.alive and str(meaning.keep) != "True":
+        elif meaning.keep != sympy.true:
             facts.append(("every row", "is proved to see a key"))
     elif isinstance(meaning, GatedMeaning):
         experts = f"{meaning.experts} experts, " if meaning.experts is not None else ""
@@ -174,13 +191,14 @@ def _figure(found: Picture, name: str) -> Markup:
 
 def _route(site: SiteReport) -> Markup:
     runs = ROUTES.get((site.family, site.route or ""))
-    if site.route == "inductor":
-        runs = "left as it is, to Inductor"
     reason = site.reason
     if reason is not None and reason.startswith("left to Inductor: "):
         reason = reason.removeprefix("left to Inductor: ")
-    why = f" — {reason}" if reason else " — the usual choice" if site.route != "inductor" else ""
-    return element("p", element("b", "Runs as "), runs or site.route, why, class_="route")
+    if site.route == "inductor":
+        return element("p", element("b", "Left to Inductor"), f" — {reason}" if reason else None, class_="route")
+    return element(
+        "p", element("b", "Runs as "), runs or site.route, f" — {reason or 'the usual choice'}", class_="route"
+    )
 
 
 def _place(group: Group) -> Markup | None:
@@ -197,8 +215,9 @@ def _place(group: Group) -> Markup | None:
 def _program(call: str | None) -> Markup | None:
     if call is None:
         return None
-    fused = next((line for line in reversed(call.splitlines()) if re.search(r"_attention|torch\.ops", line)), None)
-    summary = element("summary", "What stands in its place", element("code", _short(fused)) if fused else None)
+    calls = call.splitlines()
+    fused = next((line for line in reversed(calls) if _FUSED.search(line)), calls[-1])
+    summary = element("summary", "What stands in its place", element("code", _short(fused)))
     return element("details", summary, element("pre", element("code", highlighted(call))))
 
 

@@ -48,7 +48,7 @@ h3 { font-size: 15px; overflow-wrap: anywhere; min-width: 0; }
 .where { color: var(--soft); overflow-wrap: anywhere; min-width: 0; }
 .body { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 8px 28px; align-items: start; }
 .formulas { min-width: 0; }
-.equation { overflow-x: auto; overflow-y: hidden; padding: 5px 0; }
+.equation { overflow-x: auto; overflow-y: hidden; padding: 7px 0; }
 math { font-size: 1.2em; font-family: "Latin Modern Math", "STIX Two Math", "Cambria Math", "TeX Gyre Termes Math",
   "STIX Math", math; }
 math[display=block] { margin: 0; width: max-content; text-align: left; }
@@ -56,10 +56,10 @@ math[display=block] { margin: 0; width: max-content; text-align: left; }
 .aligned mtd:last-child, .cases mtd { text-align: left; } .cases mtd { padding: .1em .4em; }
 .plain { white-space: pre-wrap; overflow-wrap: anywhere; }
 dl { margin: 10px 0 0; font-size: 13.5px; }
-dl > div { display: grid; grid-template-columns: 118px minmax(0, 1fr); gap: 0 12px; padding: 2px 0; }
+dl > div { display: grid; grid-template-columns: 140px minmax(0, 1fr); gap: 0 12px; padding: 2px 0; }
 dt { color: var(--soft); overflow-wrap: anywhere; } dd { margin: 0; overflow-wrap: anywhere; }
 .glossary dt { font-family: "STIX Two Text", "Cambria", "TeX Gyre Termes", Georgia, serif; color: var(--ink); }
-.glossary > div { grid-template-columns: minmax(118px, max-content) minmax(0, 1fr); }
+.glossary > div { grid-template-columns: minmax(140px, max-content) minmax(0, 1fr); }
 figure.mask { margin: 8px 0 0; width: 232px; }
 .axis { color: var(--soft); font-size: 12px; margin-bottom: 3px; }
 .tiles { display: block; width: 100%; max-height: 300px; border-radius: 3px; }
@@ -96,7 +96,7 @@ summary code, summary span { color: var(--soft); font-weight: 400; margin-left: 
 .calls b { color: var(--soft); font-weight: 600; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; } 
+th { color: var(--soft); font-weight: 500; }
 .ok { color: var(--kernel); } .wrong { color: var(--miss); font-weight: 700; }
 footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
 @media (max-width: 700px) {
@@ -104,6 +104,7 @@ footer { margin-top: 48px; color: var(--soft); font-size: 13px; }
   .body, .strip-row { grid-template-columns: minmax(0, 1fr); } .card { padding: 14px; }
   figure.mask { width: min(100%, 300px); } math { font-size: 1.1em; }
   dl > div { grid-template-columns: 92px minmax(0, 1fr); }
+  .glossary > div { grid-template-columns: minmax(0, 1fr); padding: 4px 0; } .glossary dd { color: var(--soft); }
 }
 @media print { details { display: none; } .card { break-inside: avoid; } }
 """
