@@ -38,14 +38,12 @@ def explain(
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments, after --.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page here, one file with nothing outside of it.")] = None,
     as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
-    no_grad: Annotated[
-        bool, typer.Option("--no-grad", help="Explain what a function returns as in inference.")
-    ] = False,
+    no_grad: Annotated[bool, typer.Option("--no-grad", help="Explain what a function returns in inference.")] = False,
 ) -> None:
     """Run a script or a function, and show what was found in all that it compiles with backend="xformers".
 
     A function is called without arguments; it compiles things itself, or returns (model, args) or
-    (model, args, kwargs). The exit code is the program's own; 1 if it raised an error, or if there is nothing to report.
+    (model, args, kwargs). The exit code is the program's own; 1 if it raised an error, or there is nothing to report.
     """
     from rich.console import Console
 

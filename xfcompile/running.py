@@ -61,7 +61,7 @@ def _script(path: Path, arguments: Sequence[str]) -> Ran:
         code = _guarded(lambda: runpy.run_path(str(path), run_name="__main__"))
     if code or report.graphs:
         return Ran(report, code)
-    return Ran(report, 1, _nothing_in(path, _graphs() - before))
+    return Ran(report, 1, _nothing_in(path, max(0, _graphs() - before)))
 
 
 @contextlib.contextmanager
@@ -89,6 +89,8 @@ def _guarded(program: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("\nexplain: interrupted", file=sys.stderr)
         return 130
+    except WrongTarget:
+        raise
     except Exception as error:
         _print_own(error)
         return 1
@@ -100,10 +102,17 @@ def _guarded(program: Callable[[], object]) -> int:
 def _print_own(error: Exception) -> None:
     """The traceback as the user's program would have it: without the frames that ran it."""
     at: TracebackType | None = error.__traceback__
-    ours = (__file__, runpy.__file__)
-    while at is not None and (at.tb_frame.f_code.co_filename in ours or "runpy" in at.tb_frame.f_code.co_filename):
+    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    while at is not None and (at.tb_frame.f_code.co_filename in ours or _imports(at)):
         at = at.tb_next
     traceback.print_exception(type(error), error, at)
+
+
+def _imports(at: TracebackType) -> bool:
+    return at.tb_frame.f_code.co_filename.startswith("<frozen importlib") or at.tb_frame.f_code == _IMPORT
+
+
+_IMPORT = importlib.import_module.__code__
 
 
 def _graphs() -> int:
@@ -173,10 +182,9 @@ def _nothing_in(path: Path, graphs: int) -> str:
 
 
 def _function(module: str, name: str, arguments: Sequence[str], no_grad: bool) -> Ran:
-    function = _found(module, name)
     results: list[Any] = []
     with _arguments([module, *arguments]), collect() as report:
-        code = _guarded(lambda: results.append(function()))
+        code = _guarded(lambda: results.append(_found(module, name)()))
         if code or not results:
             return Ran(report, code)
         parts = _parts(results[0])
@@ -223,7 +231,7 @@ def _module(name: str) -> ModuleType:
         if not path.is_file():
             raise WrongTarget(f"explain: there is no file {name!r} (looked for from {os.getcwd()}).")
         sys.path.insert(0, str(path.resolve().parent))
-        name = path.stem
+        name = path.stem if path.stem not in sys.modules else f"{path.stem}_explained"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)

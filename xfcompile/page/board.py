@@ -26,6 +26,7 @@ from xfcompile.page.mathematics import (
     row,
     sub,
 )
+from xfcompile.score import Load
 
 LONG = 28
 """Characters of a formula that still stands inside of another; a longer one has a line of its own."""
@@ -121,7 +122,8 @@ def _attention(meaning: AttentionMeaning) -> Markup:
     score = printer(meaning.score)
     own_score = row(sub(mi("s"), row(mi("i"), mi("j"))))
     inner = score if _length(score) <= LONG else own_score
-    kept = [printer(term) for term in conjuncts(meaning.keep)]
+    terms = sorted(conjuncts(meaning.keep), key=lambda term: bool(term.atoms(Load)))  # positions first
+    kept = [printer(term) for term in terms]
     short = sum(map(_length, kept)) <= LONG and len(kept) <= 2
     if not kept:
         under: Markup = mi("j")

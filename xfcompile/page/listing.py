@@ -56,16 +56,19 @@ AROUND = 2
 
 def excerpt(frame: Frame) -> Markup | None:
     """The user's line between its neighbours; alone where the file is not there any more, or is another by now."""
-    lines = [linecache.getline(frame.path, n).rstrip("\n") for n in range(frame.line - AROUND, frame.line + AROUND + 1)]
-    if frame.line <= AROUND or not frame.code or lines[AROUND].strip() != frame.code:
-        lines, first = [frame.code], frame.line
-        if not frame.code:
-            return None
-    else:
-        first = frame.line - AROUND
-    indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+    if not frame.code:
+        return None
+    around = range(max(1, frame.line - AROUND), frame.line + AROUND + 1)
+    lines = {n: linecache.getline(frame.path, n).rstrip() for n in around}
+    if lines[frame.line].strip() != frame.code:
+        lines = {frame.line: frame.code}
+    while not lines[max(lines)]:  # blank lines at the end say nothing
+        del lines[max(lines)]
+    while not lines[min(lines)]:
+        del lines[min(lines)]
+    indent = min((len(line) - len(line.lstrip()) for line in lines.values() if line.strip()), default=0)
     shown = []
-    for n, line in enumerate(lines, first):
+    for n, line in lines.items():
         number = element("span", f"{n:>5}", class_="line")
         class_ = "here" if n == frame.line else None
         shown.append(element("span", number, " ", _inline(line[indent:]), "\n", class_=class_))

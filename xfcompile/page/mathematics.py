@@ -213,11 +213,28 @@ class Printer:
         flag = left if isinstance(left, Load) and left.operand in self.flags else None
         if flag is not None and right in (0, 1) and isinstance(x, (sympy.Eq, sympy.Ne)):
             return self(flag) if isinstance(x, sympy.Eq) == (right == 1) else row(mo("¬"), self(flag))
-        # Keys are what a mask is about: they stand on the left.
+        # Keys are what a mask is about: they stand on the left, alone if they can.
+        bound = self._bound_of_key(x)
+        if bound is not None:
+            return bound
         if (J in right.free_symbols and J not in left.free_symbols) or (right == I and left != J):
             x = x.reversed
         sign = {"==": "=", "!=": "≠", "<=": "≤", ">=": "≥"}.get(x.rel_op, x.rel_op)
         return row(self(x.lhs), mo(sign), self(x.rhs))
+
+    def _bound_of_key(self, x: Any) -> Markup | None:
+        """A comparison of integers that is linear in the key, as a bound of the key."""
+        if not isinstance(x, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)) or x.atoms(Load, sympy.Abs):
+            return None
+        if not all(side.is_integer for side in x.args):
+            return None
+        low, high = x.args if isinstance(x, (sympy.Le, sympy.Lt)) else x.args[::-1]
+        gap = sympy.expand(high - low - (1 if isinstance(x, (sympy.Lt, sympy.Gt)) else 0))  # is >= 0
+        slope = gap.coeff(J)
+        rest = sympy.expand(gap - slope * J)
+        if slope not in (1, -1) or J in rest.free_symbols:
+            return None
+        return row(self(J), mo("≤" if slope == -1 else "≥"), self(rest if slope == -1 else -rest))
 
     def _cases(self, parts: Sequence[tuple[Any, Any]]) -> Markup:
         def condition(c: Any) -> Markup:

@@ -32,7 +32,7 @@ MOST_RUNS = 4000
 class Picture:
     """Verdicts on tiles of `tile` by `tile`, as indices into `VERDICTS`, a row for each block of queries.
 
-    kept: for each query the runs (start, end) of the keys that it sees, where positions decide that and they are few.
+    kept: for each query the runs (start, end) of the keys that its position lets it see, if they are few.
     notes: what was assumed.
     """
 
@@ -59,14 +59,14 @@ def picture(meaning: AttentionMeaning) -> Picture | None:
     symbols = sorted((of_sizes | meaning.keep.free_symbols) - {B, H, I, J}, key=str)
     if any(not x.is_integer for x in symbols):
         return None
-    scope: dict[Any, int] = {x: known.get(x, EXAMPLE) for x in symbols}
+    scope: dict[Any, Any] = {x: sympy.Integer(known.get(x, EXAMPLE)) for x in symbols}
     if symbols:
         words = ", ".join(f"{x} = {scope[x]}" for x in symbols)
         notes.append(f"for {words}" + (", as in this run" if all(x in known for x in symbols) else ", an example"))
     first = sorted(meaning.keep.free_symbols & {B, H}, key=str)
     if first:
         notes.append(f"for the first {' and '.join({'b': 'batch', 'h': 'head'}[str(x)] for x in first)}")
-    scope |= dict.fromkeys(first, 0)
+    scope |= dict.fromkeys(first, sympy.S.Zero)
     keep = meaning.keep.xreplace(scope)
     queries, keys = (sympy.sympify(n).xreplace(scope) for n in (meaning.queries, meaning.keys))
     if not (queries.is_Integer and keys.is_Integer and queries > 0 and keys > 0):
@@ -108,7 +108,8 @@ def _opened(keep: Any, value: Any) -> Any:
 
 
 def _kept(keep: Any, queries: int, keys: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    if keep in (sympy.true, sympy.false) or keep.atoms(Load) or queries * keys > 1 << 22:
+    keep = _opened(keep, sympy.true)
+    if keep in (sympy.true, sympy.false) or queries * keys > 1 << 22:
         return ()
     i, j = torch.arange(queries)[:, None], torch.arange(keys)[None, :]
     cells = torch.as_tensor(Evaluator({I: i, J: j}, (), torch.float64, i.device)(keep)).expand(queries, keys)

@@ -189,11 +189,14 @@ def _figure(found: Picture, name: str) -> Markup:
     )
 
 
+def _reason(site: SiteReport) -> str | None:
+    """Why this route; that it is Inductor's is said already."""
+    return site.reason and site.reason.removeprefix("left to Inductor: ")
+
+
 def _route(site: SiteReport) -> Markup:
     runs = ROUTES.get((site.family, site.route or ""))
-    reason = site.reason
-    if reason is not None and reason.startswith("left to Inductor: "):
-        reason = reason.removeprefix("left to Inductor: ")
+    reason = _reason(site)
     if site.route == "inductor":
         return element("p", element("b", "Left to Inductor"), f" — {reason}" if reason else None, class_="route")
     return element(
@@ -278,7 +281,7 @@ def left(report: Report, found: Sequence[Group]) -> Markup | None:
         element(
             "li",
             element("a", f"{len(g.sites)} {title(g.first.family)}", href=f"#{g.anchor}"),
-            f": {g.first.reason}" if g.first.reason else None,
+            f": {_reason(g.first)}" if g.first.reason else None,
         )
         for g in mine
     ]

@@ -66,8 +66,9 @@ figure.mask { margin: 8px 0 0; width: 232px; }
 .tiles .whole { fill: var(--whole); } .tiles .masked { fill: var(--masked); } .tiles .skipped { fill: var(--skipped); }
 .tiles .kept { fill: var(--kept); opacity: .22; pointer-events: none; }
 .data-back { fill: var(--data-back); } .data-line { fill: var(--data); }
-.legend ul { list-style: none; margin: 8px 0 0; padding: 0; display: grid; gap: 1px 12px;
-  grid-template-columns: auto auto; font-size: 13px; justify-content: start; }
+.legend ul { list-style: none; margin: 8px 0 0; padding: 0; display: flex; flex-wrap: wrap;
+  gap: 1px 14px; font-size: 13px; }
+.legend li { white-space: nowrap; }
 .legend p { margin: 4px 0 0; color: var(--soft); font-size: 12.5px; }
 .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
 .swatch.whole { background: var(--whole); } .swatch.masked { background: var(--masked); }
