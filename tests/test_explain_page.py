@@ -92,7 +92,7 @@ def site(n: int, meaning: Any = None, **changed: Any) -> SiteReport:
 
 
 def text_of(markup: str) -> str:
-    return html.unescape(re.sub("<[^>]*>", "", markup)).replace("\u2061", "")
+    return html.unescape(re.sub("<[^>]*>", "", markup)).replace("\u2061", "").replace("\u00a0", " ")
 
 
 # -- what is on it ------------------------------------------------------------------------------------------------
@@ -142,6 +142,18 @@ def test_sites_that_mean_something_else_are_apart() -> None:
     assert len(groups([a, site(1, attention(J <= I))])) == 1
     kernels = [replace(x, about=replace(x.about, kernels=(Kernel("k", str(n)),))) for n, x in enumerate([a, a])]
     assert len(groups(kernels)) == 2
+
+
+def test_layers_with_parameters_of_their_own_are_one_group() -> None:
+    def layer(n: int, *names: str) -> SiteReport:
+        loads = tuple(Named(name, "float32", (8,), (f"a.{n}.w",)) for name in names)
+        return site(n, attention(score=S + Load(0, J), loads=loads))
+
+    report = Report(sites=[layer(0, "values"), layer(1, "values_1"), layer(2, "add")], graphs=1)
+    assert [len(g.sites) for g in groups(in_order(report))] == [3]
+    assert "made of a.0.w, of the first" in Page(page(report)).all("dl", class_="glossary")[0][1]
+    report = Report(sites=[layer(n, "values") for n in range(3)], graphs=1)
+    assert "made of a.*.w" in Page(page(report)).all("dl", class_="glossary")[0][1]
 
 
 def test_a_kernel_is_shown_once() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from xfcompile.meaning import About, AttentionMeaning
+from xfcompile.meaning import About, AttentionMeaning, PointwiseMeaning, Tensor
 from xfcompile.report import Report, SiteReport
 
 
@@ -50,14 +50,16 @@ def _likeness(site: SiteReport) -> Any:
     if about is None:
         return site.kind
     meaning = about.meaning
+    # Each layer has parameters of its own: of what a formula loads from, dtypes and shapes count, and names do not.
     if isinstance(meaning, AttentionMeaning):
-        loads = tuple(replace(x, name=_starred(x.name), made_of=()) for x in meaning.loads)
-        meaning = replace(meaning, loads=loads)
+        meaning = replace(meaning, loads=_nameless(meaning.loads))
+    elif isinstance(meaning, PointwiseMeaning):
+        meaning = replace(meaning, vectors=_nameless(meaning.vectors), tensors=_nameless(meaning.tensors))
     return site.kind, meaning, about.kernels, about.frames[-1:]
 
 
-def _starred(name: str | None) -> str | None:
-    return name and re.sub(r"\d+", "*", name)
+def _nameless(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(None, x.dtype, x.shape) for x in tensors)
 
 
 def whereabouts(sites: Sequence[SiteReport]) -> list[str]:

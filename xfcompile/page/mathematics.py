@@ -33,7 +33,7 @@ def mo(text: str, **attributes: str) -> Markup:
 
 
 def mtext(text: str) -> Markup:
-    return element("mtext", text)
+    return element("mtext", text.replace(" ", "\u00a0"))  # other spaces are dropped at either end
 
 
 def row(*children: str) -> Markup:

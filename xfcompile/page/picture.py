@@ -169,7 +169,8 @@ def draw(found: Picture, name: str) -> Markup:
 def _tiles(found: Picture, number: int, name: str) -> Markup | None:
     verdict = VERDICTS[number]
     parts = []
-    gap = found.tile * 0.04 if len(found.grid) <= 48 and len(found.grid[0]) <= 48 else 0
+    few = len(found.grid) <= 48 and len(found.grid[0]) <= 48
+    gap = min(found.tile * 0.04, max(found.queries, found.keys) * 0.01) if few else 0
     for m, row in enumerate(found.grid):
         y, bottom = m * found.tile, min((m + 1) * found.tile, found.queries)
         for n, value in enumerate(row):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import sympy
 
 from xfcompile.checks import Check
-from xfcompile.meaning import AttentionMeaning, GatedMeaning, Meaning, PointwiseMeaning
+from xfcompile.meaning import AttentionMeaning, GatedMeaning, Meaning, PointwiseMeaning, Tensor
 from xfcompile.page.board import board, glossary
 from xfcompile.page.groups import Group, whereabouts
 from xfcompile.page.listing import excerpt, highlighted
@@ -91,7 +90,7 @@ def card(group: Group, shown: dict[str, str]) -> Markup:
     left = [formulas, _glossary(group), _facts(site, about.meaning)]
     drawn = picture(about.meaning) if isinstance(about.meaning, AttentionMeaning) else None
     body = [element("div", left, class_="formulas")]
-    if drawn is not None:
+    if drawn is not None and (drawn.tiles > 1 or drawn.kept):
         body.append(_figure(drawn, f"hatch-{group.number}"))
     return element(
         "section",
@@ -130,17 +129,32 @@ def _glossary(group: Group) -> Markup | None:
     words = glossary(meaning) if meaning is not None else []
     if not words:
         return None
-    alike = len({_names(site) for site in group.sites}) == 1
+    names = {_names(site) for site in group.sites}
+    starred = {tuple(map(_starred, own)) for own in names}
+    note = ", of the first" if len(starred) > 1 else ""
     rows = [
-        element("div", element("dt", name), element("dd", what if alike else re.sub(r"(?<=\.)\d+(?=\.)", "*", what)))
+        element(
+            "div", element("dt", name), element("dd", _starred(what) if len(names) > 1 and not note else what, note)
+        )
         for name, what in words
     ]
     return element("dl", rows, class_="glossary")
 
 
-def _names(site: SiteReport) -> tuple[Any, ...]:
+def _starred(text: str) -> str:
+    """The numbers of layers as stars."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
+
+
+def _names(site: SiteReport) -> tuple[str, ...]:
+    """What the tensors of a site's formulas are called."""
     meaning = site.about.meaning if site.about is not None else None
-    return tuple((x.name, x.made_of) for x in meaning.loads) if isinstance(meaning, AttentionMeaning) else ()
+    tensors: tuple[Tensor, ...] = ()
+    if isinstance(meaning, AttentionMeaning):
+        tensors = meaning.loads
+    elif isinstance(meaning, PointwiseMeaning):
+        tensors = (*meaning.vectors, *meaning.tensors)
+    return tuple(", ".join([x.name or "", *x.made_of]) for x in tensors)
 
 
 def _facts(site: SiteReport, meaning: Meaning | None) -> Markup:
@@ -177,7 +191,7 @@ def _figure(found: Picture, name: str) -> Markup:
         element("li", element("i", class_=f"swatch {verdict}"), element("b", count), " ", words)
         for verdict, count, words in legend(found)
     ]
-    caption = f"{found.tiles} tiles of {found.tile} × {found.tile}"
+    caption = f"{found.tiles} {'tile' if found.tiles == 1 else 'tiles'} of {found.tile} × {found.tile}"
     return element(
         "figure",
         element("div", "keys →", class_="axis"),
