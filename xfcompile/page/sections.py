@@ -132,10 +132,9 @@ def _glossary(group: Group) -> Markup | None:
     names = {_names(site) for site in group.sites}
     starred = {tuple(map(_starred, own)) for own in names}
     note = ", of the first" if len(starred) > 1 else ""
+    each = len(names) > 1 and not note
     rows = [
-        element(
-            "div", element("dt", name), element("dd", _starred(what) if len(names) > 1 and not note else what, note)
-        )
+        element("div", element("dt", name), element("dd", _starred(what) if each else what, note))
         for name, what in words
     ]
     return element("dl", rows, class_="glossary")
