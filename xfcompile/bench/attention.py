@@ -98,7 +98,7 @@ def _sdpa(column: str, program: Program, x: list[Tensor]) -> Call:
     if program.sdpa is None:
         raise Skip("SDPA has no words for it")
     said = program.sdpa
-    if program.learned:  # the mask is made in the call: it has a gradient
+    if program.learned and torch.is_grad_enabled():  # the mask is made in the call: it has a gradient
         return c.within(column, lambda: F.scaled_dot_product_attention(q, k, v, **said(q, *rest)))
     words = said(q, *rest)
     return c.within(column, lambda: F.scaled_dot_product_attention(q, k, v, **words))

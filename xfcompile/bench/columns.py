@@ -77,12 +77,14 @@ def compiled(
     """A function or module as a column compiles it.
 
     family: whose route the columns "xformers-<route>" force. mode: what all compiled columns have in place of the
-    default; the columns of max-autotune keep theirs. dynamic: as for torch.compile.
+    default; with "reduce-overhead" the columns of max-autotune have CUDA graphs too. dynamic: as for torch.compile.
     """
     if column == EAGER:
         return fn
+    if column in (MAX, XFORMERS_MAX):
+        mode = "max-autotune" if mode == "reduce-overhead" else AUTOTUNE
     if column in (INDUCTOR, MAX):
-        return torch.compile(fn, mode=AUTOTUNE if column == MAX else mode, dynamic=dynamic)
+        return torch.compile(fn, mode=mode, dynamic=dynamic)
     if not ours(column):
         raise Skip(f"{COLUMNS[column].label} has no way to compile this")
     # The function rather than its name: this also runs from a checkout that is not installed.
@@ -90,9 +92,7 @@ def compiled(
 
     route = column.removeprefix(OURS).removeprefix("-")
     options: dict[str, Any] | None = None
-    if column == XFORMERS_MAX:
-        mode = AUTOTUNE
-    elif route:
+    if route and column != XFORMERS_MAX:
         if family is None:
             raise Skip("no single family to force a route of")
         options = {"routes": {family: route}, "patterns": [family], "strict": True}

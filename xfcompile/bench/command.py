@@ -215,6 +215,7 @@ def _benchmark(
         interrupted = True
     finally:
         measuring.close()
+    results.forget_empty_run()
     console.print(report(results))
     if asked.json is not None:
         console.print(f"results: {asked.json}", style="dim")

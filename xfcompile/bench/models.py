@@ -38,8 +38,23 @@ def build(name: str, mode: str, attention: Attention, place: Place) -> tuple[nn.
     model = MODELS[name]
     model.needs()
     torch.manual_seed(0)
-    module, arguments = model.make(place.scale, attention, mode == TRAIN)
-    return module.to(place.device, place.dtype).train(mode == TRAIN), _moved(arguments, place.device, place.dtype)
+    with torch.device(place.device):  # a GPU draws a model's weights in no time
+        module, arguments = model.make(place.scale, attention, mode == TRAIN)
+    return _cast(module.to(place.device), place.dtype).train(mode == TRAIN), _moved(
+        arguments, place.device, place.dtype
+    )
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """What a checkpoint holds, in another dtype. Tables that are computed (of rotary embeddings) stay what they are, as
+    in a model that is loaded in that dtype."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
+    return model
 
 
 def _moved(arguments: Arguments, device: str, dtype: torch.dtype) -> Arguments:

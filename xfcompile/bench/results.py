@@ -41,6 +41,11 @@ class Results:
         self.rows = [r for r in self.rows if Row.of(r) != same] + [{**entry, "run": len(self.runs) - 1}]
         self.columns += [column for column in entry["cells"] if column not in self.columns]
 
+    def forget_empty_run(self) -> None:
+        """Of a run that measured nothing nothing needs to be said."""
+        if self.runs and all(row["run"] != len(self.runs) - 1 for row in self.rows):
+            self.runs.pop()
+
     def done(self, row: Row, columns: Sequence[str]) -> bool:
         """Whether a row has been measured in all of these columns (that it failed or was skipped is a result)."""
         for entry in self.rows:

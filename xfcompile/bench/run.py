@@ -94,7 +94,7 @@ def line(entry: Entry, seconds: float) -> str:
             continue
         text = f"{column} {mine:.4g} {unit}"
         times = ratio(entry, c.XFORMERS, column, what)
-        if not c.ours(column) and times is not None:
+        if not c.ours(column) and column != c.FLOOR and times is not None:
             text += f" [{'red' if times < NO_SLOWER else 'green'}]{times:.2f}×[/]"
         parts.append(text)
     return f"{title}: {', '.join(parts) or 'no numbers'} [dim]({seconds:.0f} s)[/]"

@@ -162,7 +162,7 @@ def groups(rows: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 def means(results: Results) -> list[Mean]:
     mine = [column for column in results.columns if c.ours(column)]
-    others = [column for column in results.columns if not c.ours(column)]
+    others = [column for column in results.columns if not c.ours(column) and column != c.FLOOR]
     found = []
     for name, rows in groups(results.rows).items():
         for column, over in itertools.product(mine, others):

@@ -22,6 +22,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "hardware": hardware(device),
         "versions": versions(),
         "revision": revision(),
+        "sources": sources(),
     }
 
 
@@ -62,6 +63,13 @@ def revision() -> str | None:
         return None
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
     return f"{commit} with changes" if changed else commit
+
+
+def sources() -> str:
+    """A hash of this package's sources: what a copy without a repository is known by."""
+    from xfcompile.identity import package_hash
+
+    return package_hash()[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

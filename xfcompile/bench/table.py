@@ -86,7 +86,7 @@ def _cell(entry: Entry, column: str) -> Text:
     if "low" in cell and cell["ms"]:
         made.append(f" ±{(cell['high'] - cell['low']) / 2 / cell['ms']:.0%}", style="dim")
     if not c.ours(column) and (times := ratio(entry, c.XFORMERS, column)) is not None:
-        made.append(f" {times:.2f}×", style=colour(times))
+        made.append(f" {times:.2f}×", style="dim" if column == c.FLOOR else colour(times))  # nobody is below the floor
     notes = Text("\n")
     if cell.get("peak_gb") is not None:
         notes.append(f"{cell['peak_gb']:.1f} GB ", style="dim")
