@@ -1,4 +1,4 @@
-"""The command line: `python -m xfcompile doctor` and `python -m xfcompile explain`."""
+"""The command line: `python -m xfcompile doctor`, `explain` and `bench`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
+from xfcompile.bench.command import app as bench
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+# Its options alone: what measures is imported when a benchmark is asked for.
+app.add_typer(bench, name="bench")
 
 
 @app.callback()

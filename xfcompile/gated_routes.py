@@ -36,7 +36,8 @@ USUAL: Mapping[tuple[str, str, str], str] = {
     ("training", "packed", "many rows"): "inductor",
 }
 """The usual route on GPUs, of 16-bit numbers: by what is differentiated, how many weights there are, and the class of
-the number of rows. What is not in the table is left to Inductor. examples/bench_gated.py measures all of its cells."""
+the number of rows. What is not in the table is left to Inductor.
+`python -m xfcompile bench gated-mlp` measures all of its cells."""
 
 CLASSES = ((1, "one row"), (16, "few rows"), (1023, "some rows"))
 """Up to how many rows; "many rows" beyond. 16 rows are one tile of tensor cores, and cost no more than reading the

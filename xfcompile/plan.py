@@ -30,7 +30,7 @@ FEW_QUERIES = 32
 Ours then splits the keys (kernels/attention/launch_decode.py has the same number)."""
 
 PLAIN_DECODING = "sdpa"
-"""What runs few queries without any mask: ours is not measured against SDPA there yet (examples/bench_decode.py)."""
+"""What runs few queries without any mask: ours is not measured against SDPA there yet (`xfcompile bench decode`)."""
 
 
 UNKNOWN = "a head dimension is not known at compile time"

@@ -43,7 +43,7 @@ class Share:
     num_warps: int
 
 
-# Not measured yet (examples/bench_bias_act_dropout.py --sweep). Forward: 32 elements a thread, in 4 loads.
+# Not measured yet (examples/bench_bias_tiles.py --sweep). Forward: 32 elements a thread, in 4 loads.
 # Backward: half of it a step, as sums over rows stand in registers too.
 POINTWISE = {"forward": Share(4096, 1024, 4), "backward": Share(2048, 256, 4)}
 

@@ -30,7 +30,7 @@ class Tiles:
 
 # By (generation, bits of an element). Hopper's: two sums of 128 x 128 are one of 128 x 256, the largest that eight
 # warps hold, and what cuBLAS takes; four stages of 48 KiB fill its shared memory. None is measured yet:
-# `examples/bench_gated.py --sweep` is what chooses. Registers and spills are examples/cross_compile.py's.
+# `examples/bench_gated_tiles.py` is what chooses. Registers and spills are examples/cross_compile.py's.
 DUAL: dict[tuple[str, int], Tiles] = {
     (HOPPER, 16): Tiles(128, 128, 64, 8, 4, parts=2),
     (HOPPER, 32): Tiles(64, 64, 32, 8, 3),

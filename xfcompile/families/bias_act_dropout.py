@@ -46,7 +46,8 @@ USUAL: dict[tuple[str, bool], Usual] = {
     ("no product", False): Usual("inductor"),
 }
 """By `shape_class` and whether a gradient is needed. An opaque call keeps Inductor from fusing what stands beside it:
-another route has its place here only where a whole block is faster with it (examples/bench_bias_act_dropout.py)."""
+another route has its place here only where a whole block is faster with it
+(`python -m xfcompile bench bias-act-dropout`)."""
 
 
 def shape_class(site: BiasActDropoutSite) -> str:
