@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.activation import X
-from xfcompile.kernels.attention.tiles import interpreting, runs
+from xfcompile.kernels.attention.tiles import runs
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.double_backward import refuse
@@ -40,8 +40,8 @@ LIBRARY.define(
 
 def supports(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why the kernels cannot run there; None if they can."""
-    reason = next(filter(None, (runs(device, dtype) for dtype in dtypes)), None)
-    if reason is None and device.type == "cpu" and not interpreting():
+    reason = next((why for dtype in dtypes if (why := runs(device, dtype)) is not None), None)
+    if reason is None and device.type == "cpu" and not launch.interpreting():
         return "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
     return reason
 
