@@ -19,6 +19,8 @@ from xfcompile.site import AttentionSite, Placed
 
 HALF = (torch.float16, torch.bfloat16)
 
+DEVICES = ("cpu", "cuda")
+"""Where SDPA is put in place of something else; ROCm's devices are called cuda too."""
 
 BIAS_KEYS = 256
 """More keys than this, and SDPA's backward for a bias that needs a gradient is slower than Inductor's: it makes that of
@@ -135,6 +137,8 @@ def choose(
 def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad: bool) -> str | None:
     if isinstance(words, str):
         return words
+    if device not in DEVICES:
+        return f"SDPA is tested on CPUs and on CUDA and ROCm devices, not on {device}"
     if site.call is None and not torch.backends.cuda.math_sdp_enabled():
         return "SDPA's math backend is switched off, and the others may refuse"
     if words.keep == sympy.false:
@@ -204,6 +208,9 @@ def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool) -> st
         from xfcompile.kernels.attention import supports
     except ImportError as error:
         return f"Triton is not installed ({error})"
+    tiny = next((x.dtype for x in site.loads if x.dtype.is_floating_point and x.dtype.itemsize == 1), None)
+    if tiny is not None:
+        return f"the score loads from a tensor of {str(tiny).removeprefix('torch.')}, which not all GPUs read"
     for size in (site.head_dim, site.value_dim):
         if not sympy.sympify(size).is_Integer:
             return UNKNOWN

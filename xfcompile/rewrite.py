@@ -22,6 +22,7 @@ from xfcompile.report import Report, SiteReport
 from xfcompile.search import Search
 from xfcompile.site import Miss
 from xfcompile.source import frames_of, source_of
+from xfcompile.subclass import subclass_at
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
 from xfcompile.verification import Verification
@@ -158,7 +159,11 @@ def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.N
         raise Miss("the result is written into a tensor that is there already", site.root)
     if any(_is_view(reading, node) and not _unseen(reading, node) for node in makers):
         raise Miss("the result is a view of a tensor that is there already", site.root)
-    scopes = {reading.scope[reading.steps[v]] for v in site.interior if v in reading.steps}
+    steps = [reading.steps[v] for v in site.interior if v in reading.steps]
+    of_other_classes = next(filter(None, map(subclass_at, (*makers, *steps))), None)
+    if of_other_classes is not None:
+        raise Miss(f"it computes with tensors of the class {of_other_classes}", site.root)
+    scopes = {reading.scope[node] for node in steps}
     if any(scopes - {reading.scope[node]} for node in makers):
         raise Miss(f"the {family.title} crosses the border of an autocast or no_grad region", site.root)
     return makers

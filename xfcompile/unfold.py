@@ -13,6 +13,7 @@ from xfcompile.emit import Emitter
 from xfcompile.liveness import live_nodes
 from xfcompile.read import Reading
 from xfcompile.search import Search
+from xfcompile.subclass import subclass_at
 from xfcompile.trace import Constant, Ref
 
 
@@ -25,6 +26,7 @@ def unfold(reading: Reading, search: Search) -> bool:
     sites = search.sites(reading)
     makers = {node for site in sites for node in reading.makers.get(site.root, ()) if node in live}
     nodes = [n for n in reading.time if n in makers and not any(reading.value(n) is s.root for s in sites)]
+    nodes = [n for n in nodes if subclass_at(n) is None]
     for node in nodes:
         unfolded |= spell_out(reading, node)
     if nodes:

@@ -1,13 +1,18 @@
-"""Generated modules on disk: one file a content hash, shared by processes, imported from where it can be read."""
+"""Generated modules on disk: one file a content hash, shared by processes, for people and debuggers to read.
+
+What runs is never a file's text as it happens to be: either this process has made the text, or it has read it and found
+it to have the hash that it is named by. Files and their folder are the user's own (modes 0600 and 0700).
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
+import linecache
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +24,15 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from xfcompile.score import Load, Rounded, Where
 from xfcompile.site import Band, MaskSpec, Operand, ScoreSpec
+from xfcompile.written import formula_of
 
 log = logging.getLogger(__name__)
 
 PREFIX = "attention_"
+
+
+_sources: dict[str, str] = {}
+"""The texts that this process has stored or found, by their files."""
 
 
 def key_of(source: str) -> str:
@@ -41,32 +51,46 @@ def _private_directory() -> Path:
 
 
 def store(source: str, prefix: str = PREFIX) -> Path:
-    """Writes the source where it is not there yet, whole or not at all; returns a file that holds exactly it."""
-    key = key_of(source)
-    path = directory() / f"{prefix}{key}.py"
+    """Writes the source where it is not there yet, whole or not at all; returns a file that holds exactly it.
+
+    A file that holds something else, though its name is the hash of what it should, is written anew with a warning.
+    """
+    path = directory() / f"{prefix}{key_of(source)}.py"
     try:
-        if _holds(path, source):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, source)
-        if _holds(path, source):
-            return path
+        if not _holds(path, source):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _replace(path, source)
     except OSError as error:
         log.debug("%s cannot be used (%s): writing to a temporary directory", path, error)
-    path = _private_directory() / path.name
-    _replace(path, source)
+        path = _private_directory() / path.name
+        _replace(path, source)
+    _sources[str(path)] = source
     return path
 
 
 def _holds(path: Path, source: str) -> bool:
     try:
-        return path.read_bytes() == source.encode()
+        found = path.read_bytes()
     except OSError:
         return False
+    if found != source.encode():
+        _warn_of_a_change(path)
+        return False
+    return True
+
+
+@functools.cache
+def _warn_of_a_change(path: Path) -> None:
+    """Once for each file."""
+    warnings.warn(
+        f"{path} is not what xfcompile wrote there: its text has another hash than its name says. It is not used.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def _replace(path: Path, source: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")  # of mode 0600
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(source.encode())
@@ -78,11 +102,17 @@ def _replace(path: Path, source: str) -> None:
 
 def find(key: str, prefix: str = PREFIX) -> str | None:
     """The source that has this key, if a process has stored it."""
+    path = directory() / f"{prefix}{key}.py"
     try:
-        source = (directory() / f"{prefix}{key}.py").read_text()
-    except (OSError, UnicodeDecodeError):
+        source = path.read_text()
+    except UnicodeDecodeError:
+        source = ""
+    except OSError:
         return None
-    return source if key_of(source) == key else None
+    if key_of(source) == key:
+        return source
+    _warn_of_a_change(path)
+    return None
 
 
 def stored(key: str, op: str, prepare: str, prefix: str = PREFIX) -> str:
@@ -117,22 +147,28 @@ def canonical_names(scalars: Sequence[sympy.Symbol]) -> dict[sympy.Symbol, sympy
 
 
 def load(path: Path, name: str) -> ModuleType:
-    """Imports a stored file under a name of its own; `triton.jit` decides here whether it will be interpreted."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Imports a file that `store` returned, under a name of its own; `triton.jit` decides here whether it will be
+    interpreted.
+
+    It runs the text that was stored, which is not read again: what has changed in the file since has no effect.
+    """
+    source = _sources[str(path)]
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    # Triton, and tracebacks, ask Python for the lines of a function: those that run, not those of the file by then.
+    # (None in the place of the time at which the file was changed: these lines are not compared with a file.)
+    linecache.cache[str(path)] = (len(source), None, source.splitlines(keepends=True), str(path))
+    exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 
 
 def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
     """The spec that a generated module carries as `SPEC`."""
-    scope = {**vars(torch_functions), **vars(sympy), "Load": Load, "Where": Where, "Rounded": Rounded}
     # Min, Max and Mod are names of torch's functions and of sympy's: sympy's, which mean the same, win.
+    functions = {**vars(torch_functions), "Load": Load, "Where": Where, "Rounded": Rounded}
 
     def expression(text: object) -> sympy.Basic | None:
-        return None if text is None else eval(str(text), scope)  # the text is sympy.srepr's, of a file with our hash
+        return None if text is None else formula_of(str(text), functions)
 
     def many(name: str) -> tuple[sympy.Basic | None, ...]:
         return tuple(expression(x) for x in fields[name])  # type: ignore[attr-defined]

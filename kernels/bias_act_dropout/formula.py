@@ -10,6 +10,7 @@ import sympy
 from xfcompile import activation
 from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.score import Where
+from xfcompile.written import formula_of
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,13 @@ def text_of(value: sympy.Expr) -> str:
     return sympy.srepr(value)
 
 
-_SCOPE = {
-    **vars(sympy),
-    **{f.__name__: f for f in (Where, activation.Sigmoid, activation.Softplus, activation.Expm1)},
-}
+_FUNCTIONS = {f.__name__: f for f in (Where, activation.Sigmoid, activation.Softplus, activation.Expm1)}
 
 
 @functools.cache
 def parse(text: str, vectors: int, tensors: int) -> Formula:
-    """The formula that a text of `text_of` is."""
-    value = activation.with_ndtr(eval(text, {"__builtins__": {}}, _SCOPE))  # sympy.srepr's own text
+    """The formula that a text of `text_of` is; ValueError for any other, for it may come with a program of others."""
+    value = activation.with_ndtr(formula_of(text, _FUNCTIONS))
     scaled, added = [vector(n) for n in range(vectors)], [tensor(n) for n in range(tensors)]
     unknown = value.free_symbols - {X, KEEP, *scaled, *added}
     if unknown:

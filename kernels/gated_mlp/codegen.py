@@ -14,6 +14,7 @@ from xfcompile.kernels.attention.printer import RELATIONS
 from xfcompile.kernels.attention.template import HELPERS
 from xfcompile.kernels.gated_mlp import template
 from xfcompile.score import Where
+from xfcompile.written import formula_of
 
 SIGMOID = '''\
 @triton.jit
@@ -152,5 +153,4 @@ def generate(formula: sympy.Expr) -> str:
 
 def parse(text: str) -> sympy.Expr:
     """The formula that a generated module carries."""
-    scope = {**vars(sympy), "Where": Where, "Sigmoid": Sigmoid}
-    return eval(text, scope)  # the text is sympy.srepr's, of a file with our hash
+    return formula_of(text, {"Where": Where, "Sigmoid": Sigmoid})
