@@ -37,6 +37,7 @@ from xfcompile import activation
 from xfcompile.activation import GATE, UP
 from xfcompile.backend import xformers
 from xfcompile.kernels.gated_mlp import gated_mlp, launch, prepare, tiles
+from xfcompile.measured import Fact
 
 Call = Callable[[], Any]
 COLUMNS = ("eager", "inductor", "max-autotune", "triton", "cublas", "floor")
@@ -291,10 +292,10 @@ def sweep(size: tuple[int, int, int], console: Console) -> list[dict[str, Any]]:
     key = prepare(activation.silu(GATE) * UP)
     found = []
     for kind, t in track(list(candidates(size[0])), f"tiles of {size}", console=console, transient=True):
-        table: dict[Any, tiles.Tiles] = tiles.FEW if kind == "few" else tiles.DUAL
+        table: dict[Any, Fact[tiles.Tiles]] = tiles.FEW if kind == "few" else tiles.DUAL
         place = (size[0] == 1, 16) if kind == "few" else (tiles.HOPPER, 16)
         usual = table[place]
-        table[place] = t
+        table[place] = Fact(t)
         launch.program(key).calls.clear()
 
         def call() -> Any:

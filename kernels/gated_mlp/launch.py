@@ -17,7 +17,7 @@ from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Launch
-from xfcompile.kernels.attention.tiles import HOPPER, device_generation
+from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import codegen, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
 from xfcompile.site import Layout
@@ -200,7 +200,7 @@ def _described(operands: Operands, kind: str) -> bool:
     """Whether all that is multiplied can be read through descriptors: rows that start at multiples of 16 bytes."""
     tensors = (operands.x, operands.gate, operands.up)
     return (
-        kind == HOPPER
+        kind in (HOPPER, BLACKWELL)
         and operands.x.shape[0] == 1
         and operands.x.dtype.itemsize == 2
         and all(
