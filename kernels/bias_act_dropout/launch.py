@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache
+from xfcompile.kernels.attention import cache, fit
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import interpreting
 from xfcompile.kernels.bias_act_dropout.formula import parse
@@ -179,7 +180,23 @@ def linear(
     }
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
     key = ("linear", text, p, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, numbers, [stream])
+    launch = _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)
+    if key not in _unfit:
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            launch(given, numbers, [stream])
+            return
+        except OutOfResources as error:
+            _unfit.add(key)
+            fit.say(
+                f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error}): it is "
+                "computed by PyTorch's product and a kernel after it"
+            )
+    product = F.linear(x, weight)
+    if pre is not None:
+        pre.copy_(product)
+    forward(out, product, bias, vectors, tensors, seed, stream, text, p)
 
 
 def backward(
@@ -226,6 +243,8 @@ def backward(
 
 
 _launches: dict[Any, Launch] = {}
+_unfit: set[Any] = set()
+"""Those of products for which a device has too little shared memory."""
 
 
 def _launch(

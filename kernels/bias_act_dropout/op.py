@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._triton import has_triton_package
 
 from xfcompile.activation import X
+from xfcompile.kernels.attention.tiles import runs
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.double_backward import refuse
@@ -40,15 +40,10 @@ LIBRARY.define(
 
 def supports(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why the kernels cannot run there; None if they can."""
-    if not has_triton_package():
-        return "triton is not installed"
-    for dtype in dtypes:
-        if dtype not in launch.DTYPES:
-            return f"the kernel computes in fp16, bf16 and fp32, not in {str(dtype).removeprefix('torch.')}"
-    if device.type == "cpu":
-        asked = launch.interpreting()
-        return None if asked else "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
-    return None if device.type == "cuda" else f"the kernel runs on CUDA and ROCm devices, not on {device.type}"
+    reason = next((why for dtype in dtypes if (why := runs(device, dtype)) is not None), None)
+    if reason is None and device.type == "cpu" and not launch.interpreting():
+        return "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
+    return reason
 
 
 def _check(x: Tensor, n: int, bias: Tensor | None, vectors: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
