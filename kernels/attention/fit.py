@@ -24,7 +24,7 @@ class NoTilesFit(RuntimeError):
 
 @functools.cache
 def say(what: str) -> None:
-    """Warns, once in a process, of what is computed by other means than a kernel; tells whoever collects reports too."""
+    """Warns, once in a process, of what is computed by other means than a kernel, and tells who collects reports."""
     from xfcompile.report import Report, publish
 
     publish(Report(failures=[what]))
