@@ -28,6 +28,7 @@ from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, copy_bandwidth, interleaved
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, linear_act_dropout, text_of
 from xfcompile.kernels.bias_act_dropout.launch import Share, Tile
+from xfcompile.measured import Fact
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,12 @@ def sweep(run: Run, copied: float) -> Iterable[dict[str, Any]]:
     """The kernels alone with other tile sizes."""
     usual, shares = launch.PRODUCT[2], dict(launch.POINTWISE)
     for tile in PRODUCTS:
-        launch.PRODUCT[2] = tile
+        launch.PRODUCT[2] = Fact(tile)
         yield from ({**row, "tile": str(tile)} for row in kernels(run, copied, "linear"))
     launch.PRODUCT[2] = usual
     for name in ("forward", "backward"):
         for share in SHARES:
-            launch.POINTWISE[name] = share
+            launch.POINTWISE[name] = Fact(share)
             yield from ({**row, "tile": str(share)} for row in kernels(run, copied, name))
         launch.POINTWISE[name] = shares[name]
 

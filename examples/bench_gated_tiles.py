@@ -28,6 +28,7 @@ from xfcompile.bench.gated_mlp import FEW, SIZES
 from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, captured, interleaved
 from xfcompile.kernels.gated_mlp import gated_mlp, launch, prepare, tiles
+from xfcompile.measured import Fact
 
 
 def candidates(rows: int) -> Iterator[tuple[str, tiles.Tiles]]:
@@ -64,10 +65,10 @@ def sweep(size: tuple[int, int, int], console: Console) -> list[dict[str, Any]]:
     key = prepare(activation.silu(GATE) * UP)
     found = []
     for kind, t in track(list(candidates(rows)), f"tiles of {size}", console=console, transient=True):
-        table: dict[Any, tiles.Tiles] = tiles.FEW if kind == "few" else tiles.DUAL
+        table: dict[Any, Fact[tiles.Tiles]] = tiles.FEW if kind == "few" else tiles.DUAL
         place = (rows == 1, 16) if kind == "few" else (tiles.HOPPER, 16)
         usual = table[place]
-        table[place] = t
+        table[place] = Fact(t)
         launch.program(key).calls.clear()
 
         def call() -> Any:

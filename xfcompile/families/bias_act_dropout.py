@@ -19,6 +19,7 @@ from xfcompile.family import Candidate, Family, Route, Setting, Words
 from xfcompile.kernels.philox import fine_enough
 from xfcompile.layout import with_layout
 from xfcompile.meaning import Kernel, PointwiseMeaning, Tensor, called, dtype_name, tensor_of
+from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.patterns import bias_act_dropout as pattern
 from xfcompile.read import Reading
 from xfcompile.site import BiasActDropoutSite, Miss
@@ -37,16 +38,28 @@ class Usual:
     rows: int = 0
 
 
-USUAL: dict[tuple[str, bool], Usual] = {
-    ("activated", True): Usual("inductor"),
-    ("activated", False): Usual("inductor"),
-    ("added", True): Usual("inductor"),
-    ("added", False): Usual("inductor"),
-    ("no product", True): Usual("inductor"),
-    ("no product", False): Usual("inductor"),
+_MEASURED = Measured(
+    "python -m xfcompile bench bias-act-dropout",
+    "2026-11-25",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/bias_act_dropout_h200.json",
+)
+
+_HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
+    ("activated", True): Fact(Usual("inductor"), _MEASURED),
+    ("activated", False): Fact(Usual("inductor"), _MEASURED),
+    ("added", True): Fact(Usual("inductor"), _MEASURED),
+    ("added", False): Fact(Usual("inductor"), _MEASURED),
+    ("no product", True): Fact(Usual("inductor"), _MEASURED),
+    ("no product", False): Fact(Usual("inductor"), _MEASURED),
 }
-"""By `shape_class` and whether a gradient is needed. An opaque call keeps Inductor from fusing what stands beside it:
-another route has its place here only where a whole block is faster with it
+
+USUAL: dict[tuple[str, str, bool], Fact[Usual]] = {
+    **{(SM_90, *place): fact for place, fact in _HOPPER.items()},
+    **{(kind, *place): Fact(fact.value) for kind in (SM_80, SM_100, GFX942, CPU) for place, fact in _HOPPER.items()},
+}
+"""By hardware, `shape_class` and whether a gradient is needed. An opaque call keeps Inductor from fusing what stands
+beside it: another route has its place here only where a whole block is faster with it
 (`python -m xfcompile bench bias-act-dropout`)."""
 
 
@@ -143,7 +156,8 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
         return Route("inductor", reason)
     if wanted is not None:
         return Route(wanted, "asked for")
-    usual = USUAL[shape_class(site), setting.training]
+    place = (hardware_of(site.root.meta.device), shape_class(site), setting.training)
+    usual = USUAL.get(place, Fact(Usual("inductor"))).value
     rows = sympy.prod([sympy.sympify(n) for n in site.root.shape[:-1]])
     if usual.route == "inductor":
         return Route("inductor", "not measured to be faster than what Inductor makes of it")
