@@ -32,6 +32,7 @@ TESTS = {
     "tests/reading/test_gated_near_misses.py": "all",
     "tests/reading/test_near_misses.py": "all",
     "tests/reading/test_refusals.py": "all",
+    "tests/reading/test_guards.py": "all",
     "tests/fuzz/test_found.py": "all",
     "tests/reading/test_elementwise.py": "all",
     "tests/reading/test_masks.py": "all",
