@@ -13,7 +13,7 @@ from strategies import STRATEGIES
 from writer import Program
 
 PROGRAMS = {
-    ("attention", "default"): 180, ("attention", "triton"): 180,
+    ("attention", "default"): 150, ("attention", "triton"): 180,
     ("gated_mlp", "default"): 60, ("gated_mlp", "triton"): 240,
     ("bias-act-dropout", "default"): 60, ("bias-act-dropout", "triton"): 240,
     ("blocks", "default"): 30, ("blocks", "triton"): 60,
