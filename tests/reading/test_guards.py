@@ -1,5 +1,4 @@
-"""Near misses of single guards: each program is matched wrongly, or crashes, where the guard that it is named for is broken
-(`tests/mutation`)."""
+"""Near misses of single guards (`tests/mutation`): programs that a guard less might match, and that equal eager."""
 
 from __future__ import annotations
 
