@@ -90,7 +90,9 @@ def test_the_bare_pass_takes_ours_only() -> None:
     assert Options.of(None) == Options()
     assert Options.of({"strict": True}) == Options(strict=True)
     assert Options.of(Options(strict=True)) == Options(strict=True)
-    with pytest.raises(ValueError, match="unknown option 'max_autotune'; the options are 'patterns'"):
+    with pytest.raises(ValueError, match="unknown option 'epilogue_fusion'; the options are 'patterns'"):
+        Options.of({"epilogue_fusion": True})
+    with pytest.raises(ValueError, match=r"unknown option 'max_autotune' \(did you mean 'autotune'"):
         Options.of({"max_autotune": True})
 
 

@@ -14,6 +14,7 @@ from torch import fx
 from xfcompile.options import Options
 from xfcompile.report import Report, publish
 from xfcompile.rewrite import rewrite_graph
+from xfcompile.tuning import Tuner
 from xfcompile.verification import Verification
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def xformers(
 
     ours, patches = Options.parse(mode, options)
     before = _snapshot(gm)
-    report, verification = _rewritten(gm, example_inputs, ours, before)
+    report, verification = _rewritten(gm, example_inputs, ours, before, patches)
 
     # Callable for any graph module; its other results are those of ahead-of-time compilation.
     def compiled() -> Callable[..., Any]:
@@ -89,7 +90,11 @@ def rewritten(
 
 
 def _rewritten(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, before: list[tuple[fx.GraphModule, fx.Graph]]
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    before: list[tuple[fx.GraphModule, fx.Graph]],
+    patches: Mapping[str, Any] | None = None,
 ) -> tuple[Report, Verification | None]:
     # Reading traces, which sets flags of torch's that all threads share: no other thread may compile meanwhile.
     from torch._dynamo.convert_frame import compile_lock
@@ -98,7 +103,8 @@ def _rewritten(
     verification: Verification | None = None
     try:
         with compile_lock:
-            verification = rewrite_graph(gm, example_inputs, options, report)
+            tuner = Tuner(options, patches or {}) if options.autotune else None
+            verification = rewrite_graph(gm, example_inputs, options, report, tuner)
     except Exception as error:
         report = _failed("rewriting a graph", error, strict=options.strict)
         _restore(before)

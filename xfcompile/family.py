@@ -105,6 +105,7 @@ class Family(Generic[S, C]):
         error, or a `Miss`, leaves the site to Inductor, and takes back the nodes that were added.
     words: what the report says of a candidate.
     costly: what `Candidate.costly` are, in a sentence: "... are used elsewhere too".
+    timed_routes: those of `routes` by which a candidate is timed where tuning is asked for, if not by all.
     kernels: the generated modules that the nodes of a replacement call, which a page shows.
     """
 
@@ -117,6 +118,7 @@ class Family(Generic[S, C]):
     replace: Callable[[Emitter, C], fx.Node]
     words: Callable[[C], Words] = lambda candidate: Words()
     costly: str = "parts of it"
+    timed_routes: Callable[[C], tuple[str, ...]] | None = None
     kernels: Callable[[Sequence[fx.Node]], tuple[Kernel, ...]] = lambda nodes: ()
 
     @property

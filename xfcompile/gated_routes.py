@@ -18,6 +18,9 @@ ROUTES = ("triton", "cublas", f"triton{RECOMPUTE}", f"cublas{RECOMPUTE}", "induc
 """Those that recompute keep nothing of a gated MLP but its input, and project again in the backward: two more products
 beside nine, for the memory of both projections. They are for who asks for them."""
 
+TIMED = ("triton", "cublas", "inductor")
+"""Those that tuning compares: it asks for speed alone."""
+
 UNKNOWN = "the number of features is not known at compile time"
 
 UNMEASURED = "not measured to be faster than Inductor at this size"

@@ -19,19 +19,27 @@ class Options:
     strict: raise our own errors, instead of leaving what they concern to Inductor with a warning.
     verify: at the first run of a compiled graph run each replaced site beside its original, both against fp64, and
         report the errors (`Report.checks`). A site that is wrong is a warning, and with `strict` an error.
+    autotune: time the ways to run each site, on its real shapes, and take the fastest; mode="max-autotune" and
+        "max-autotune-no-cudagraphs" ask for it too. What was found is kept on disk.
+    autotune_budget: seconds that this may take for a graph. What was not timed by then runs as usual.
     """
 
     patterns: frozenset[str] = field(default_factory=lambda: frozenset(families.routes()))
     routes: Mapping[str, str] = field(default_factory=dict, hash=False)
     strict: bool = False
     verify: bool = False
+    autotune: bool = False
+    autotune_budget: float = 120.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patterns", _families(self.patterns))
         object.__setattr__(self, "routes", _routes(self.routes))
-        for name in ("strict", "verify"):
+        for name in ("strict", "verify", "autotune"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"option {name!r} must be True or False, not {getattr(self, name)!r}")
+        budget = self.autotune_budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 <= budget < float("inf"):
+            raise ValueError(f"option 'autotune_budget' must be a number of seconds, not {budget!r}")
 
     @staticmethod
     def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -48,6 +56,8 @@ class Options:
                 ours[key] = value
             else:
                 patches.update([_inductor(key, value)])
+        if mode in AUTOTUNED:
+            ours.setdefault("autotune", True)
         return Options(**ours), patches
 
     @staticmethod
@@ -73,6 +83,9 @@ class Options:
 
 
 KEYS = tuple(f.name for f in fields(Options))
+
+AUTOTUNED = ("max-autotune", "max-autotune-no-cudagraphs")
+"""Inductor's modes in which our sites are timed too."""
 
 
 def _families(patterns: object) -> frozenset[str]:

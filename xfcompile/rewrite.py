@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from xfcompile.search import Search
 from xfcompile.site import Miss
 from xfcompile.source import frames_of, source_of
 from xfcompile.subclass import subclass_at
+from xfcompile.tuning import Tuner
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
 from xfcompile.verification import Verification
@@ -50,11 +51,12 @@ class Changes:
 
 
 def rewrite_graph(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report, tuner: Tuner | None = None
 ) -> Verification | None:
     """Recognise and replace the sites of `gm`, and of the graphs inside it, in place; record each in `report`.
 
     example_inputs: the graph's inputs, fake or real, for placeholders without metadata of their own.
+    tuner: times sites.
     Returns what runs the replaced sites beside their originals, if `options` says `verify` and there are any.
     """
     wanted = [family for family in families.known() if family.name in options.patterns]
@@ -64,7 +66,7 @@ def rewrite_graph(
     if unfold(reading, search):
         reading, search = Reading(gm, example_inputs, programs=reading.programs), Search(wanted)
     verification = Verification(reading) if options.verify else None
-    _rewrite(reading, search, options, report, verification)
+    _rewrite(reading, search, options, report, verification, tuner)
     return verification
 
 
@@ -74,6 +76,7 @@ def _rewrite(
     options: Options,
     report: Report,
     verification: Verification | None,
+    tuner: Tuner | None,
     *,
     recomputed: bool = False,
     place: tuple[int, ...] = (0,),
@@ -83,12 +86,14 @@ def _rewrite(
         inside = (*place, reading.time[node])
         if name in _TRANSPARENT:
             again = recomputed or name in _CHECKPOINTS
-            _rewrite(child, search, options, report, verification, recomputed=again, place=inside)
+            _rewrite(child, search, options, report, verification, tuner, recomputed=again, place=inside)
         else:
             _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change", inside)
     before, changes = live_nodes(reading), Changes()
     names = output_names(reading.gm.graph) if is_exported(reading.gm.graph) else None
     replaced: list[tuple[fx.Node, SiteReport]] = []
+    if tuner is not None:
+        tuner.watch(reading)
     for family in search.families:
         candidates, misses = _candidates(reading, search, family, options, report)
         live = _live(reading, changes)
@@ -98,6 +103,8 @@ def _rewrite(
         # In the order of the graph, for what is made once stands before the first that needs it.
         candidates = sorted((c for c in candidates if c.node in live), key=lambda c: reading.time[c.node])
         candidates = [_planned(reading, family, c, options, recomputed, report) for c in candidates]
+        if tuner is not None:
+            candidates = _tuned(tuner, reading, family, candidates, changes, options, recomputed, report)
         candidates = _apart(family, candidates, changes)
         candidates = _keep_shared(reading, family, candidates, changes)
         shared: dict[Any, fx.Node] = {}
@@ -222,6 +229,27 @@ def _planned(
     except Exception as error:
         doing = f"planning {family.title} at {_place(candidate.node)}"
         return _left(candidate, report.failed(doing, error, strict=options.strict))
+
+
+def _tuned(
+    tuner: Tuner,
+    reading: Reading,
+    family: Family[Any, Any],
+    candidates: list[Candidate],
+    changes: Changes,
+    options: Options,
+    recomputed: bool,
+    report: Report,
+) -> list[Candidate]:
+    """The candidates by the routes that are the fastest when they are timed."""
+
+    def setting(candidate: Candidate, routes: Mapping[str, str]) -> Setting:
+        return Setting(needs_grad(candidate.node, reading), recomputed, {**options.routes, **routes})
+
+    def failed(candidate: Candidate, error: Exception) -> str:
+        return report.failed(f"timing {family.title} at {_place(candidate.node)}", error, strict=options.strict)
+
+    return tuner.tuned(reading, family, candidates, setting, changes.instead, failed)
 
 
 def _other_routes(

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Setting, Words, needs_grad
-from xfcompile.gated_routes import RECOMPUTE, ROUTES, UNKNOWN, choose
+from xfcompile.gated_routes import RECOMPUTE, ROUTES, TIMED, UNKNOWN, choose
 from xfcompile.layout import with_layout
 from xfcompile.meaning import GatedMeaning, Kernel, called, dtype_name
 from xfcompile.patterns import gated_mlp
@@ -234,6 +234,11 @@ def _kernels(nodes: Sequence[fx.Node]) -> tuple[Kernel, ...]:
     return (Kernel("gated MLP, forward and backward", source_of_kernel(call["kernel"])),)
 
 
+def _timed_routes(candidate: GatedMLPCandidate) -> tuple[str, ...]:
+    """None on CPUs, where an op's definition runs in place of its kernel."""
+    return TIMED if candidate.site.root.meta.device.type == "cuda" else ()
+
+
 GATED_MLP: Family[GatedMLPSite, GatedMLPCandidate] = Family(
     name=gated_mlp.FAMILY,
     routes=ROUTES,
@@ -244,5 +249,6 @@ GATED_MLP: Family[GatedMLPSite, GatedMLPCandidate] = Family(
     replace=_replace,
     words=_words,
     costly="its projections",
+    timed_routes=_timed_routes,
     kernels=_kernels,
 )
