@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 import triton
-from attention_programs import Program, Sizes, programs
-from bench_programs import tensors
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from xfcompile.bench.programs import Program, Sizes, programs, tensors
 from xfcompile.kernels.attention import launch_backward, prepare
 from xfcompile.kernels.attention.launch_backward import Needs
 from xfcompile.kernels.attention.tiles import Tiles

@@ -12,16 +12,19 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from attention_programs import Sizes, programs
-from bench_programs import QUICK, SIZES, median, tensors
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import xfcompile.kernels.attention as kernels
+from xfcompile.bench.programs import Sizes, programs, tensors
+from xfcompile.bench.timing import Rounds, interleaved
 from xfcompile.kernels.attention import launch
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import Operand, ScoreSpec
+
+SIZES = [Sizes(4, 32, 4096, 64), Sizes(4, 16, 4096, 128)]
+QUICK = [Sizes(1, 2, 64, 16)]
 
 
 def boolean_mask(sizes: Sizes, device: torch.device) -> tuple[ScoreSpec, list[Tensor]]:
@@ -53,8 +56,8 @@ def timed(spec: ScoreSpec, x: list[Tensor], operands: list[Tensor]) -> tuple[flo
 
     made = lists()
     calls: list[Callable[[], Tensor]] = [lists, lambda: attention(made), lambda: attention(lists())]
-    times = [median(call, q.device) for call in calls]
-    return times[0], times[1], times[2]
+    times = interleaved({str(n): call for n, call in enumerate(calls)}, q.device.type, Rounds(seconds=0.5))
+    return times["0"].ms, times["1"].ms, times["2"].ms
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 def tile_of(kernel: str, dtype: torch.dtype) -> launch.Tile:
     if kernel == "bias_linear":
-        return launch.PRODUCT[dtype.itemsize]
+        return launch.PRODUCT[dtype.itemsize].value
     return launch.pointwise(FEATURES, KERNELS[kernel])
 
 

@@ -17,13 +17,13 @@ import gated_jobs
 import sympy
 import torch
 import triton
-from attention_programs import Sizes, programs
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from xfcompile.bench.programs import Sizes, programs
 from xfcompile.kernels.attention import (
     blocks,
     cache,

@@ -11,7 +11,6 @@ import copy
 import importlib.util
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,12 +22,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from comparison import interleaved
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import xfcompile
+from xfcompile.bench.timing import Rounds, interleaved
 
 SENTENCES = (
     "A cat sleeps on the warm window sill.",
@@ -252,8 +251,8 @@ def judge(checks: Checks, name: str, results: dict[str, Tensor], exact: Callable
 
 def milliseconds(runs: dict[str, Callable[[], Any]], rounds: int, seconds: float) -> dict[str, float]:
     """The median of each, taken in turns."""
-    times = interleaved(runs, "cpu", warmup=2, rounds=rounds, seconds=seconds)
-    return {name: statistics.median(ms) for name, ms in times.items()}
+    times = interleaved(runs, "cpu", Rounds(warmup=2, least=3, most=rounds, seconds=seconds))
+    return {name: found.ms for name, found in times.items()}
 
 
 def show(title: str, times: dict[str, float], kinds: Sequence[str] = ("eager", "inductor", "xformers")) -> None:

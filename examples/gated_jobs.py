@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from xfcompile import activation
 from xfcompile.activation import GATE, UP, Sigmoid
-from xfcompile.kernels.attention.tiles import AMD, HOPPER, generation
+from xfcompile.kernels.attention.tiles import AMD, BLACKWELL, HOPPER, generation
 from xfcompile.kernels.gated_mlp import launch, prepare, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
 
@@ -35,7 +35,7 @@ def kind_of(target: GPUTarget) -> str:
 
 def exists(kernel: str, target: GPUTarget, dtype: torch.dtype) -> bool:
     """Whether there is such a kernel for a target: descriptors are for Hopper and later ones, and 16-bit numbers."""
-    return kernel != "gated_forward_tma" or (kind_of(target) == HOPPER and dtype.itemsize == 2)
+    return kernel != "gated_forward_tma" or (kind_of(target) in (HOPPER, BLACKWELL) and dtype.itemsize == 2)
 
 
 def tiles_of(kernel: str, target: GPUTarget, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:

@@ -62,7 +62,7 @@ def test_a_step_against_a_masked_cache_is_our_kernels(keys: Any, monkeypatch: py
 
 def test_a_step_without_a_mask_is_sdpas(monkeypatch: pytest.MonkeyPatch) -> None:
     assert route(monkeypatch, keep=sympy.true) == plan.Route("sdpa")
-    monkeypatch.setattr(plan, "PLAIN_DECODING", "triton")
+    monkeypatch.setitem(plan.ROUTES, ("sm_90", "plain, few queries"), plan.Fact(("triton", "sdpa")))
     assert route(monkeypatch, keep=sympy.true).name == "triton"
     assert route(monkeypatch, keep=sympy.true, queries=8192) == plan.Route("sdpa")
 

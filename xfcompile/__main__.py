@@ -1,13 +1,18 @@
-"""The command line: `python -m xfcompile doctor`."""
+"""The command line: `python -m xfcompile doctor`, `explain` and `bench`."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from xfcompile.bench.command import app as bench
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+# Its options alone: what measures is imported when a benchmark is asked for.
+app.add_typer(bench, name="bench")
 
 
 @app.callback()
@@ -29,6 +34,44 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
         Console().print(table(findings))
     if not healthy(findings):
         raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    target: Annotated[str, typer.Argument(help="path/to/script.py, or module:function (or path/to/file.py:function).")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments, after --.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page here, one file with nothing outside of it.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="Write the report here as JSON.")] = None,
+    no_grad: Annotated[bool, typer.Option("--no-grad", help="Explain what a function returns in inference.")] = False,
+) -> None:
+    """Run a script or a function, and show what was found in all that it compiles with backend="xformers".
+
+    A function is called without arguments; it compiles things itself, or returns (model, args) or
+    (model, args, kwargs). The exit code is the program's own; 1 if it raised an error, or there is nothing to report.
+    """
+    from rich.console import Console
+
+    from xfcompile.page import page
+    from xfcompile.running import WrongTarget, run
+
+    try:
+        ran = run(target, arguments or [], no_grad=no_grad)
+    except WrongTarget as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    report = ran.report
+    if ran.problem is not None:
+        typer.echo(ran.problem, err=True)
+        raise typer.Exit(ran.code)
+    Console(legacy_windows=False).print(report)
+    if html is not None:
+        html.write_text(page(report, Path(target).name), encoding="utf-8")
+        typer.echo(f"explain: wrote {html}", err=True)
+    if as_json is not None:
+        as_json.write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
+        typer.echo(f"explain: wrote {as_json}", err=True)
+    if ran.code:
+        raise typer.Exit(ran.code)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def xformers(
         _restore(before)
         run = compiled()  # an error that the program has without us is raised here, as it is
         report, verification = _failed("compiling a rewritten graph", error, strict=False), None
+        report.calls = _calls(gm)
         _warn(report.failures)
     # Only now: Inductor may have Dynamo trace anew, with numbers in place of symbols, and call us again.
     publish(report)
@@ -100,10 +102,17 @@ def _rewritten(
     except Exception as error:
         report = _failed("rewriting a graph", error, strict=options.strict)
         _restore(before)
+    report.calls = _calls(gm)
     if report.failures:
         _warn(report.failures)
     log.info("%s", report.summary())
     return report, verification
+
+
+def _calls(gm: fx.GraphModule) -> Counter[str]:
+    """What the graph, and those inside it, consist of now."""
+    nodes = (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
+    return Counter(getattr(n.target, "__name__", str(n.target)) for n in nodes if n.op.startswith("call_"))
 
 
 def _failed(doing: str, error: Exception, *, strict: bool) -> Report:

@@ -21,7 +21,8 @@ class Difference:
 
     error: the replacement's. eager: the program's own. bound: what the replacement's may be: four ulps of the largest
     number of the result, and twice eager's (both are samples of the same noise) or, if that is more, twice what it
-    makes in fp64 to move each operand by one rounding: no order of operations is asked to be better than that.
+    makes in fp64 to move each operand by one rounding: no order of operations is asked to be better than that. Of a
+    gradient, also twice what the roundings of a fused backward make (see rounding.py).
     """
 
     what: str

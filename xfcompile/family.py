@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from xfcompile.emit import Emitter
+from xfcompile.meaning import Kernel, Meaning
 from xfcompile.read import Reading
 from xfcompile.values import Value
 
@@ -78,11 +79,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Words:
-    """What the report says of a site: see `SiteReport`."""
+    """What the report says of a site: see `SiteReport`. meaning: the same for a page, which draws and typesets it."""
 
     expression: str | None = None
     mask: str | None = None
     tiles: str | None = None
+    meaning: Meaning | None = None
 
 
 S = TypeVar("S", bound=Site)
@@ -103,6 +105,7 @@ class Family(Generic[S, C]):
         error, or a `Miss`, leaves the site to Inductor, and takes back the nodes that were added.
     words: what the report says of a candidate.
     costly: what `Candidate.costly` are, in a sentence: "... are used elsewhere too".
+    kernels: the generated modules that the nodes of a replacement call, which a page shows.
     """
 
     name: str
@@ -114,6 +117,7 @@ class Family(Generic[S, C]):
     replace: Callable[[Emitter, C], fx.Node]
     words: Callable[[C], Words] = lambda candidate: Words()
     costly: str = "parts of it"
+    kernels: Callable[[Sequence[fx.Node]], tuple[Kernel, ...]] = lambda nodes: ()
 
     @property
     def title(self) -> str:

@@ -9,6 +9,7 @@ import sympy
 from xfcompile.evaluate import Unsupported
 from xfcompile.family import Route
 from xfcompile.kernels import philox
+from xfcompile.measured import GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.site import GatedMLPSite
 
 RECOMPUTE = "_recompute"
@@ -21,22 +22,35 @@ UNKNOWN = "the number of features is not known at compile time"
 
 UNMEASURED = "not measured to be faster than Inductor at this size"
 
-USUAL: Mapping[tuple[str, str, str], str] = {
-    ("inference", "separate", "one row"): "inductor",
-    ("inference", "separate", "few rows"): "inductor",
-    ("inference", "separate", "some rows"): "inductor",
-    ("inference", "separate", "many rows"): "inductor",
-    ("inference", "packed", "one row"): "inductor",
-    ("inference", "packed", "few rows"): "inductor",
-    ("inference", "packed", "some rows"): "inductor",
-    ("inference", "packed", "many rows"): "inductor",
-    ("training", "separate", "some rows"): "inductor",
-    ("training", "separate", "many rows"): "inductor",
-    ("training", "packed", "some rows"): "inductor",
-    ("training", "packed", "many rows"): "inductor",
+_MEASURED = Measured(
+    "python -m xfcompile bench gated-mlp",
+    "2026-11-25",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/gated_h200.json",
+)
+
+_HOPPER: Mapping[tuple[str, str, str], Fact[str]] = {
+    ("inference", "separate", "one row"): Fact("inductor", _MEASURED),
+    ("inference", "separate", "few rows"): Fact("inductor", _MEASURED),
+    ("inference", "separate", "some rows"): Fact("inductor", _MEASURED),
+    ("inference", "separate", "many rows"): Fact("inductor", _MEASURED),
+    ("inference", "packed", "one row"): Fact("inductor", _MEASURED),
+    ("inference", "packed", "few rows"): Fact("inductor", _MEASURED),
+    ("inference", "packed", "some rows"): Fact("inductor", _MEASURED),
+    ("inference", "packed", "many rows"): Fact("inductor", _MEASURED),
+    ("training", "separate", "some rows"): Fact("inductor", _MEASURED),
+    ("training", "separate", "many rows"): Fact("inductor", _MEASURED),
+    ("training", "packed", "some rows"): Fact("inductor", _MEASURED),
+    ("training", "packed", "many rows"): Fact("inductor", _MEASURED),
 }
-"""The usual route on GPUs, of 16-bit numbers: by what is differentiated, how many weights there are, and the class of
-the number of rows. What is not in the table is left to Inductor. examples/bench_gated.py measures all of its cells."""
+
+USUAL: dict[tuple[str, str, str, str], Fact[str]] = {
+    **{(SM_90, *place): fact for place, fact in _HOPPER.items()},
+    **{(kind, *place): Fact(fact.value) for kind in (SM_80, SM_100, GFX942) for place, fact in _HOPPER.items()},
+}
+"""The usual route of 16-bit numbers: by hardware, what is differentiated, how many weights there are, and the class of
+the number of rows. What is not in the table is left to Inductor. `python -m xfcompile bench gated-mlp` measures all of
+its cells."""
 
 CLASSES = ((1, "one row"), (16, "few rows"), (1023, "some rows"))
 """Up to how many rows; "many rows" beyond. 16 rows are one tile of tensor cores, and cost no more than reading the
@@ -56,7 +70,8 @@ def usual(site: GatedMLPSite, training: bool) -> str:
     if rows is None or site.experts is not None or site.dtype.itemsize != 2:
         return "inductor"
     weights = "separate" if site.layout == "separate" else "packed"
-    return USUAL.get(("training" if training else "inference", weights, rows), "inductor")
+    place = (hardware_of(site.root.meta.device), "training" if training else "inference", weights, rows)
+    return USUAL.get(place, Fact("inductor")).value
 
 
 def choose(site: GatedMLPSite, *, training: bool, forced: str | None) -> Route:

@@ -13,6 +13,8 @@ from xfcompile.family import Candidate, Route
 from xfcompile.kernels import philox
 from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
+from xfcompile.meaning import Tensor
+from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.score import B, H, J, Load, S
 from xfcompile.site import AttentionSite, Placed
 
@@ -30,8 +32,47 @@ FEW_QUERIES = 32
 """Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys.
 Ours then splits the keys (kernels/attention/launch_decode.py has the same number)."""
 
-PLAIN_DECODING = "sdpa"
-"""What runs few queries without any mask: ours is not measured against SDPA there yet (examples/bench_decode.py)."""
+_PROGRAMS = Measured(
+    "python -m xfcompile bench attention",
+    "2026-11-25",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/programs_h200.json",
+)
+_MODELS = Measured(
+    "python -m xfcompile bench models",
+    "2026-11-24",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/models_h200.json",
+)
+_DECODING = Measured(
+    "python -m xfcompile bench decode",
+    "2026-11-24",
+    "H100, torch 2.11, triton 3.6",
+    "examples/results/decode_h100.json",
+)
+_CPU = Measured(
+    "python -m xfcompile bench attention", "2026-11-24", "2 CPU threads, torch 2.13", "examples/results/cpu.json"
+)
+
+CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "few queries", "other")
+"""plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient. few queries: fewer
+than `FEW_QUERIES`, of what may be many keys."""
+
+_GPU: dict[str, Fact[tuple[str, ...]]] = {
+    "plain": Fact(("sdpa", "triton"), _PROGRAMS),
+    "plain, few queries": Fact(("sdpa", "triton"), _DECODING),
+    "learned bias, few keys": Fact(("sdpa", "triton"), _MODELS),
+    "few queries": Fact(("triton", "sdpa"), _DECODING),
+    "other": Fact(("triton", "sdpa"), _PROGRAMS),
+}
+
+ROUTES: dict[tuple[str, str], Fact[tuple[str, ...]]] = {
+    **{(SM_90, name): fact for name, fact in _GPU.items()},
+    **{(kind, name): Fact(fact.value) for kind in (SM_80, SM_100, GFX942) for name, fact in _GPU.items()},
+    **{(CPU, name): Fact(("sdpa",), _CPU) for name in CLASSES},
+}
+"""By hardware and class of sites: the routes in the order in which they are taken, the first that can be. Where none
+can be, a site is left to Inductor. Other hardware has SDPA."""
 
 
 UNKNOWN = "a head dimension is not known at compile time"
@@ -57,6 +98,7 @@ class AttentionCandidate(Candidate):
     """An attention at a node, with the readings of its operands that were chosen there, and the score of these.
 
     words: what SDPA is told of it, where that is its route. training: whether its result needs a gradient.
+    loads: what the score loads from, in the program's names.
     """
 
     site: AttentionSite
@@ -66,6 +108,7 @@ class AttentionCandidate(Candidate):
     score: sympy.Expr
     words: Told | None = None
     training: bool = False
+    loads: tuple[Tensor, ...] = ()
 
 
 def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
@@ -112,23 +155,30 @@ def choose(
         return (Route("inductor", sdpa), None) if sdpa else (Route("sdpa", "asked for"), sayable)
     if wanted == "triton":
         return (Route("inductor", kernel), None) if kernel else (Route("triton", "asked for"), sayable)
-    if device == "cpu":
-        return (Route("inductor", sdpa), None) if sdpa else (Route("sdpa"), sayable)
+    why_not = {"sdpa": sdpa, "triton": kernel or _why_slow_kernel(site)}
+    kind = shape_class(site, sayable, bias_grad)
+    order = ROUTES.get((hardware_of(site.root.meta.device), kind), Fact(("sdpa",))).value
+    name = next((name for name in order if why_not[name] is None), "inductor")
+    if name == "inductor":
+        return Route("inductor", sdpa if device == "cpu" else why_not["triton"] or sdpa), None
+    reason = None
+    if name == "triton" and _few_queries(site):
+        reason = "few queries: their keys are split over the GPU"
+    elif name == "sdpa" and kind == "learned bias, few keys":
+        reason = f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
+    elif name == "sdpa" and name != order[0]:
+        reason = why_not[order[0]]
+    return Route(name, reason), sayable
+
+
+def shape_class(site: AttentionSite, words: Told | None, bias_grad: bool) -> str:
+    """One of `CLASSES`. words: the site in SDPA's, if it has any."""
     few = _few_queries(site)
-    slow = _why_slow_kernel(site)
-    if sayable is not None and sayable.plain and sdpa is None and not (few and PLAIN_DECODING != "sdpa"):
-        return Route("sdpa"), sayable
-    few_keys = sympy.sympify(site.keys).is_Integer and site.keys <= BIAS_KEYS
-    if bias_grad and few_keys and sdpa is None:
-        return Route(
-            "sdpa", f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
-        ), sayable
-    if device == "cuda" and kernel is None and slow is None:
-        return Route("triton", "few queries: their keys are split over the GPU" if few else None), sayable
-    kernel = kernel or slow
-    if sdpa is None:
-        return Route("sdpa", kernel), sayable
-    return Route("inductor", kernel or sdpa), None
+    if words is not None and words.plain:
+        return "plain, few queries" if few else "plain"
+    if bias_grad and sympy.sympify(site.keys).is_Integer and site.keys <= BIAS_KEYS and words is not None:
+        return "learned bias, few keys"
+    return "few queries" if few else "other"
 
 
 def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad: bool) -> str | None:

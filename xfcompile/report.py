@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from xfcompile.checks import Check
@@ -21,6 +21,8 @@ from xfcompile.source import RewriteError
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.table import Table
+
+    from xfcompile.meaning import About
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class SiteReport:
     expression: what was read, in sympy's notation. mask: what its mask was recognised as ("causal", "key padding").
     module: the module that it stands in, "layers.3.attention". tiles: what was proved of the mask, the bounds of the
     keys and the share of tiles: "i - 255 <= j < i + 1: 8% of 64x64 tiles run, 3% masked".
+    about: what a page shows besides. It is no part of what makes two entries alike, nor of JSON.
     """
 
     family: str
@@ -48,6 +51,7 @@ class SiteReport:
     mask: str | None = None
     module: str | None = None
     tiles: str | None = None
+    about: About | None = field(default=None, compare=False, repr=False)
 
     @property
     def replaced(self) -> bool:
@@ -57,18 +61,24 @@ class SiteReport:
     @property
     def kind(self) -> SiteReport:
         """The same entry without the numbers in its module's name: alike for all layers of a model."""
-        return SiteReport(**{**asdict(self), "module": self.module and re.sub(r"\d+", "*", self.module)})
+        return replace(self, module=self.module and re.sub(r"\d+", "*", self.module))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but `about`, as JSON knows it."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "about"}
 
 
 @dataclass
 class Report:
     """All candidates of the graphs that were read. `failures`: errors of our own; each left a site as it was.
-    `checks`: the replaced sites that were run beside their originals (option `verify`)."""
+    `checks`: the replaced sites that were run beside their originals (option `verify`). `calls`: what the graphs
+    consist of when Inductor gets them, and how often."""
 
     sites: list[SiteReport] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     graphs: int = 0
     checks: list[Check] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
 
     def add(self, site: SiteReport) -> None:
         self.sites.append(site)
@@ -86,10 +96,11 @@ class Report:
         return f"an error of xfcompile: {type(error).__name__}: {error}"
 
     def extend(self, other: Report) -> None:
-        self.sites += other.sites
+        self.sites += [_later(site, self.graphs) for site in other.sites]
         self.failures += other.failures
         self.graphs += other.graphs
         self.checks += other.checks
+        self.calls += other.calls
 
     def summary(self) -> str:
         """One line: "24 attention sites: 24 matched (24 sdpa)"."""
@@ -110,7 +121,7 @@ class Report:
         return {
             "summary": self.summary(),
             "graphs": self.graphs,
-            "sites": [asdict(site) for site in self.sites],
+            "sites": [site.to_dict() for site in self.sites],
             "failures": list(self.failures),
             "checks": [asdict(check) for check in self.checks],
         }
@@ -160,6 +171,14 @@ class Report:
             style = "green" if site.matched and site.route != "inductor" else "yellow"
             table.add_row(str(count), where, Text(site.route or "-", style=style), read)
         return table
+
+
+def _later(site: SiteReport, graphs: int) -> SiteReport:
+    """The same site behind those of so many graphs."""
+    if site.about is None or not graphs:
+        return site
+    first, *rest = site.about.place
+    return replace(site, about=replace(site.about, place=(first + graphs, *rest)))
 
 
 def _read(site: SiteReport) -> list[Any]:

@@ -15,12 +15,13 @@ from xfcompile.aten import export_again, is_exported, output_names
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Site, Words, needs_grad
 from xfcompile.liveness import erase_orphans, live_nodes
+from xfcompile.meaning import About, Kernel, program_of
 from xfcompile.options import Options
 from xfcompile.read import Memory, Reading
 from xfcompile.report import Report, SiteReport
 from xfcompile.search import Search
 from xfcompile.site import Miss
-from xfcompile.source import source_of
+from xfcompile.source import frames_of, source_of
 from xfcompile.subclass import subclass_at
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
@@ -75,13 +76,16 @@ def _rewrite(
     verification: Verification | None,
     *,
     recomputed: bool = False,
+    place: tuple[int, ...] = (0,),
 ) -> None:
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
+        inside = (*place, reading.time[node])
         if name in _TRANSPARENT:
-            _rewrite(child, search, options, report, verification, recomputed=recomputed or name in _CHECKPOINTS)
+            again = recomputed or name in _CHECKPOINTS
+            _rewrite(child, search, options, report, verification, recomputed=again, place=inside)
         else:
-            _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change")
+            _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change", inside)
     before, changes = live_nodes(reading), Changes()
     names = output_names(reading.gm.graph) if is_exported(reading.gm.graph) else None
     replaced: list[tuple[fx.Node, SiteReport]] = []
@@ -90,7 +94,7 @@ def _rewrite(
         live = _live(reading, changes)
         for anchor, miss in misses:
             if reading.steps[anchor] in live:
-                report.add(_missed(family, reading.steps[anchor], miss.reason))
+                report.add(_missed(family, reading, reading.steps[anchor], miss.reason, place))
         # In the order of the graph, for what is made once stands before the first that needs it.
         candidates = sorted((c for c in candidates if c.node in live), key=lambda c: reading.time[c.node])
         candidates = [_planned(reading, family, c, options, recomputed, report) for c in candidates]
@@ -100,9 +104,10 @@ def _rewrite(
         for candidate in candidates:
             if candidate.route.replaces and candidate.node in changes.instead:
                 candidate = _left(candidate, "another site with the same result is replaced")
+            before_it = len(changes.inserted)
             if candidate.route.replaces:
                 candidate = _by_some_route(reading, family, candidate, shared, changes, options, recomputed, report)
-            entry = _matched(family, candidate, options, report)
+            entry = _matched(family, reading, candidate, changes.inserted[before_it:], place, options, report)
             report.add(entry)
             if candidate.route.replaces:
                 replaced.append((candidate.node, entry))
@@ -338,16 +343,18 @@ def _written_later(reading: Reading, node: fx.Node) -> bool:
 # -- the report ---------------------------------------------------------------------------------------------------
 
 
-def _decline_all(reading: Reading, search: Search, report: Report, reason: str) -> None:
-    for _, child in reading.children:
-        _decline_all(child, search, report, reason)
+def _decline_all(reading: Reading, search: Search, report: Report, reason: str, place: tuple[int, ...]) -> None:
+    for node, child in reading.children:
+        _decline_all(child, search, report, reason, (*place, reading.time[node]))
     for family in search.families:
         found = search.found(reading, family)
         for anchor in found.anchors:
-            report.add(_missed(family, reading.steps[anchor], reason))
+            report.add(_missed(family, reading, reading.steps[anchor], reason, place))
 
 
-def _missed(family: Family[Any, Any], node: fx.Node, reason: str) -> SiteReport:
+def _missed(
+    family: Family[Any, Any], reading: Reading, node: fx.Node, reason: str, place: tuple[int, ...]
+) -> SiteReport:
     return SiteReport(
         family=family.name,
         matched=False,
@@ -355,25 +362,37 @@ def _missed(family: Family[Any, Any], node: fx.Node, reason: str) -> SiteReport:
         reason=reason,
         source=source_of(node),
         module=_module(node),
+        about=About((*place, reading.time[node]), frames_of(node)),
     )
 
 
-def _matched(family: Family[Any, Any], candidate: Candidate, options: Options, report: Report) -> SiteReport:
+def _matched(
+    family: Family[Any, Any],
+    reading: Reading,
+    candidate: Candidate,
+    made: Sequence[fx.Node],
+    place: tuple[int, ...],
+    options: Options,
+    report: Report,
+) -> SiteReport:
+    """The entry of a candidate; made: the nodes that were added for it."""
+    node = candidate.node
+    words, kernels = Words(), tuple[Kernel, ...]()
     try:
-        words = family.words(candidate)
+        words, kernels = family.words(candidate), family.kernels(made)
     except Exception as error:
-        report.failed(f"describing {family.title} at {_place(candidate.node)}", error, strict=options.strict)
-        words = Words()
+        report.failed(f"describing {family.title} at {_place(node)}", error, strict=options.strict)
     return SiteReport(
         family=family.name,
         matched=True,
         route=candidate.route.name,
         reason=candidate.route.reason,
-        source=source_of(candidate.node),
+        source=source_of(node),
         expression=words.expression,
         mask=words.mask,
-        module=_module(candidate.node),
+        module=_module(node),
         tiles=words.tiles,
+        about=About((*place, reading.time[node]), frames_of(node), words.meaning, program_of(made), kernels),
     )
 
 

@@ -25,6 +25,7 @@ from xfcompile.checks import Check, Difference, VerificationError
 from xfcompile.excerpt import Excerpt, Excerpts, excerpts
 from xfcompile.read import Memory, Reading
 from xfcompile.report import Report, SiteReport, publish
+from xfcompile.rounding import Rounded, nearby
 from xfcompile.site import Miss
 
 log = logging.getLogger(__name__)
@@ -221,27 +222,47 @@ def _compared(parts: Excerpts, root: Tensor, operands: Sequence[Any]) -> Iterato
     names = [node.name for node in parts.operands]
     dout = torch.randn(root.shape, dtype=torch.float32, device=root.device).to(root.dtype)
     wanted = parts.differentiated
+    moved, moved_dout = [nearby(x) for x in operands], nearby(dout)
     with torch.autocast(root.device.type, enabled=False):
         exact, exact_grads = _evaluate(parts.original, operands, wanted, dout, InDouble)
-        near, near_grads = _evaluate(parts.original, [_nearby(x) for x in operands], wanted, _nearby(dout), InDouble)
+        near, near_grads = _evaluate(parts.original, moved, wanted, moved_dout, InDouble)
     alone, eager_grads = _evaluate(parts.original, operands, wanted, dout, fx.Interpreter)
-    again = _difference("out", root, alone, exact, near)
+    spread = (near - exact).abs()
+    again = _difference("out", root, alone, exact, spread)
     if not again.ok:
         raise _NotComparable("outside of its program the original computes something else")
     ours, grads = _evaluate(parts.replacement, operands, wanted, dout, fx.Interpreter)
-    yield _difference("out", ours, root, exact, near)
-    for position, mine, eager, *references in zip(wanted, grads, eager_grads, exact_grads, near_grads, strict=True):
+    yield _difference("out", ours, root, exact, spread)
+    grads_rounding = _rounding(parts.replacement, operands, wanted, dout, root.dtype)
+    of_grads = zip(wanted, grads, eager_grads, exact_grads, near_grads, grads_rounding, strict=True)
+    for position, mine, eager, reference, nearly, rounded in of_grads:
         if eager is not None:
+            assert reference is not None and nearly is not None
             mine = torch.zeros_like(eager) if mine is None else mine
-            yield _difference(f"grad of {names[position]}", mine, eager, *references)  # type: ignore[arg-type]
+            spread = _larger((nearly - reference).abs(), rounded)
+            yield _difference(f"grad of {names[position]}", mine, eager, reference, spread)
 
 
-def _nearby(x: Any) -> Any:
-    """A tensor in fp64, every element moved by one rounding of its own dtype."""
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        return x
-    up = torch.rand(x.shape, device=x.device) < 0.5
-    return x.detach().double() * torch.where(up, 1.0, -1.0).double().mul(torch.finfo(x.dtype).eps).add(1)
+def _rounding(
+    replacement: Excerpt, operands: Sequence[Any], wanted: Sequence[int], dout: Tensor, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """How far the gradients of a replacement move under the roundings of its own way to compute them: the distance of
+    its runs in fp64 with and without. That says nothing of the original; a wrong one is as wrong in both."""
+    if not wanted:
+        return []
+    try:
+        with torch.autocast(dout.device.type, enabled=False):
+            exact = _evaluate(replacement, operands, wanted, dout, InDouble)[1]
+            with Rounded(dtype):
+                moved = _evaluate(replacement, operands, wanted, dout, InDouble)[1]
+    except Exception as error:  # many kernels know no fp64; the original's own roundings are what is left then
+        log.debug("the replacement does not run in fp64: %s", error)
+        return [None] * len(wanted)
+    return [None if x is None or y is None else (x - y).abs() for x, y in zip(moved, exact, strict=True)]
+
+
+def _larger(x: Tensor, y: Tensor | None) -> Tensor:
+    return x if y is None else torch.fmax(x, y)
 
 
 def _evaluate(
@@ -298,8 +319,8 @@ def _in_double(x: Any) -> Any:
     return pytree.tree_map(lambda y: y.double() if isinstance(y, Tensor) and y.dtype.is_floating_point else y, x)
 
 
-def _difference(what: str, ours: Tensor, eager: Tensor, exact: Tensor, near: Tensor) -> Difference:
-    """exact, near: the original in fp64, of the operands and of what is one rounding away from them.
+def _difference(what: str, ours: Tensor, eager: Tensor, exact: Tensor, spread: Tensor) -> Difference:
+    """exact: the original in fp64. spread: how far rounding moves each element of it.
 
     Errors where the original is finite in fp64 and in its own dtype. Where it is in neither, ours has to be the same;
     a number that is too large for the program's dtype only is compared with nothing."""
@@ -317,6 +338,6 @@ def _difference(what: str, ours: Tensor, eager: Tensor, exact: Tensor, near: Ten
         return torch.where(where, x, 0.0).amax().item() if x.numel() else 0.0
 
     error, own = (largest((x.double() - exact).abs(), compared & x.isfinite()) for x in (ours, eager))
-    moved = largest((near - exact).abs(), finite & near.isfinite())
+    moved = largest(spread, finite & spread.isfinite())
     bound = 2 * max(own, moved) + 4 * torch.finfo(eager.dtype).eps * largest(exact.abs(), finite)
     return Difference(what, math.inf if bool(wrong.any()) else error, own, bound)

@@ -1,7 +1,14 @@
 """Attention with any score: Triton kernels and their gradients, generated, behind `torch.ops.xfcompile.attention`."""
 
 from xfcompile.kernels.attention.gradient import why_no_gradient
-from xfcompile.kernels.attention.launch import FEW_TILES, mask_arguments, mask_of, tile_sizes
+from xfcompile.kernels.attention.launch import (
+    FEW_TILES,
+    mask_arguments,
+    mask_of,
+    source_of_kernel,
+    source_of_lists,
+    tile_sizes,
+)
 from xfcompile.kernels.attention.op import attention, attention_tiles, prepare
 from xfcompile.kernels.attention.tiles import supports
 
@@ -12,6 +19,8 @@ __all__ = [
     "mask_arguments",
     "mask_of",
     "prepare",
+    "source_of_kernel",
+    "source_of_lists",
     "supports",
     "tile_sizes",
     "why_no_gradient",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,10 +18,27 @@ log = logging.getLogger(__name__)
 FAULTLESS = (0, False)
 
 
+class NoTilesFit(RuntimeError):
+    """A device has too little shared memory for any tiles of a kernel: its op then computes by other means."""
+
+
+@functools.cache
+def say(what: str) -> None:
+    """Warns, once in a process, of what is computed by other means than a kernel, and tells who collects reports."""
+    from xfcompile.report import Report, publish
+
+    publish(Report(failures=[what]))
+    warnings.warn(f"xfcompile: {what}", RuntimeWarning, stacklevel=3)
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def launch(
     launch_with: Callable[[Tiles], Any], candidates: tuple[Iterable[Tiles], Iterable[Tiles]], q: Tensor, dv: int
 ) -> Tiles:
-    """Finds by launching; returns the tiles to launch with from now on.
+    """Finds by launching; returns the tiles to launch with from now on. Raises `NoTilesFit` where there are none.
 
     launch_with: returns what Triton made. candidates: those of which the best is taken, and what is tried if the device
     has too little memory for all of them.
@@ -38,9 +57,8 @@ def launch(
             faults[tiles] = found
             break
     if not faults:
-        raise RuntimeError(
-            f"xfcompile::attention: no tile size fits {torch.cuda.get_device_name(q.device)} with head dims "
-            f"{q.shape[3]} and {dv} in {q.dtype}"
+        raise NoTilesFit(
+            f"no tile size of attention fits {name_of(q.device)} with head dims {q.shape[3]} and {dv} in {q.dtype}"
         )
     best = min(faults, key=lambda tiles: faults[tiles])
     log.debug("%s, spilled registers and crowding: %s", best, faults[best])

@@ -124,6 +124,18 @@ def mask_of(key: str) -> str | None:
     return program(key).mask
 
 
+def source_of_kernel(key: str) -> str:
+    """The text of a kernel's module."""
+    return program(key).source
+
+
+def source_of_lists(key: str) -> str:
+    """The text of the module that makes the lists of tiles which a kernel takes."""
+    mask = mask_of(key)
+    assert mask is not None
+    return lists.program(mask).source
+
+
 def mask_arguments(
     key: str, operands: Sequence[Any], ints: Sequence[Any], floats: Sequence[Any]
 ) -> tuple[list[Any], list[Any], list[Any]]:
@@ -181,7 +193,42 @@ def run(
         call = prepared.calls[layout] = _call(
             prepared, q, k, v, operands, tiles is not None, (block_m, block_n), heads_first
         )
-    return call(q, k, v, operands, scalars, tiles, *random)
+    try:
+        return call(q, k, v, operands, scalars, tiles, *random)
+    except fit.NoTilesFit as error:
+        fit.say(f"{error}: it is computed by its definition, in plain PyTorch")
+        call = prepared.calls[layout] = _by_definition(prepared.spec, heads_first)
+        return call(q, k, v, operands, scalars, tiles, *random)
+
+
+def _by_definition(spec: ScoreSpec, heads_first: bool) -> Call:
+    """For what no tiles fit."""
+
+    def call(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+        tiles: Tensor | None,
+        *random: Any,
+    ) -> tuple[Tensor, Tensor]:
+        ints, floats = split(spec, scalars)
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        made = outputs(q, v, heads_first)
+        for x, value in zip(
+            made, reference.attention(spec, q, k, v, operands, ints, floats, dtype, *random), strict=True
+        ):
+            x.copy_(value)
+        return made
+
+    return call
+
+
+def split(spec: ScoreSpec, scalars: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Scalars, as a kernel takes them, as whole and real numbers."""
+    chosen = list(zip(spec.scalars, scalars, strict=True))
+    return [x for s, x in chosen if s.is_integer], [x for s, x in chosen if not s.is_integer]
 
 
 def random_of(spec: ScoreSpec, seed: Tensor | None, stream: int) -> tuple[Tensor, int] | tuple[()]:
@@ -317,6 +364,8 @@ class FirstThatRuns:
             return
         try:
             self.launch(*arguments)
+        except fit.NoTilesFit:
+            raise  # of the other one: nothing else is left
         except Exception as error:
             log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
             self.launch = self.other()
@@ -438,7 +487,7 @@ def no_keys(
     """A sum over nothing is 0, whatever the rule for rows whose keys are all masked."""
     lse.fill_(-math.inf)
     if spec.sink is not None:
-        ints, floats = ([x for x in scalars if isinstance(x, int) == whole] for whole in (True, False))
+        ints, floats = split(spec, scalars)
         lse.copy_(reference.attention(spec, q, k, v, operands, ints, floats)[1])
     return out.zero_(), lse
 

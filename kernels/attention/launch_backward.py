@@ -138,7 +138,11 @@ def run(
     random = launch.random_of(program.spec, seed, stream)
     call = _Call(program, needs, dout, q, k, v, out, lse, operands, ints, floats, random)
     call.listed(tiles, tiles_by_key, block_m, block_n)
-    call.fill(made)
+    try:
+        call.fill(made)
+    except fit.NoTilesFit as error:
+        fit.say(f"{error}: its gradients are computed by their definition, in plain PyTorch")
+        return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
     return made
 
 

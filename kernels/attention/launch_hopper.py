@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xfcompile.kernels.attention import cache, codegen, hopper, lists
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides
-from xfcompile.kernels.attention.tiles import HOPPER, capability, device_generation, padded
+from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.site import ScoreSpec
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ FEW_QUERIES = 64
 
 def why_not(prepared: Program, device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> str | None:
     """Why such a site is not computed by this kernel; None if it is."""
-    if device.type != "cuda" or torch.version.hip is not None or device_generation(device) != HOPPER:
-        return "it is for Hopper"
-    if capability(device.index)[0] != 9:
+    if device.type != "cuda" or device_generation(device) != HOPPER:
         return "it is for Hopper"
     return _why_not(prepared.key, dtype, dq, dv) or _why_no_module(prepared.key)
 

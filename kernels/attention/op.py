@@ -52,6 +52,7 @@ def check(
     tiles: Tensor | None,
     block_m: int,
     block_n: int,
+    tiles_by_key: Tensor | None = None,
 ) -> None:
     """Shapes, dtypes and devices; an error says what was expected and what was found."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -70,23 +71,26 @@ def check(
     found = [(x.dtype, x.ndim) for x in operands]
     if found != [(x.dtype, x.ndim) for x in expected]:
         raise ValueError(f"xfcompile::attention: kernel {key} loads from operands {list(expected)}, not {found}")
-    if tiles is not None:
-        _check_tiles(q, k, tiles, block_m, block_n, key)
+    for lists_, by_key in ((tiles, False), (tiles_by_key, True)):
+        if lists_ is not None:
+            _check_tiles(q, k, lists_, block_m, block_n, key, by_key)
 
 
-def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int, key: str) -> None:
+def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int, key: str, by_key: bool) -> None:
     prepared = launch.program(key)
     if prepared.mask is None:
         raise ValueError(f"xfcompile::attention: kernel {key} takes no lists of tiles")
     if block_m < 1 or block_n < 1:
         raise ValueError(f"xfcompile::attention: tiles are listed by their sizes, not of {block_m} by {block_n}")
     shape = (*q.shape[:3], k.shape[2])
-    wanted = lists.output(q, lists.program(prepared.mask), shape, block_m, block_n)
+    wanted = lists.output(q, lists.program(prepared.mask), shape, block_m, block_n, by_key)
     if tiles.shape != wanted.shape or tiles.dtype != torch.int32 or not tiles.is_contiguous():
         raise ValueError(
-            f"xfcompile::attention: lists of tiles of {block_m} by {block_n} are contiguous int32 of "
-            f"{list(wanted.shape)}, not {tiles.dtype} of {list(tiles.shape)}"
+            f"xfcompile::attention: lists of tiles of {block_m} by {block_n}{', by keys,' if by_key else ''} are "
+            f"contiguous int32 of {list(wanted.shape)}, not {tiles.dtype} of {list(tiles.shape)}"
         )
+    if tiles.device != q.device:
+        raise ValueError(f"xfcompile::attention: lists of tiles must be on {q.device}, not on {tiles.device}")
 
 
 def _attention_cuda(
@@ -106,7 +110,7 @@ def _attention_cuda(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     def checked() -> None:
-        check(q, k, v, operands, kernel, tiles, block_m, block_n)
+        check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
         reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
         if reason is not None:
             raise NotImplementedError(f"xfcompile::attention: {reason}")
@@ -132,7 +136,7 @@ def _attention_cpu(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, operands, kernel, tiles, block_m, block_n)
+    check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
         more: dict[str, Any] = {"seed": seed, "stream": stream}
         return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, **more)
@@ -160,7 +164,7 @@ def _attention_fake(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    check(q, k, v, operands, kernel, tiles, block_m, block_n)
+    check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
     return launch.outputs(q, v, heads_first)
 
 

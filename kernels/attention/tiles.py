@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch.utils._triton import has_triton_package
 
+from xfcompile.measured import GFX942, SM_80, SM_90, SM_100, Fact, Measured
+from xfcompile.measured import hardware as generation
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
@@ -23,32 +26,42 @@ class Tiles:
     num_stages: int
 
 
-# By (generation, bits of an element, head dim padded to a power of two). Hopper's 16-bit D64 and D128 are the best over
-# seven programs on an H200 (examples/bench_routes.py, examples/results/routes-h200.json): small tiles leave room for
-# several programs on a multiprocessor, one of which multiplies while another exponentiates. The others start from the
-# defaults that torch's FlexAttention settled on for this loop (torch/_inductor/template_heuristics), changed where they
-# spill registers (examples/cross_compile.py), and are not measured.
-HOPPER, AMPERE, AMD = "hopper", "ampere", "amd"
-TABLE: dict[tuple[str, int, int], Tiles] = {
-    (HOPPER, 16, 64): Tiles(64, 64, 4, 3),
-    (HOPPER, 16, 128): Tiles(64, 64, 4, 3),
-    (HOPPER, 16, 256): Tiles(128, 64, 8, 2),
-    (HOPPER, 32, 64): Tiles(64, 32, 8, 2),
-    (HOPPER, 32, 128): Tiles(32, 32, 8, 2),
-    (HOPPER, 32, 256): Tiles(32, 16, 4, 2),
-    (AMPERE, 16, 64): Tiles(128, 32, 4, 3),
-    (AMPERE, 16, 128): Tiles(128, 64, 8, 3),
-    (AMPERE, 16, 256): Tiles(64, 32, 8, 2),
-    (AMPERE, 32, 64): Tiles(64, 32, 8, 2),
-    (AMPERE, 32, 128): Tiles(32, 32, 8, 2),
-    (AMPERE, 32, 256): Tiles(32, 16, 4, 2),
+HOPPER, BLACKWELL, AMPERE, AMD = SM_90, SM_100, SM_80, GFX942
+
+_FORWARD = Measured(
+    "examples/bench_routes.py", "2026-11-23", "H200, torch 2.11, triton 3.6", "examples/results/routes-h200.json"
+)
+
+# By (hardware, bits of an element, head dim padded to a power of two). What was measured is the best over seven
+# programs: small tiles leave room for several programs on a multiprocessor, one of which multiplies while another
+# exponentiates. The others start from the defaults that torch's FlexAttention settled on for this loop
+# (torch/_inductor/template_heuristics), changed where they spill registers (examples/cross_compile.py).
+TABLE: dict[tuple[str, int, int], Fact[Tiles]] = {
+    (HOPPER, 16, 64): Fact(Tiles(64, 64, 4, 3), _FORWARD),
+    (HOPPER, 16, 128): Fact(Tiles(64, 64, 4, 3), _FORWARD),
+    (HOPPER, 16, 256): Fact(Tiles(128, 64, 8, 2)),
+    (HOPPER, 32, 64): Fact(Tiles(64, 32, 8, 2)),
+    (HOPPER, 32, 128): Fact(Tiles(32, 32, 8, 2)),
+    (HOPPER, 32, 256): Fact(Tiles(32, 16, 4, 2)),
+    (BLACKWELL, 16, 64): Fact(Tiles(64, 64, 4, 3)),
+    (BLACKWELL, 16, 128): Fact(Tiles(64, 64, 4, 3)),
+    (BLACKWELL, 16, 256): Fact(Tiles(128, 64, 8, 2)),
+    (BLACKWELL, 32, 64): Fact(Tiles(64, 32, 8, 2)),
+    (BLACKWELL, 32, 128): Fact(Tiles(32, 32, 8, 2)),
+    (BLACKWELL, 32, 256): Fact(Tiles(32, 16, 4, 2)),
+    (AMPERE, 16, 64): Fact(Tiles(128, 32, 4, 3)),
+    (AMPERE, 16, 128): Fact(Tiles(128, 64, 8, 3)),
+    (AMPERE, 16, 256): Fact(Tiles(64, 32, 8, 2)),
+    (AMPERE, 32, 64): Fact(Tiles(64, 32, 8, 2)),
+    (AMPERE, 32, 128): Fact(Tiles(32, 32, 8, 2)),
+    (AMPERE, 32, 256): Fact(Tiles(32, 16, 4, 2)),
     # AMD's compiler counts the loop itself as a stage, and its registers hold less of a tile.
-    (AMD, 16, 64): Tiles(128, 64, 4, 1),
-    (AMD, 16, 128): Tiles(128, 64, 8, 1),
-    (AMD, 16, 256): Tiles(64, 32, 4, 1),
-    (AMD, 32, 64): Tiles(64, 32, 4, 1),
-    (AMD, 32, 128): Tiles(64, 32, 4, 1),
-    (AMD, 32, 256): Tiles(32, 16, 4, 1),
+    (AMD, 16, 64): Fact(Tiles(128, 64, 4, 1)),
+    (AMD, 16, 128): Fact(Tiles(128, 64, 8, 1)),
+    (AMD, 16, 256): Fact(Tiles(64, 32, 4, 1)),
+    (AMD, 32, 64): Fact(Tiles(64, 32, 4, 1)),
+    (AMD, 32, 128): Fact(Tiles(64, 32, 4, 1)),
+    (AMD, 32, 256): Fact(Tiles(32, 16, 4, 1)),
 }
 
 # Spilled registers a thread up to which the loop is as fast as without: a few are spilled outside of it.
@@ -79,35 +92,39 @@ def columns(dq: int, dv: int, *, interpreted: bool = False) -> tuple[int, int]:
     return wide, max(64, padded(dv), min(wide, 128))
 
 
-def generation(major: int, hip: bool) -> str:
-    if hip:
-        return AMD
-    return HOPPER if major in (9, 10) else AMPERE
-
-
 def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
     """The first tiles to try."""
     bits = 8 * dtype.itemsize
-    tiles = TABLE[kind, bits, max(64, padded(max(dq, dv)))]
+    tiles = TABLE[kind, bits, max(64, padded(max(dq, dv)))].value
     # Rows that do not exist are computed all the same: short queries get short tiles.
     rows = min(tiles.block_m, padded(lq))
     return replace(tiles, block_m=rows, num_warps=4 if rows < tiles.block_m else tiles.num_warps)
 
 
-# Of the backward's kernels, by (kernel, generation, bits of an element, head dim padded to a power of two): for scores
-# that are a multiple of q·k and what is added, and for others. Hopper's D64 and D128 are the best or near for two
-# programs on an H200 (examples/bench_backward.py, examples/results/backward_h200.json); D256 is not measured.
-BACKWARD: dict[tuple[str, str, int, int], tuple[Tiles, Tiles]] = {
-    ("dq", HOPPER, 16, 64): (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    ("dq", HOPPER, 16, 128): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
-    ("dq", HOPPER, 16, 256): (Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-    ("dkdv", HOPPER, 16, 64): (Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3)),
-    ("dkdv", HOPPER, 16, 128): (Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 2)),
-    ("dkdv", HOPPER, 16, 256): (Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-    ("load", HOPPER, 16, 64): (Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1)),
-    ("load", HOPPER, 16, 128): (Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
-    ("load", HOPPER, 16, 256): (Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
+_BACKWARD = Measured(
+    "examples/bench_backward.py", "2026-11-25", "H200, torch 2.11, triton 3.6", "examples/results/backward_h200.json"
+)
+
+
+def _both(linear: Tiles, other: Tiles, measured: Measured | None = None) -> Fact[tuple[Tiles, Tiles]]:
+    return Fact((linear, other), measured)
+
+
+# Of the backward's kernels, by (kernel, hardware, bits of an element, head dim padded to a power of two): for scores
+# that are a multiple of q·k and what is added, and for others. What was measured is the best or near for two programs.
+BACKWARD: dict[tuple[str, str, int, int], Fact[tuple[Tiles, Tiles]]] = {
+    ("dq", HOPPER, 16, 64): _both(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), _BACKWARD),
+    ("dq", HOPPER, 16, 128): _both(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), _BACKWARD),
+    ("dq", HOPPER, 16, 256): _both(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
+    ("dkdv", HOPPER, 16, 64): _both(Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3), _BACKWARD),
+    ("dkdv", HOPPER, 16, 128): _both(Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 2), _BACKWARD),
+    ("dkdv", HOPPER, 16, 256): _both(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
+    ("load", HOPPER, 16, 64): _both(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), _BACKWARD),
+    ("load", HOPPER, 16, 128): _both(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), _BACKWARD),
+    ("load", HOPPER, 16, 256): _both(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
 }
+# Blackwell's are Hopper's.
+BACKWARD |= {(name, BLACKWELL, *size): Fact(fact.value) for (name, _, *size), fact in BACKWARD.items()}  # type: ignore
 
 
 def choose_backward(
@@ -121,7 +138,7 @@ def choose_backward(
     if found is not None and narrow and name != "load" and wide == 64:
         return Tiles(64, 64, 4, 3)
     if found is not None:
-        return found[0 if linear else 1]
+        return found.value[0 if linear else 1]
     # Elsewhere nothing is measured: tiles that spill few registers (examples/cross_compile.py).
     if name == "load":  # square: tiles along a diagonal then have the same distances at the same places
         return Tiles(64, 64, 4, 1) if kind == AMD or wide == 64 else Tiles(32, 32, 4, 1)
@@ -184,6 +201,7 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 def device_generation(device: torch.device) -> str:
+    """The class of a GPU's hardware, as in tables: see `xfcompile.measured`."""
     return generation(capability(device.index)[0], torch.version.hip is not None)
 
 

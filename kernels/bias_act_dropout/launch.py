@@ -10,13 +10,15 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache
+from xfcompile.kernels.attention import cache, fit
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import interpreting
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.template import module
+from xfcompile.measured import Fact
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32)
@@ -43,15 +45,15 @@ class Share:
     num_warps: int
 
 
-# Not measured yet (examples/bench_bias_act_dropout.py --sweep). Forward: 32 elements a thread, in 4 loads.
-# Backward: half of it a step, as sums over rows stand in registers too.
-POINTWISE = {"forward": Share(4096, 1024, 4), "backward": Share(2048, 256, 4)}
+# Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
+# loads. Backward: half of it a step, as sums over rows stand in registers too.
+POINTWISE = {"forward": Fact(Share(4096, 1024, 4)), "backward": Fact(Share(2048, 256, 4))}
 
 PROGRAMS = 2048
 """Of a backward, about: more would only leave more sums to be added up, each of its own rows."""
 
 # Not measured yet either. By bytes of an element.
-PRODUCT = {2: Tile(128, 128, 8, 64, 3), 4: Tile(64, 64, 4, 32, 3)}
+PRODUCT = {2: Fact(Tile(128, 128, 8, 64, 3)), 4: Fact(Tile(64, 64, 4, 32, 3))}
 GROUP = 8
 """Blocks of rows that run beside each other, so that a weight's columns are read from cache."""
 
@@ -59,8 +61,14 @@ INTERPRETED = Tile(16, 32, 4, 32)
 
 
 @functools.cache
+def source_of_kernel(text: str, vectors: int, tensors: int, p: float) -> str:
+    """The text of a formula's module."""
+    return module(parse(text, vectors, tensors), p)
+
+
+@functools.cache
 def _module(text: str, vectors: int, tensors: int, p: float, interpreted: bool) -> ModuleType:
-    source = module(parse(text, vectors, tensors), p)
+    source = source_of_kernel(text, vectors, tensors, p)
     path = cache.store(source, "bias_act_dropout_")
     return cache.load(path, f"xfcompile_{path.stem}{'_interpreted' if interpreted else ''}")
 
@@ -163,7 +171,7 @@ def linear(
     """x [.., K], weight [N, K]; into `out` [.., N] and, where it is there, `pre`: the product without its bias."""
     rows = rows_of(x, *tensors)
     n, k = weight.shape
-    tile = INTERPRETED if x.device.type == "cpu" else PRODUCT[x.dtype.itemsize]
+    tile = INTERPRETED if x.device.type == "cpu" else PRODUCT[x.dtype.itemsize].value
     given = [out, _or(pre, out), rows.tensors[0], weight, _or(bias, out), *map(_dense, vectors), *rows.tensors[1:]]
     given.append(_or(seed, out))
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0], *weight.stride(), k]
@@ -178,7 +186,23 @@ def linear(
     }
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
     key = ("linear", text, p, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, numbers, [stream])
+    launch = _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)
+    if key not in _unfit:
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            launch(given, numbers, [stream])
+            return
+        except OutOfResources as error:
+            _unfit.add(key)
+            fit.say(
+                f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error}): it is "
+                "computed by PyTorch's product and a kernel after it"
+            )
+    product = F.linear(x, weight)
+    if pre is not None:
+        pre.copy_(product)
+    forward(out, product, bias, vectors, tensors, seed, stream, text, p)
 
 
 def backward(
@@ -225,6 +249,8 @@ def backward(
 
 
 _launches: dict[Any, Launch] = {}
+_unfit: set[Any] = set()
+"""Those of products for which a device has too little shared memory."""
 
 
 def _launch(
@@ -256,7 +282,7 @@ def pointwise(n: int, kernel: str) -> Tile:
     """Tiles of the kernels without a product."""
     if interpreting():
         return Tile(8, 32, 4)
-    share = POINTWISE[kernel]
+    share = POINTWISE[kernel].value
     block_n = min(max(1 << (n - 1).bit_length(), 8), share.widest)
     return Tile(max(share.elements // block_n, 1), block_n, share.num_warps)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
+from xfcompile.kernels.attention.fit import NoTilesFit, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Launch
-from xfcompile.kernels.attention.tiles import HOPPER, device_generation
+from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import codegen, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
 from xfcompile.site import Layout
@@ -71,6 +72,11 @@ def program(key: str) -> Program:
         module = cache.load(cache.store(source, PREFIX), f"xfcompile_{PREFIX}{key}_formula")
         _programs[key] = Program(key, codegen.parse(module.FORMULA), source)
     return _programs[key]
+
+
+def source_of_kernel(key: str) -> str:
+    """The text of a kernel's module."""
+    return program(key).source
 
 
 @dataclass(frozen=True)
@@ -136,7 +142,7 @@ def forward(
 ) -> None:
     """Fills out [E, M, N] and, if there is one, saved [E, M, 2 N] with both projections.
 
-    check: called at the first of all calls with such tensors.
+    check: called at the first of all calls with such tensors. Raises `NoTilesFit` where no tiles fit the device.
     """
     prepared = program(key)
     if out.numel() == 0:
@@ -200,7 +206,7 @@ def _described(operands: Operands, kind: str) -> bool:
     """Whether all that is multiplied can be read through descriptors: rows that start at multiples of 16 bytes."""
     tensors = (operands.x, operands.gate, operands.up)
     return (
-        kind == HOPPER
+        kind in (HOPPER, BLACKWELL)
         and operands.x.shape[0] == 1
         and operands.x.dtype.itemsize == 2
         and all(
@@ -224,14 +230,22 @@ class _Fitting:
         self.kernel, self.programs, self.first = kernel, programs, first
         self.numbers, self.constants, self.inner = numbers, constants, inner
         self.launch: Launch | None = None
+        self.unfit: NoTilesFit | None = None
 
     def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
         if self.launch is not None:
             self.launch(tensors, self.numbers, free)
             return
-        self.launch = _first_that_fits(
-            [self.first, *tiles.smaller(self.first)], self._made, tensors, self.numbers, free
-        )
+        if self.unfit is not None:
+            raise self.unfit
+        try:
+            self.launch = self._fitted(tensors, free)
+        except NoTilesFit as error:
+            self.unfit = error.with_traceback(None)
+            raise
+
+    def _fitted(self, tensors: list[Tensor], free: list[Any]) -> Launch:
+        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors, self.numbers, free)
 
     def _made(self, t: Tiles) -> Launch:
         known = {**self.constants, **_sizes(t), "EVEN_K": self.inner % t.block_k == 0}
@@ -266,7 +280,7 @@ def _first_that_fits(
             log.debug("%s does not fit: %s", t, error)
         else:
             return launch
-    raise RuntimeError(f"xfcompile::gated_mlp: no tile size fits {torch.cuda.get_device_name(tensors[0].device)}")
+    raise NoTilesFit(f"no tile size of a gated MLP fits {name_of(tensors[0].device)}")
 
 
 class _Described:

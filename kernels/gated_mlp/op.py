@@ -7,6 +7,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import interpreting, runs
 from xfcompile.kernels.double_backward import refuse
 from xfcompile.kernels.gated_mlp import launch, reference
@@ -152,13 +153,17 @@ def _gated_mlp(
     if x.device.type == "cpu" and not interpreting():
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     dropout = Dropout(seed if p != 0.0 else None, p)
-    if form == "packed":
-        both = project(x, weight, up_weight, gate_bias, up_bias, known)
-        launch.product(kernel, _three(both), known, dropout, _three(out))
-        return out, both if save else saved
-    operands = _operands(x, weight, up_weight, gate_bias, up_bias, known)
-    launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None, checked)
-    return out, saved
+    if form == "dual":
+        operands = _operands(x, weight, up_weight, gate_bias, up_bias, known)
+        try:
+            launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None, checked)
+        except fit.NoTilesFit as error:
+            fit.say(f"{error}: it is computed by PyTorch's products and a kernel after them")
+        else:
+            return out, saved
+    both = project(x, weight, up_weight, gate_bias, up_bias, known)
+    launch.product(kernel, _three(both), known, dropout, _three(out))
+    return out, both if save else saved
 
 
 def _by_reference(

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from xfcompile.kernels.attention.tiles import AMD, AMPERE, HOPPER
+from xfcompile.kernels.attention.tiles import AMD, AMPERE, BLACKWELL, HOPPER
+from xfcompile.measured import Fact
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,18 @@ class Tiles:
     flatten: bool = False
 
 
-# By (generation, bits of an element). Hopper's: two sums of 128 x 128 are one of 128 x 256, the largest that eight
-# warps hold, and what cuBLAS takes; four stages of 48 KiB fill its shared memory. None is measured yet:
-# `examples/bench_gated.py --sweep` is what chooses. Registers and spills are examples/cross_compile.py's.
-DUAL: dict[tuple[str, int], Tiles] = {
-    (HOPPER, 16): Tiles(128, 128, 64, 8, 4, parts=2),
-    (HOPPER, 32): Tiles(64, 64, 32, 8, 3),
-    (AMPERE, 16): Tiles(128, 64, 64, 8, 3),
-    (AMPERE, 32): Tiles(64, 64, 32, 8, 2),
-    (AMD, 16): Tiles(128, 64, 64, 8, 1),
-    (AMD, 32): Tiles(64, 64, 32, 8, 1),
+# By (hardware, bits of an element). Hopper's: two sums of 128 x 128 are one of 128 x 256, the largest that eight warps
+# hold, and what cuBLAS takes; four stages of 48 KiB fill its shared memory. None is measured yet:
+# `examples/bench_gated_tiles.py` is what chooses. Registers and spills are examples/cross_compile.py's.
+DUAL: dict[tuple[str, int], Fact[Tiles]] = {
+    (HOPPER, 16): Fact(Tiles(128, 128, 64, 8, 4, parts=2)),
+    (HOPPER, 32): Fact(Tiles(64, 64, 32, 8, 3)),
+    (BLACKWELL, 16): Fact(Tiles(128, 128, 64, 8, 4, parts=2)),
+    (BLACKWELL, 32): Fact(Tiles(64, 64, 32, 8, 3)),
+    (AMPERE, 16): Fact(Tiles(128, 64, 64, 8, 3)),
+    (AMPERE, 32): Fact(Tiles(64, 64, 32, 8, 2)),
+    (AMD, 16): Fact(Tiles(128, 64, 64, 8, 1)),
+    (AMD, 32): Fact(Tiles(64, 64, 32, 8, 1)),
 }
 
 FEW_ROWS = 16
@@ -46,11 +49,11 @@ one tile of 16, which is what tensor cores take."""
 
 # (one row or not, bits): a step reads 2 * block_n * block_k numbers of the weights: 16 KiB, three steps under way and
 # two or three programs on a multiprocessor are above the 40 KiB each that an H200's bandwidth takes under way.
-FEW: dict[tuple[bool, int], Tiles] = {
-    (True, 16): Tiles(1, 8, 512, 4, 3),
-    (True, 32): Tiles(1, 8, 256, 4, 3),
-    (False, 16): Tiles(16, 16, 256, 4, 3),
-    (False, 32): Tiles(16, 16, 128, 4, 3),
+FEW: dict[tuple[bool, int], Fact[Tiles]] = {
+    (True, 16): Fact(Tiles(1, 8, 512, 4, 3)),
+    (True, 32): Fact(Tiles(1, 8, 256, 4, 3)),
+    (False, 16): Fact(Tiles(16, 16, 256, 4, 3)),
+    (False, 32): Fact(Tiles(16, 16, 128, 4, 3)),
 }
 
 POINTWISE = (1, 1024, 4)
@@ -72,7 +75,7 @@ def dual(kind: str, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:
 
     save: whether both projections are stored too, which takes registers that a smaller part of a tile leaves.
     """
-    tiles = DUAL[kind, 8 * dtype.itemsize]
+    tiles = DUAL[kind, 8 * dtype.itemsize].value
     if save and tiles.parts > 1:
         tiles = replace(tiles, parts=2 * tiles.parts)
     if rows >= tiles.block_m:
@@ -82,7 +85,7 @@ def dual(kind: str, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:
 
 
 def few(dtype: torch.dtype, rows: int) -> Tiles:
-    return FEW[rows == 1, 8 * dtype.itemsize]
+    return FEW[rows == 1, 8 * dtype.itemsize].value
 
 
 def smaller(tiles: Tiles) -> Iterator[Tiles]:

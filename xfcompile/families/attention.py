@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from xfcompile.emit import Emitter
 from xfcompile.family import Family, Route, Setting, Words, value_needs_grad
+from xfcompile.meaning import AttentionMeaning, Kernel, called, dtype_name, known_sizes, tensor_of
 from xfcompile.patterns import attention
 from xfcompile.plan import UNKNOWN, AttentionCandidate, Told, choose
 from xfcompile.read import Reading
@@ -40,6 +42,7 @@ def _at_node(reading: Reading, site: AttentionSite, node: fx.Node) -> AttentionC
         k=k,
         v=v,
         score=score,
+        loads=tuple(tensor_of(reading, value) for value in site.loads),
     )
 
 
@@ -98,7 +101,43 @@ def _words(candidate: AttentionCandidate) -> Words:
         expression=expression(site, candidate.score),
         mask=site.mask,
         tiles=describe(site.keep, site.band, site.queries, site.keys),
+        meaning=_meaning(candidate),
     )
+
+
+def _meaning(candidate: AttentionCandidate) -> AttentionMeaning:
+    site = candidate.site
+    sizes = (*site.sizes, site.queries, site.keys, site.head_dim, site.value_dim)
+    return AttentionMeaning(
+        score=candidate.score,
+        keep=sympy.sympify(site.keep),
+        dead=site.dead,
+        alive=site.alive,
+        sink=site.sink,
+        band=site.band,
+        dropout=site.dropout,
+        sizes=site.sizes,
+        queries=site.queries,
+        keys=site.keys,
+        head_dim=site.head_dim,
+        value_dim=site.value_dim,
+        dtype=dtype_name(site.root.dtype),
+        loads=candidate.loads,
+        known=known_sizes(candidate.node, (candidate.score, site.keep, *sizes)),
+    )
+
+
+def _kernels(nodes: Sequence[fx.Node]) -> tuple[Kernel, ...]:
+    """The kernel that a replacement calls, and the one that lists its tiles, where it is given such lists."""
+    call = called(nodes, "xfcompile::attention")
+    if call is None:
+        return ()
+    from xfcompile.kernels.attention import source_of_kernel, source_of_lists
+
+    found = [Kernel("attention, forward", source_of_kernel(call["kernel"]))]
+    if call.get("tiles") is not None:
+        found.append(Kernel("lists of the tiles under its mask", source_of_lists(call["kernel"])))
+    return tuple(found)
 
 
 def expression(site: AttentionSite, score: sympy.Expr) -> str:
@@ -122,4 +161,5 @@ ATTENTION: Family[AttentionSite, AttentionCandidate] = Family(
     replace=replace_attention,
     words=_words,
     costly="the attention weights",
+    kernels=_kernels,
 )

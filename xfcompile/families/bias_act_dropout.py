@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Words
 from xfcompile.kernels.philox import fine_enough
 from xfcompile.layout import with_layout
+from xfcompile.meaning import Kernel, PointwiseMeaning, Tensor, called, dtype_name, tensor_of
+from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.patterns import bias_act_dropout as pattern
 from xfcompile.read import Reading
 from xfcompile.site import BiasActDropoutSite, Miss
@@ -35,16 +38,29 @@ class Usual:
     rows: int = 0
 
 
-USUAL: dict[tuple[str, bool], Usual] = {
-    ("activated", True): Usual("inductor"),
-    ("activated", False): Usual("inductor"),
-    ("added", True): Usual("inductor"),
-    ("added", False): Usual("inductor"),
-    ("no product", True): Usual("inductor"),
-    ("no product", False): Usual("inductor"),
+_MEASURED = Measured(
+    "python -m xfcompile bench bias-act-dropout",
+    "2026-11-25",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/bias_act_dropout_h200.json",
+)
+
+_HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
+    ("activated", True): Fact(Usual("inductor"), _MEASURED),
+    ("activated", False): Fact(Usual("inductor"), _MEASURED),
+    ("added", True): Fact(Usual("inductor"), _MEASURED),
+    ("added", False): Fact(Usual("inductor"), _MEASURED),
+    ("no product", True): Fact(Usual("inductor"), _MEASURED),
+    ("no product", False): Fact(Usual("inductor"), _MEASURED),
 }
-"""By `shape_class` and whether a gradient is needed. An opaque call keeps Inductor from fusing what stands beside it:
-another route has its place here only where a whole block is faster with it (examples/bench_bias_act_dropout.py)."""
+
+USUAL: dict[tuple[str, str, bool], Fact[Usual]] = {
+    **{(SM_90, *place): fact for place, fact in _HOPPER.items()},
+    **{(kind, *place): Fact(fact.value) for kind in (SM_80, SM_100, GFX942, CPU) for place, fact in _HOPPER.items()},
+}
+"""By hardware, `shape_class` and whether a gradient is needed. An opaque call keeps Inductor from fusing what stands
+beside it: another route has its place here only where a whole block is faster with it
+(`python -m xfcompile bench bias-act-dropout`)."""
 
 
 def shape_class(site: BiasActDropoutSite) -> str:
@@ -56,10 +72,13 @@ def shape_class(site: BiasActDropoutSite) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class BiasActDropoutCandidate(Candidate):
-    """A site at a node. training: whether its result needs a gradient."""
+    """A site at a node. training: whether its result needs a gradient. vectors, tensors: the site's, in the program's
+    names."""
 
     site: BiasActDropoutSite
     training: bool = False
+    vectors: tuple[Tensor, ...] = ()
+    tensors: tuple[Tensor, ...] = ()
 
 
 def _at_node(reading: Reading, site: BiasActDropoutSite, node: fx.Node) -> BiasActDropoutCandidate:
@@ -67,7 +86,14 @@ def _at_node(reading: Reading, site: BiasActDropoutSite, node: fx.Node) -> BiasA
     site = _readable(emitter, site)
     for value in _read(emitter, site, "epilogue" if site.product is not None else "triton"):
         underlying(emitter, value)
-    return BiasActDropoutCandidate(site=site, node=node, operands=(), drawn=site.drawn)
+    return BiasActDropoutCandidate(
+        site=site,
+        node=node,
+        operands=(),
+        drawn=site.drawn,
+        vectors=tuple(tensor_of(reading, v) for v in site.vectors),
+        tensors=tuple(tensor_of(reading, v) for v, _ in site.tensors),
+    )
 
 
 def _readable(emitter: Emitter, site: BiasActDropoutSite) -> BiasActDropoutSite:
@@ -130,7 +156,8 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
         return Route("inductor", reason)
     if wanted is not None:
         return Route(wanted, "asked for")
-    usual = USUAL[shape_class(site), setting.training]
+    place = (hardware_of(site.root.meta.device), shape_class(site), setting.training)
+    usual = USUAL.get(place, Fact(Usual("inductor"))).value
     rows = sympy.prod([sympy.sympify(n) for n in site.root.shape[:-1]])
     if usual.route == "inductor":
         return Route("inductor", "not measured to be faster than what Inductor makes of it")
@@ -249,7 +276,31 @@ def _words(candidate: BiasActDropoutCandidate) -> Words:
     text = str(short)
     if candidate.site.dropout:
         text += f", dropout {candidate.site.dropout:g}"
-    return Words(expression=text)
+    return Words(expression=text, meaning=_meaning(candidate))
+
+
+def _meaning(candidate: BiasActDropoutCandidate) -> PointwiseMeaning:
+    site = candidate.site
+    return PointwiseMeaning(
+        formula=site.formula,
+        product=site.product is not None,
+        bias=site.bias is not None,
+        shape=site.root.shape,
+        dropout=site.dropout,
+        dtype=dtype_name(site.root.dtype),
+        vectors=candidate.vectors,
+        tensors=candidate.tensors,
+    )
+
+
+def _kernels(nodes: Sequence[fx.Node]) -> tuple[Kernel, ...]:
+    call = called(nodes, "xfcompile::bias_act_dropout", "xfcompile::linear_act_dropout")
+    if call is None:
+        return ()
+    from xfcompile.kernels.bias_act_dropout import source_of_kernel
+
+    text = source_of_kernel(call["formula"], len(call["vectors"]), len(call["tensors"]), call["p"])
+    return (Kernel("bias, activation and dropout, forward and backward", text),)
 
 
 BIAS_ACT_DROPOUT: Family[BiasActDropoutSite, BiasActDropoutCandidate] = Family(
@@ -262,4 +313,5 @@ BIAS_ACT_DROPOUT: Family[BiasActDropoutSite, BiasActDropoutCandidate] = Family(
     replace=_replace,
     words=_words,
     costly="what is activated or dropped out",
+    kernels=_kernels,
 )

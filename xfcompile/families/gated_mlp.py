@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Setting, Words, needs_grad
 from xfcompile.gated_routes import RECOMPUTE, ROUTES, UNKNOWN, choose
 from xfcompile.layout import with_layout
+from xfcompile.meaning import GatedMeaning, Kernel, called, dtype_name
 from xfcompile.patterns import gated_mlp
 from xfcompile.projections import PROJECTIONS
 from xfcompile.read import Reading
@@ -204,7 +205,33 @@ def _words(candidate: GatedMLPCandidate) -> Words:
     formula = candidate.site.formula
     short = formula.xreplace({f: sympy.Float(f, 6) for f in formula.atoms(sympy.Float)})
     dropout = f", dropout {candidate.site.dropout}" if candidate.site.dropout else ""
-    return Words(expression=f"{short}, {candidate.site.layout}{dropout}")
+    return Words(expression=f"{short}, {candidate.site.layout}{dropout}", meaning=_meaning(candidate))
+
+
+def _meaning(candidate: GatedMLPCandidate) -> GatedMeaning:
+    site = candidate.site
+    gate, up = (bias is not None for bias in site.biases)
+    return GatedMeaning(
+        formula=site.formula,
+        layout=site.layout,
+        rows=site.rows,
+        inner=site.inner,
+        features=site.features,
+        experts=site.experts,
+        biases=(gate, up),
+        down=candidate.down is not None,
+        dropout=site.dropout,
+        dtype=dtype_name(site.dtype),
+    )
+
+
+def _kernels(nodes: Sequence[fx.Node]) -> tuple[Kernel, ...]:
+    call = called(nodes, "xfcompile::gated_mlp", "xfcompile::gated_mlp_down")
+    if call is None:
+        return ()
+    from xfcompile.kernels.gated_mlp import source_of_kernel
+
+    return (Kernel("gated MLP, forward and backward", source_of_kernel(call["kernel"])),)
 
 
 GATED_MLP: Family[GatedMLPSite, GatedMLPCandidate] = Family(
@@ -217,4 +244,5 @@ GATED_MLP: Family[GatedMLPSite, GatedMLPCandidate] = Family(
     replace=_replace,
     words=_words,
     costly="its projections",
+    kernels=_kernels,
 )

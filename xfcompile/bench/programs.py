@@ -1,10 +1,11 @@
-"""Twelve attention programs: as one writes them in PyTorch, as FlexAttention wants them, and as the kernel's spec."""
+"""Twelve attention programs: as one writes them in PyTorch, as FlexAttention and SDPA want them, and as specs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -38,8 +39,10 @@ class Program:
     spec: Callable[[Sizes], ScoreSpec]
     tensors: Callable[[Sizes, torch.device, torch.dtype], list[Tensor]] = lambda sizes, device, dtype: []
     flex: Callable[..., tuple[Score | None, Score | None]] = lambda *tensors: (None, None)
-    # SDPA's own words for it, where it has any: `is_causal`, or an additive mask made from the tensors.
-    sdpa: Callable[..., dict[str, object]] | None = None
+    # SDPA's arguments for it, given q and the tensors, where it has any: `is_causal`, or a mask.
+    sdpa: Callable[..., dict[str, Any]] | None = None
+    # The dimensions of each of its tensors: one of heads is "h".
+    axes: tuple[str, ...] = ()
     # What the spec loads from, of the sizes and the tensors.
     operands: Callable[..., list[Tensor]] = lambda sizes, *tensors: list(tensors)
     # Whether the tensors are parameters, which need gradients in training.
@@ -178,8 +181,18 @@ def _below(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return j <= i
 
 
-def _operand(ndim: int) -> Callable[[torch.dtype], tuple[Operand, ...]]:
-    return lambda dtype: (Operand(dtype, ndim),)
+def _distance(q: Tensor) -> Tensor:
+    """j - i, [length, length]."""
+    i, j = positions(q)
+    return j - i
+
+
+def tensors(program: Program, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v in the layout of projections, and the program's own tensors."""
+    torch.manual_seed(0)
+    shape = (sizes.batch, sizes.length, sizes.heads, sizes.dim)
+    qkv = [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
+    return [*qkv, *program.tensors(sizes, device, dtype)]
 
 
 def programs(dtype: torch.dtype) -> list[Program]:
@@ -193,10 +206,10 @@ def programs(dtype: torch.dtype) -> list[Program]:
 
     fp32 = torch.float32
     causal_spec = lambda z: spec(scale(z), J <= I, band=CAUSAL_BAND)  # noqa: E731
-    is_causal = lambda *tensors: {"is_causal": True}  # noqa: E731
-    mask = lambda bias: {"attn_mask": bias}  # noqa: E731
+    is_causal = lambda q, *tensors: {"is_causal": True}  # noqa: E731
+    mask = lambda q, bias: {"attn_mask": bias}  # noqa: E731
     return [
-        Program("no mask", none, lambda z: spec(scale(z)), sdpa=dict),
+        Program("no mask", none, lambda z: spec(scale(z)), sdpa=lambda q: {}),
         Program("causal", causal, causal_spec, flex=lambda: (None, _below), sdpa=is_causal),
         Program(
             "causal from a buffer",
@@ -205,6 +218,7 @@ def programs(dtype: torch.dtype) -> list[Program]:
             _buffer,
             lambda buffer: (None, _below),
             is_causal,
+            ("11ij",),
             lambda z, buffer: [],
         ),
         Program(
@@ -213,6 +227,8 @@ def programs(dtype: torch.dtype) -> list[Program]:
             lambda z: spec(scale(z) + Load(0, H) * (J - I), sympy.true, Operand(fp32, 1)),
             _slopes,
             lambda slopes: (lambda s, b, h, i, j: s + slopes[h] * (j - i), None),
+            lambda q, slopes: {"attn_mask": (slopes[:, None, None] * _distance(q)).to(q.dtype)[None]},
+            ("h",),
         ),
         Program("soft-cap", soft_cap, lambda z: spec(cap(z)), flex=lambda: (_capped, None)),
         Program(
@@ -226,12 +242,14 @@ def programs(dtype: torch.dtype) -> list[Program]:
             sliding_window,
             lambda z: spec(scale(z), sympy.And(J <= I, J > I - WINDOW), band=Band(I - WINDOW + 1, I + 1, True)),
             flex=lambda: (None, lambda b, h, i, j: (j <= i) & (j > i - WINDOW)),
+            sdpa=lambda q: {"attn_mask": (_distance(q) <= 0) & (_distance(q) > -WINDOW)},
         ),
         Program(
             "prefix LM",
             prefix_lm,
             lambda z: spec(scale(z), sympy.Or(J <= I, J < WINDOW), band=Band(None, sympy.Max(I + 1, WINDOW), True)),
             flex=lambda: (None, lambda b, h, i, j: (j <= i) | (j < WINDOW)),
+            sdpa=lambda q: {"attn_mask": (_distance(q) <= 0) | (positions(q)[1] < WINDOW)},
         ),
         Program(
             "documents",
@@ -244,6 +262,10 @@ def programs(dtype: torch.dtype) -> list[Program]:
             ),
             _document,
             lambda document: (None, lambda b, h, i, j: (document[b, i] == document[b, j]) & (j <= i)),
+            lambda q, document: {
+                "attn_mask": (document[:, None, :, None] == document[:, None, None, :]) & (_distance(q) <= 0)
+            },
+            ("bi",),
         ),
         Program(
             "key padding",
@@ -252,6 +274,7 @@ def programs(dtype: torch.dtype) -> list[Program]:
             _padding,
             lambda bias: (lambda s, b, h, i, j: s + bias[b, 0, 0, j], None),
             mask,
+            ("b11j",),
         ),
         Program(
             "T5 bias",
@@ -259,6 +282,8 @@ def programs(dtype: torch.dtype) -> list[Program]:
             lambda z: spec(S + Load(0, H, J - I + (z.length - 1)), sympy.true, Operand(dtype, 2)),
             _table,
             _flex_t5,
+            lambda q, table: {"attn_mask": table[_t5_bucket(_distance(q))].permute(2, 0, 1)[None], "scale": 1.0},
+            ("th",),
             operands=lambda z, table: _t5_positions(table, z.length),
             learned=True,
         ),
@@ -269,6 +294,7 @@ def programs(dtype: torch.dtype) -> list[Program]:
             _dense,
             lambda bias: (lambda s, b, h, i, j: s + bias[0, h, i, j], None),
             mask,
+            ("1hij",),
             learned=True,
         ),
     ]

@@ -1,0 +1,102 @@
+"""The tables of what is chosen without tuning: whole for every class of hardware, and each number with its source."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from xfcompile import gated_routes
+from xfcompile.bench.command import app
+from xfcompile.kernels.attention import tiles
+from xfcompile.kernels.attention.tiles import Tiles
+from xfcompile.kernels.bias_act_dropout import launch as bias
+from xfcompile.kernels.gated_mlp import tiles as gated
+from xfcompile.measured import CPU, HARDWARE, Fact, hardware, hardware_of
+
+plan = importlib.import_module("xfcompile.plan")
+bias_family = importlib.import_module("xfcompile.families.bias_act_dropout")
+
+ROOT = Path(__file__).parents[2]
+GPUS = [name for name in HARDWARE if name != CPU]
+TABLES: dict[str, dict[Any, Fact[Any]]] = {
+    "attention routes": plan.ROUTES,
+    "attention tiles": tiles.TABLE,
+    "attention backward": tiles.BACKWARD,
+    "gated routes": gated_routes.USUAL,
+    "gated tiles": gated.DUAL,
+    "gated tiles, few rows": gated.FEW,
+    "bias routes": bias_family.USUAL,
+    "bias tiles": bias.PRODUCT,
+    "bias shares": bias.POINTWISE,
+}
+
+
+def facts() -> Iterator[tuple[str, Any, Fact[Any]]]:
+    for table, entries in TABLES.items():
+        for place, fact in entries.items():
+            yield table, place, fact
+
+
+def there(script: str) -> bool:
+    command, _, what = script.rpartition(" ")
+    return (
+        what in {c.name for c in app.registered_commands}
+        if command == "python -m xfcompile bench"
+        else (ROOT / script).is_file()
+    )
+
+
+def test_what_was_measured_names_a_script_and_results_that_are_there() -> None:
+    measured = [(t, place, f.measured) for t, place, f in facts() if f.measured is not None]
+    assert {t for t, _, _ in measured} >= {"attention routes", "attention tiles", "attention backward", "gated routes"}
+    for table, place, source in measured:
+        assert there(source.script), (table, place)
+        assert source.results is None or (ROOT / source.results).is_file(), (table, place)
+        assert len(source.date.split("-")) == 3
+
+
+def test_hardware_that_is_not_here_was_not_measured() -> None:
+    assert not [
+        (table, place)
+        for table, place, fact in facts()
+        if fact.measured is not None and isinstance(place, tuple) and {"sm_80", "sm_100", "gfx942"} & set(place)
+    ]
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_each_gpu_has_a_route_for_each_class_of_sites(kind: str) -> None:
+    assert {c for k, c in plan.ROUTES if k == kind} == set(plan.CLASSES)
+    assert len([k for k in gated_routes.USUAL if k[0] == kind]) == 12
+    assert len([k for k in bias_family.USUAL if k[0] == kind]) == 6
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_each_gpu_has_tiles_for_each_dtype_and_head_dim(kind: str) -> None:
+    for dtype, dim in itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 40, 64, 80, 128, 200, 256)):
+        assert tiles.choose(kind, dtype, dim, dim, 4096).block_m >= 16
+        for name, linear in itertools.product(("dq", "dkdv", "load0"), (True, False)):
+            assert tiles.choose_backward(name, kind, dtype, dim, dim, linear).block_n >= 16
+        assert gated.dual(kind, dtype, 4096).block_k >= 16
+
+
+def test_the_tiles_that_were_measured_are_those_that_are_taken() -> None:
+    half = torch.bfloat16
+    assert tiles.choose("sm_90", half, 64, 64, 4096) == Tiles(64, 64, 4, 3)
+    assert tiles.choose("sm_90", half, 128, 128, 4096) == Tiles(64, 64, 4, 3)
+    assert tiles.choose_backward("dq", "sm_90", half, 128, 128, True) == Tiles(128, 64, 8, 3)
+    assert tiles.choose_backward("dkdv", "sm_90", half, 64, 64, True) == Tiles(32, 64, 4, 3)
+    assert tiles.choose_backward("dkdv", "sm_90", half, 128, 128, False) == Tiles(64, 64, 4, 2)
+    assert tiles.choose_backward("dq", "sm_90", half, 64, 64, True, narrow=True) == Tiles(64, 64, 4, 3)
+
+
+def test_classes_of_hardware() -> None:
+    assert [hardware(major, False) for major in (8, 9, 10, 12)] == ["sm_80", "sm_90", "sm_100", "sm_80"]
+    assert hardware(9, True) == "gfx942"
+    assert hardware_of(torch.device("cpu")) == CPU
+    assert hardware_of(torch.device("meta")) == "meta"  # no table has it: SDPA, or Inductor

@@ -1,0 +1,1 @@
+"""Benchmarks: this backend beside eager, Inductor, FlexAttention, SDPA and Liger (`python -m xfcompile bench`)."""

@@ -1,0 +1,156 @@
+"""Times of several calls, taken in turns: on a GPU between events, with an L2 cache that holds none of their data."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+FLUSHED = 256 * 2**20
+"""Bytes that are written to empty an L2 cache (50 MB on an H100), as `triton.testing.do_bench` does."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How long is measured: `most` rounds, and fewer, but at least `least`, once `seconds` are over."""
+
+    warmup: int = 2
+    least: int = 5
+    most: int = 50
+    seconds: float = 6.0
+
+
+QUICK = Rounds(warmup=1, least=3, most=3, seconds=1.0)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds: the median, the quartiles, the shortest and the longest of so many rounds."""
+
+    ms: float
+    low: float
+    high: float
+    least: float
+    most: float
+    rounds: int
+
+    @staticmethod
+    def of(times: list[float]) -> Times:
+        low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
+        return Times(middle, low, high, min(times), max(times), len(times))
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    device: str,
+    rounds: Rounds = Rounds(),
+    *,
+    cold: bool = True,
+    failed: Callable[[str, Exception], None] | None = None,
+) -> dict[str, Times]:
+    """The times of each call, one after the other in each round, so that a slow moment of the machine meets all alike.
+
+    cold: empty the L2 cache before each call. failed: is told of a call that raises, which then takes no further part;
+    without it the error is raised.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    running = dict(calls)
+
+    def attempt(step: Callable[[str, Call], None]) -> None:
+        for name, call in list(running.items()):
+            try:
+                step(name, call)
+            except Exception as error:
+                if failed is None:
+                    raise
+                del running[name], times[name]
+                failed(name, error)
+
+    for _ in range(rounds.warmup):
+        attempt(lambda name, call: call())
+    end = time.perf_counter() + rounds.seconds
+    for done in range(rounds.most):
+        if done >= rounds.least and time.perf_counter() > end:
+            break
+        events: dict[str, tuple[Any, Any]] = {}
+
+        def step(name: str, call: Call, events: dict[str, tuple[Any, Any]] = events) -> None:
+            if device == "cuda":
+                events[name] = _recorded(call, cold)
+            else:
+                times[name].append(_wall(call))
+
+        attempt(step)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            for name, (before, after) in events.items():
+                if name in times:
+                    times[name].append(before.elapsed_time(after))
+    return {name: Times.of(found) for name, found in times.items() if found}
+
+
+def milliseconds(call: Call, device: str) -> float:
+    """One call, from a device that does nothing to one that is done."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _recorded(call: Call, cold: bool) -> tuple[Any, Any]:
+    """The events around a call. Writing the L2 cache's worth takes so long that the host is ahead of a short call."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if cold:
+        _flushing().zero_()
+    else:
+        torch.cuda.synchronize()
+    before.record()
+    call()
+    after.record()
+    return before, after
+
+
+def _wall(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+@cache
+def _flushing() -> Tensor:
+    return torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
+
+
+def captured(call: Call, device: str) -> Call:
+    """The call as a CUDA graph's replay; on a CPU itself."""
+    if device != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@cache
+def copy_bandwidth(device: str, size: int) -> float:
+    """GB/s that a copy on the device reads and writes."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = interleaved({"copy": lambda: target.copy_(source)}, device, Rounds(most=20))
+    return 2 * size / times["copy"].ms / 1e6
