@@ -27,8 +27,12 @@ OTHER = object()
 LARGEST_FORMULA = 200
 """Operations in a formula beyond which it is taken to be something else than an activation."""
 
+GROUPED = frozenset({"_grouped_mm", "grouped_mm", "_scaled_grouped_mm", "transformers::grouped_mm_fallback"})
+"""Products of rows that are sorted by expert, each group with the weight of its own: how transformers runs experts."""
+
 _VIEWS = frozenset("reshape permute expand to".split())
 _PARTS = frozenset("slice select".split())
+_CHOICES = frozenset("masked_fill where".split())
 
 
 def anchors(values: list[Value]) -> Iterator[Value]:
@@ -69,11 +73,13 @@ def _ends(value: Value, known: dict[Value, frozenset[Any]]) -> frozenset[Any]:
 def _sources(value: Value) -> list[Value]:
     if value.op in POINTWISE:
         return list(value.inputs())
+    if value.op in _CHOICES:
+        return [v for v in value.inputs() if v.dtype.is_floating_point]
     return [value["self"]] if value.op in _VIEWS | _PARTS | {"glu"} else []
 
 
 def _ends_of(value: Value, sources: list[Value], known: dict[Value, frozenset[Any]]) -> frozenset[Any]:
-    if value.op in PROJECTIONS:
+    if value.op in PROJECTIONS | GROUPED:
         return frozenset({value})
     if value.op == "full":
         return frozenset()
@@ -89,7 +95,22 @@ def _ends_of(value: Value, sources: list[Value], known: dict[Value, frozenset[An
         others = [s for s in sources if OTHER in known[s]]
         if all(known[s] == {OTHER} and _smaller(s, value) for s in others):
             return mine - {OTHER}
-    return mine
+    if value.op in _CHOICES | {"add"} and any(map(_is_grouped, sources)):
+        return mine - {OTHER}  # rows that belong to no expert, biases picked for each row
+    return frozenset({OTHER}) if value.op in _CHOICES else mine
+
+
+def _is_grouped(value: Value) -> bool:
+    """Whether a value is computed, element by element, from a grouped product."""
+    todo, seen = [value], set[Value]()
+    while todo:
+        top = todo.pop()
+        if top.op in GROUPED:
+            return True
+        new = [s for s in _sources(top) if s not in seen]
+        seen.update(new)
+        todo.extend(new)
+    return False
 
 
 def _smaller(bias: Value, result: Value) -> bool:
@@ -117,6 +138,8 @@ def _within(anchor: Value, ends: dict[Value, frozenset[Any]]) -> Iterator[Value]
 
 def match(anchor: Value, users: dict[Value, list[Value]]) -> list[GatedMLPSite]:
     """The gated MLP around an anchor; `Miss` if there is none."""
+    if _is_grouped(anchor):
+        raise Miss("its products are grouped by expert: they are left to the grouped kernels that they call", anchor)
     root, dropout = _extended(anchor, users)
     if integer(anchor.shape[-1]) == 1:
         raise Miss("a gate of one feature", anchor)

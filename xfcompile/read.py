@@ -544,12 +544,14 @@ class Reading:
         args = {"args": tuple(given), "forward": outs[0], "grad": grad, "backward": gradients}
         value = self.values.intern("custom_gradient", args, meta_of(results[0]))
         self.steps.setdefault(value, node)
-        self.makers.setdefault(value, []).append(node)
+        packed = isinstance(example, (tuple, list))
+        takers = [u for u in node.users if u.target is operator.getitem] if packed else [node]
+        self.makers.setdefault(value, []).extend(takers)
         self.inside[node] = [value]
         self.effects[node].opaque = False
         self.children += [(node, forward), (node, backward)]
         cell = Cell(value, Memory(external=False))
-        self.cells[node] = (cell,) if isinstance(example, (tuple, list)) else cell
+        self.cells[node] = (cell,) if packed else cell
         return True
 
 

@@ -170,10 +170,15 @@ def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.N
 
 
 def _is_view(reading: Reading, node: fx.Node) -> bool:
-    """Whether a node's result lies in the memory of an older node's: a write to one of them changes the other."""
-    memories = set(reading.memories([node]))
-    older = (n for n, time in reading.time.items() if time < reading.time[node])
+    """Whether a node's result lies in the memory of an older node's: a write to one of them changes the other. A tuple
+    from which the result is only taken is no other."""
+    memories, tuples = set(reading.memories([node])), [n for n in node.all_input_nodes if _is_tuple(reading, n)]
+    older = (n for n, time in reading.time.items() if time < reading.time[node] and n not in tuples)
     return not memories.isdisjoint(reading.memories(older))
+
+
+def _is_tuple(reading: Reading, node: fx.Node) -> bool:
+    return isinstance(reading.cells.get(node), (tuple, list))
 
 
 def _unseen(reading: Reading, node: fx.Node) -> bool:

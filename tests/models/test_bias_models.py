@@ -190,14 +190,7 @@ DROPPING: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[s
 
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("route", ["triton", "epilogue"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        # Its gelu, an autograd function that returns a tuple, is taken for a result written into a tensor.
-        pytest.param(name, marks=pytest.mark.xfail(strict=True)) if name == "BLOOM" else name
-        for name in DROPPING
-    ],
-)
+@pytest.mark.parametrize("name", DROPPING)
 def test_models_that_drop_out(name: str, route: str) -> None:
     """What is read, and that a training step runs: the same seed gives the same gradients."""
     make, expected = DROPPING[name]

@@ -41,13 +41,13 @@ MODELS: dict[str, Gated] = {
     "cohere[eager]": Gated(2),
     "granite[eager]": Gated(2),
     "stablelm[eager]": Gated(2),
-    # The shared expert's; its own gate, one number a token, is declined. Routed experts are grouped products.
-    "qwen2_moe[eager]": Gated(2, declined=2),
-    "deepseek_v3[eager]": Gated(2),
+    # The shared expert's; its own gate, one number a token, is declined. Routed experts, grouped products, are too.
+    "qwen2_moe[eager]": Gated(2, declined=4),
+    "deepseek_v3[eager]": Gated(2, declined=1),
     # Routed experts, a product of each for all its tokens, and shared ones.
     "llama4_text[eager]": Gated(4, (f"{SILU}, gate first", f"{SILU}, separate")),
-    "mixtral[eager]": Gated(0, ()),
-    "gpt_oss[eager]": Gated(0, ()),
+    "mixtral[eager]": Gated(0, (), declined=2),
+    "gpt_oss[eager]": Gated(0, (), declined=2),
     "modernbert[eager]": Gated(2, (f"{GELU}, gate first",)),
     "t5_gated_train[eager]": Gated(4, (f"{GELU_TANH}, separate",)),
     "dinov2[eager]": Gated(2, (f"{SILU}, gate first",)),

@@ -414,6 +414,27 @@ def test_an_autograd_function_whose_backward_is_the_derivative(function: Any, ma
     assert matched or "not the derivative" in outcome.reasons
 
 
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize("used", [lambda y: y, lambda y: (y * 2, y.mT), lambda y: y.mul(2).add_(1)])
+def test_an_autograd_function_that_is_the_root(used: Any, route: str) -> None:
+    """Its result is taken out of a tuple."""
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        return used(Bloom.apply(F.linear(x, w, b)))
+
+    outcome = check(program, *given()[:3], grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [(s.matched, s.route) for s in outcome.sites] == [(True, route)], outcome.sites
+
+
+def test_a_result_of_an_autograd_function_that_is_written_to() -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Any:
+        y = Bloom.apply(F.linear(x, w, b))
+        y.add_(1)
+        return y
+
+    check(program, *given()[:3], grad=True, routes={FAMILY: "triton"}, family=FAMILY)
+
+
 def test_an_activation_after_a_residual_is_no_site() -> None:
     _, after = PARTS["activation after a residual"]
     assert found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given()) == []

@@ -15,6 +15,8 @@ from equivalence import tensors
 from gated_programs import ROUTES, check
 from torch import Tensor
 
+import xfcompile
+
 SQUARE = (4, 4, 4)
 """All axes of one size: an axis taken for another is no shape error, only wrong numbers."""
 
@@ -318,6 +320,18 @@ miss("contracted over two axes", "more than one axis",
      lambda x, w, v: F.silu(torch.einsum("bsd,fsd->bf", x, w)) * torch.einsum("bsd,fsd->bf", x, v), *[SQUARE] * 3)  # fmt: skip
 
 
+def grouped(x: Tensor, w: Tensor, of_rows: Tensor | None = None) -> Tensor:
+    """Experts as transformers runs them: rows sorted by expert, four each; some belong to none."""
+    h = torch._grouped_mm(x, w, offs=torch.arange(4, 20, 4, dtype=torch.int32))
+    if of_rows is not None:
+        h = (h + of_rows).masked_fill((torch.arange(16) > 12)[:, None], 0.0)
+    gate, up = h.chunk(2, -1)
+    return F.silu(gate.clamp(max=7)) * (up + 1)
+
+
+miss("chosen by a mask", "", lambda x, w, v: F.silu(L(x, w)) * torch.where(x > 0, L(x, v), 0.0))
+
+
 @pytest.mark.parametrize("name", list(PROGRAMS))
 def test_left_alone_and_equal_to_eager(name: str) -> None:
     p = PROGRAMS[name]
@@ -333,3 +347,20 @@ def test_left_alone_and_equal_to_eager(name: str) -> None:
             assert sites and all(p.why in str(site.reason) for site in sites), sites
         else:
             assert not sites, sites
+
+
+@pytest.mark.parametrize("of_rows", [False, True])
+def test_experts_whose_products_are_grouped(of_rows: bool) -> None:
+    """Left alone with a reason. Grouped products know no fp64, so that what comes out is compared with eager's."""
+    args = [x.to(torch.bfloat16) for x in tensors((16, 32), (4, 32, 64), (16, 64))]
+    args = args if of_rows else args[:2]
+    report = xfcompile.Report()
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        report.extend(xfcompile.rewrite(gm, examples, {"strict": True, "routes": ROUTES}))
+        return gm.forward
+
+    out = torch.compile(grouped, backend=backend)(*args)
+    (site,) = report.sites
+    assert not site.matched and "grouped by expert" in str(site.reason)
+    assert torch.equal(out, grouped(*args))
