@@ -35,6 +35,15 @@ def tensor(n: int) -> sympy.Symbol:
     return sympy.Symbol(f"r{n}", real=True)
 
 
+LARGEST_NUMBER = 1e30
+"""Beyond it products of a formula overflow in fp32 at other places than eager's do."""
+
+
+def too_large(formula: sympy.Expr) -> bool:
+    """Whether a number stands in it, written so or a product of such, with which fp32 overflows."""
+    return any(not abs(x) <= LARGEST_NUMBER for x in formula.atoms(sympy.Number))
+
+
 class Sigmoid(sympy.Function):
     """1 / (1 + exp(-x)). Its derivative is a function of itself: that of the fraction is inf / inf for x < -88."""
 
