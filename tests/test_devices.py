@@ -180,8 +180,7 @@ def test_nested_tensors_are_left() -> None:
 
 
 def pretend(patch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None) -> None:
-    for module in (tiles, launch_hopper):
-        patch.setattr(module, "capability", lambda index: capability)
+    patch.setattr(tiles, "capability", lambda index: capability)
     patch.setattr(torch.version, "hip", hip)
 
 
@@ -217,7 +216,7 @@ def test_what_only_hopper_has_is_asked_of_hopper_only(
     reason = launch_hopper.why_not(prepared, CUDA, torch.bfloat16, 64, 64)
     assert (reason == "it is for Hopper") == (capability != (9, 0)), reason
     kind = tiles.device_generation(CUDA)
-    assert kind == {8: "ampere", 9: "hopper", 10: "hopper", 12: "ampere"}[capability[0]] if amd is None else "amd"
+    assert kind == {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}[capability[0]] if amd is None else "gfx942"
     operands = gated_launch.Operands(*(torch.empty(1, 64, 64, dtype=torch.bfloat16) for _ in range(3)), None, None)
     through_tma = gated_launch._described(operands, kind)
     assert through_tma == (amd is None and capability[0] in (9, 10))

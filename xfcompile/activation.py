@@ -24,6 +24,9 @@ X = sympy.Symbol("x", real=True)
 KEEP = sympy.Symbol("keep", real=True)
 """Of what is activated and dropped out: one element, and what dropout multiplies it by, 0 or 1 / (1 - p)."""
 
+DOUT = sympy.Symbol("dout", real=True)
+"""One element of the result's gradient."""
+
 
 def vector(n: int) -> sympy.Symbol:
     """One element of the n-th vector along the last axis: a bias, or a scale of each channel."""
@@ -42,6 +45,28 @@ LARGEST_NUMBER = 1e30
 def too_large(formula: sympy.Expr) -> bool:
     """Whether a number stands in it, written so or a product of such, with which fp32 overflows."""
     return any(not abs(x) <= LARGEST_NUMBER for x in formula.atoms(sympy.Number))
+
+
+def chained(derivative: sympy.Expr) -> sympy.Expr:
+    """`DOUT` times a derivative, and 0 where a kink's own derivative is 0, as PyTorch has it, even for a `DOUT` of inf:
+    the square root of a relu has one at each element that is 0."""
+    if isinstance(derivative, sympy.Add) and has_dead_branch(derivative):
+        return sympy.Add(*map(chained, derivative.args))
+    if isinstance(derivative, sympy.Mul):
+        for n, factor in enumerate(derivative.args):
+            if isinstance(factor, Where) and has_dead_branch(factor):
+                condition, a, b = factor.args
+                rest = sympy.Mul(*derivative.args[:n], *derivative.args[n + 1 :])
+                return Where(condition, chained(a * rest), chained(b * rest))
+    if isinstance(derivative, Where):
+        condition, a, b = derivative.args
+        return Where(condition, chained(a), chained(b))
+    return DOUT * derivative
+
+
+def has_dead_branch(formula: sympy.Expr) -> bool:
+    """Whether part of a formula is 0 on one side of a kink."""
+    return any(0 in where.args[1:] for where in formula.atoms(Where))
 
 
 class Sigmoid(sympy.Function):

@@ -570,8 +570,8 @@ class _Writer:
         dense = x.kind == "dense"
         skip: list[str] = []
         for side, bound, test in (
-            ("upper", spec.band.upper, "tile0 * BLOCK_N >= {}(tl.minimum((row0 + 1) * BLOCK_M, lq) - 1{})"),
-            ("lower", spec.band.lower, "(tile0 + 1) * BLOCK_N <= {}(row0 * BLOCK_M{})"),
+            ("upper", spec.band.upper, "first_tile * BLOCK_N >= {}(tl.minimum((first_row + 1) * BLOCK_M, lq) - 1{})"),
+            ("lower", spec.band.lower, "(first_tile + 1) * BLOCK_N <= {}(first_row * BLOCK_M{})"),
         ):
             if bound is not None:
                 scalars = "".join(f", {name}" for name in self.scalars)

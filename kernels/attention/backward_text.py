@@ -184,8 +184,8 @@ LOAD_KERNEL = '''\
     for n in tl.range(0, steps * (batch // batches) * (heads // own_heads)):
         b = {batch}
         h = {head}
-        first = (row0 + n % steps) * BLOCK_M
-        start = (tile0 + n % steps) * BLOCK_N
+        first = (first_row + n % steps) * BLOCK_M
+        start = (first_tile + n % steps) * BLOCK_N
         offs_m = first + tl.arange(0, BLOCK_M)
         row = tl.minimum(offs_m, lq - 1)
         i = row[:, None]
@@ -213,16 +213,16 @@ LOAD_KERNEL = '''\
 '''
 
 DENSE_PLACE = """\
-    tile0 = pid % tiles
-    row0 = pid // tiles % rows
+    first_tile = pid % tiles
+    first_row = pid // tiles % rows
     own_h = pid // tiles // rows % own_heads
     own_b = pid // tiles // rows // own_heads
     steps = 1
 {skip}"""
 
 DENSE_STORE = """\
-    offs_m = row0 * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    offs_n = tile0 * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    offs_m = first_row * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    offs_n = first_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     dload_ptr += tl.cast(own_b, tl.int64) * stride_lb + tl.cast(own_h, tl.int64) * stride_lh
     places = offs_m.to(tl.int64) * stride_lm + offs_n.to(tl.int64) * stride_ln
     tl.store(dload_ptr + places, total.to(dload_ptr.dtype.element_ty), mask=(offs_m < lq) & (offs_n < lk))"""
@@ -232,9 +232,9 @@ DIAGONAL_PLACE = """\
     diagonal = pid % diagonals
     own_h = pid // diagonals % own_heads
     own_b = pid // diagonals // own_heads
-    row0 = tl.maximum(rows - 1 - diagonal, 0)
-    tile0 = tl.maximum(diagonal - (rows - 1), 0)
-    steps = tl.minimum(rows - row0, tiles - tile0)"""
+    first_row = tl.maximum(rows - 1 - diagonal, 0)
+    first_tile = tl.maximum(diagonal - (rows - 1), 0)
+    steps = tl.minimum(rows - first_row, tiles - first_tile)"""
 
 DIAGONAL_STORE = """\
     dload_ptr += tl.cast(pid, tl.int64) * (BLOCK_M * BLOCK_N)

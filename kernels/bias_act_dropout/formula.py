@@ -19,7 +19,8 @@ class Formula:
     operands: vectors along the last axis and tensors of x's shape. Tensors are added, each times a number: derivatives
     know nothing of them.
 
-    derivatives: by X and by each vector. coefficients: of each tensor.
+    derivatives: by X and by each vector. coefficients: of each tensor. kinked: the derivatives are 0 on one side of a
+    kink whatever they are multiplied by, so that what counts is `chained` of them.
     """
 
     value: sympy.Expr
@@ -31,6 +32,10 @@ class Formula:
     @property
     def drops(self) -> bool:
         return KEEP in self.value.free_symbols
+
+    @property
+    def kinked(self) -> bool:
+        return any(map(activation.has_dead_branch, self.derivatives))
 
     def reads(self, vectors: bool) -> frozenset[sympy.Symbol]:
         """What the derivative by X is a function of, and, with `vectors`, those by vectors."""

@@ -8,7 +8,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.activation import KEEP, X, tensor, vector
+from xfcompile.activation import DOUT, KEEP, X, chained, tensor, vector
 from xfcompile.evaluate import Evaluator
 from xfcompile.kernels import philox
 from xfcompile.kernels.bias_act_dropout.formula import Formula
@@ -45,7 +45,8 @@ def gradients(
     """d/dx, of x's shape, and for each vector d/dv, of its length, in `dtype`. The bias has d/dx, summed over rows."""
     like = torch.zeros_like(dout) if x is None else x
     scope = _scope(formula, like, bias, vectors, seed, stream, p, dtype)
-    dx, *dv = (dout.to(dtype) * _evaluated(d, scope, dout, dtype) for d in formula.derivatives)
+    scope[DOUT] = dout.to(dtype)
+    dx, *dv = (_evaluated(chained(d), scope, dout, dtype) for d in formula.derivatives)
     return dx, [total(d) for d in dv]
 
 

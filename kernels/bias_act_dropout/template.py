@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import sympy
 
-from xfcompile.activation import KEEP, X, tensor, vector
+from xfcompile.activation import DOUT, KEEP, X, chained, tensor, vector
 from xfcompile.kernels import philox, pointwise
 from xfcompile.kernels.attention.template import wrapped
 from xfcompile.kernels.bias_act_dropout.formula import Formula
@@ -130,7 +130,7 @@ BACKWARD = '''\
 {loads}
         {names} = gradients({arguments})
         if NEED_X:
-            dx = dout * dx
+            dx = {chain}dx
             tl.store(dx_ptr + row[:, None] * N + wide[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
 {adds}
 {stores}
@@ -142,7 +142,9 @@ def module(formula: Formula, p: float) -> str:
     value_lines, helpers = pointwise.lines({"out": formula.value}, _names(formula.value.free_symbols))
     names = [f"d{s}" for s in _differentiated(formula)]
     derivatives = dict(zip(names, formula.derivatives, strict=True))
-    gradient_lines, more = pointwise.lines(derivatives, _names(formula.reads(True)))
+    if formula.kinked:
+        derivatives = {name: chained(d) for name, d in derivatives.items()}
+    gradient_lines, more = pointwise.lines(derivatives, _names(formula.reads(True) | {DOUT}))
     read = [s.name for s in _order(formula) if s in formula.value.free_symbols]
     read_back = [s.name for s in _order(formula) if s in formula.reads(True)]
     parts = [
@@ -153,12 +155,17 @@ def module(formula: Formula, p: float) -> str:
         if formula.drops
         else FUNCTIONS[: FUNCTIONS.index("\n\n@triton.jit\ndef kept")],
         _function("value", [*read, "FAST: tl.constexpr"], value_lines, ["out"]),
-        _function("gradients", [*read_back, "FAST: tl.constexpr"], gradient_lines, names),
+        _function("gradients", [*_given(formula), *read_back, "FAST: tl.constexpr"], gradient_lines, names),
         _forward(formula, read),
         _linear(formula, read),
         _backward(formula, read_back, names),
     ]
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
+
+
+def _given(formula: Formula) -> list[str]:
+    """What `gradients` takes before what the derivatives read."""
+    return [DOUT.name] if formula.kinked else []
 
 
 def _differentiated(formula: Formula) -> list[str]:
@@ -253,17 +260,18 @@ def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> st
     parameters = ["dx_ptr", "dbias_ptr", *(f"dv{n}_ptr" for n in vectors), "dout_ptr", "x_ptr", "bias_ptr"]
     parameters += [*(f"v{n}_ptr" for n in vectors), "seed_ptr", "rows", "inner"]
     parameters += ["dout_outer", "dout_row", "dout_col", "x_outer", "x_row", "x_col", "stream"]
+    chain = "" if formula.kinked else "dout * "
     sums, adds, stores = [], [], []
     for name, flag in zip(("bias", *(f"v{n}" for n in vectors)), ("NEED_BIAS", *flags), strict=True):
         sums += [f"if {flag}:", f"    sum_{name} = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)"]
-        adds += [f"if {flag}:", f"    sum_{name} += dout * {'dx' if name == 'bias' else f'd{name}'}"]
+        adds += [f"if {flag}:", f"    sum_{name} += {chain}{'dx' if name == 'bias' else f'd{name}'}"]
         stores += [
             f"if {flag}:",
             f"    total = tl.reduce(sum_{name}, 0, tl.standard._sum_combine)",
             f"    tl.store(d{name}_ptr + part.to(tl.int64) * N + col, total, mask=col < N)",
         ]
     # The bias has dx itself, which by then is times dout where it was stored.
-    adds[1] = "    sum_bias += dx if NEED_X else dout * dx"
+    adds[1] = f"    sum_bias += dx if NEED_X else {chain}dx"
     loads = []
     if X.name in read:
         loads += [
@@ -281,7 +289,8 @@ def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> st
         sums=textwrap.indent("\n".join(sums), "    "),
         loads=textwrap.indent("\n".join(loads), "        "),
         names=", ".join(names),
-        arguments=", ".join([*read, "FAST"]),
+        arguments=", ".join([*_given(formula), *read, "FAST"]),
+        chain=chain,
         adds=textwrap.indent("\n".join(adds), "        "),
         stores=textwrap.indent("\n".join(stores), "    "),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def console() -> Console:
 def test_all_rows_are_measured_and_kept(tmp_path: Path) -> None:
     fake, made, path = Fake(), results(), tmp_path / "a.json"
     out = console()
-    run(Plan(ROWS, COLUMNS, path), made, fake, out, fake.clock)
+    run(Plan(ROWS, COLUMNS, path), made, [fake], out, fake.clock)
     assert fake.measured == ["a", "b", "c"] and made.not_run == []
     assert load(path) == made
     stored = json.loads(path.read_text())
@@ -66,7 +67,7 @@ def test_all_rows_are_measured_and_kept(tmp_path: Path) -> None:
 def test_a_budget_ends_the_run_and_what_was_not_run_is_listed(fake: Fake) -> None:
     fake.now, fake.measured = 0.0, []
     made = results()
-    run(Plan(ROWS, COLUMNS, budget=2.0), made, fake, console(), fake.clock)
+    run(Plan(ROWS, COLUMNS, budget=2.0), made, [fake], console(), fake.clock)
     assert fake.measured == ["a", "b"]
     assert made.not_run == [{"row": "c, forward, S64", "reason": "the budget of 2 s was over"}]
 
@@ -74,19 +75,63 @@ def test_a_budget_ends_the_run_and_what_was_not_run_is_listed(fake: Fake) -> Non
 def test_a_run_that_is_cut_off_leaves_what_it_has_and_is_gone_on_with(tmp_path: Path) -> None:
     path, made = tmp_path / "a.json", results()
     with pytest.raises(KeyboardInterrupt):
-        run(Plan(ROWS, COLUMNS, path), made, Fake(broken="b"), console(), lambda: 0.0)
+        run(Plan(ROWS, COLUMNS, path), made, [Fake(broken="b")], console(), lambda: 0.0)
     left = load(path)
     assert [row["name"] for row in left.rows] == ["a"]
     assert [entry["row"] for entry in left.not_run] == ["b, forward, S64", "c, forward, S64"]
     fake = Fake()
-    run(Plan(ROWS, COLUMNS, path), left, fake, console(), fake.clock)
+    run(Plan(ROWS, COLUMNS, path), left, [fake], console(), fake.clock)
     assert fake.measured == ["b", "c"]
     assert [row["name"] for row in load(path).rows] == ["a", "b", "c"] and load(path).not_run == []
 
 
 def test_another_column_measures_a_row_anew(tmp_path: Path) -> None:
     fake, made = Fake(), results()
-    run(Plan(ROWS, COLUMNS), made, fake, console(), fake.clock)
-    run(Plan(ROWS, [*COLUMNS, "flex"]), made, fake, console(), fake.clock)
+    run(Plan(ROWS, COLUMNS), made, [fake], console(), fake.clock)
+    run(Plan(ROWS, [*COLUMNS, "flex"]), made, [fake], console(), fake.clock)
     assert fake.measured == ["a", "b", "c"] * 2
     assert len(made.rows) == 3 and "flex" in made.columns
+
+
+class Together(Fake):
+    """Waits in its first row until the other one is at work too. `full`: the row that is out of memory unless alone."""
+
+    def __init__(self, barrier: threading.Barrier, full: str = "") -> None:
+        super().__init__()
+        self.barrier, self.full = barrier, full
+        self.asked: list[str] = []
+
+    def measure(self, row: Row, columns: Sequence[str], announce: Announce, end: float) -> dict[str, Any]:
+        self.asked.append(row.name)
+        found = super().measure(row, columns, announce, end)
+        if len(self.asked) == 1:
+            self.barrier.wait(10)
+        if row.name == self.full and self.asked.count(row.name) == 1:
+            found["cells"]["xformers"] = {"failed": "out of memory"}
+        return found
+
+
+def test_several_measure_at_once_and_each_row_once() -> None:
+    barrier, made = threading.Barrier(2), results()
+    first, second = Together(barrier), Together(barrier)
+    run(Plan(ROWS, COLUMNS), made, [first, second], console(), lambda: 0.0)
+    assert sorted(first.asked + second.asked) == ["a", "b", "c"] and first.asked and second.asked
+    assert sorted(row["name"] for row in made.rows) == ["a", "b", "c"] and made.not_run == []
+
+
+def test_what_is_out_of_memory_beside_others_is_measured_again_alone() -> None:
+    barrier, made = threading.Barrier(2), results()
+    both = Together(barrier, "a"), Together(barrier, "a")
+    run(Plan(ROWS, COLUMNS), made, both, console(), lambda: 0.0)
+    assert [*both[0].asked, *both[1].asked].count("a") in (2, 3)  # the first time of either is full
+    assert sorted(row["name"] for row in made.rows) == ["a", "b", "c"]
+    (row,) = (row for row in made.rows if row["name"] == "a")
+    alone = both[0].asked.count("a") == 2
+    assert row["cells"]["xformers"] == (cell(1.0) if alone else {"failed": "out of memory"})
+
+
+def test_an_error_in_one_of_several_ends_the_run() -> None:
+    made = results()
+    with pytest.raises(KeyboardInterrupt):
+        run(Plan(ROWS, COLUMNS), made, [Fake(broken="b"), Fake(broken="b")], console(), lambda: 0.0)
+    assert "b, forward, S64" in [entry["row"] for entry in made.not_run]

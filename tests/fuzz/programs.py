@@ -1,4 +1,4 @@
-"""Random programs around an attention, as source text: what a failing example prints is the program itself."""
+"""Random programs around an attention."""
 
 # ruff: noqa: E501 (the text of programs)
 
@@ -6,57 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
-
-Draw = Callable[[st.SearchStrategy[Any]], Any]
-
-HEADER = "import torch\nimport torch.nn.functional as F\n\n\n"
-
-
-@dataclass(frozen=True)
-class Program:
-    """Source of a function `program`, and the inputs that it takes."""
-
-    source: str
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype
-    grad: bool
-    dynamic: bool
-
-    def function(self) -> Callable[..., Any]:
-        space: dict[str, Any] = {}
-        exec(compile(HEADER + self.source, "<fuzz>", "exec"), space)
-        return space["program"]
-
-    def __str__(self) -> str:
-        return f"{self.source}\n# shapes {self.shapes}, {self.dtype}, grad={self.grad}, dynamic={self.dynamic}"
-
-
-class Writer:
-    """The lines of a program and the inputs that it has so far."""
-
-    def __init__(self, draw: Draw) -> None:
-        self.draw = draw
-        self.lines: list[str] = []
-        self.names: list[str] = []
-        self.shapes: list[tuple[int, ...]] = []
-
-    def one(self, *choices: Any) -> Any:
-        return self.draw(st.sampled_from(choices))
-
-    def chance(self, percent: int) -> bool:
-        return self.draw(st.integers(0, 99)) >= 100 - percent  # the least value, which is drawn most, is no
-
-    def input(self, name: str, *shape: int) -> str:
-        self.names.append(name)
-        self.shapes.append(shape)
-        return name
-
-    def line(self, text: str) -> None:
-        self.lines.append("    " + text)
+from writer import Draw, Program, Writer, write
 
 
 @st.composite
@@ -95,9 +48,8 @@ def programs(draw: Draw) -> Program:
     for _ in range(w.one(0, 0, 0, 1)):
         w.one(*_WEIGHT_OPS)(w, state)
     _values(w, state)
-    _finish(w, state)
-    source = f"def program({', '.join(w.names)}):\n" + "\n".join(w.lines) + "\n"
-    return Program(source, tuple(w.shapes), dtype, grad, w.chance(8))
+    source = w.source(_shown(w, state))
+    return Program(source, tuple(w.shapes), dtype, grad, w.chance(8), w.chance(50))
 
 
 @dataclass
@@ -118,7 +70,7 @@ def _operand(w: Writer, name: str, shape: list[int], grad: bool) -> str:
     n = len(shape)
     order = list(range(n))
     if w.chance(35):
-        order = list(w.draw(st.permutations(order)))
+        order = list(w.order(order))
     w.input(name, *(shape[d] for d in order))
     if order != list(range(n)):
         back = [order.index(d) for d in range(n)]
@@ -158,7 +110,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEF"
 
 def _scores(w: Writer, s: _State) -> None:
     n = len(s.lead)
-    letters = w.draw(st.permutations(LETTERS))
+    letters = w.order(LETTERS)
     b, i, j, d = "".join(letters[:n]), letters[n], letters[n + 1], letters[n + 2]
     ways = [
         "s = q @ k.mT",
@@ -210,7 +162,7 @@ def _broadcast(w: Writer, s: _State, keys: bool = True) -> tuple[int, ...]:
     full = [*s.lead, s.queries, s.keys]
     shape = [n if w.chance(60) else 1 for n in full]
     shape[-1] = s.keys if keys and w.chance(90) else 1
-    return tuple(shape[w.draw(st.integers(0, len(shape) - 1)) :]) if w.chance(30) else tuple(shape)
+    return tuple(shape[w.random.randrange(len(shape)) :]) if w.chance(30) else tuple(shape)
 
 
 def _bias(w: Writer, s: _State) -> None:
@@ -320,11 +272,7 @@ def _mutation(w: Writer, s: _State, percent: int) -> None:
     t = w.one(*targets)
     if s.grad and not any(line.strip().startswith(f"{t} = ") for line in w.lines):
         return
-    w.line(w.one(
-        f"{t}.mul_(2)", f"{t}.add_(1)", f"{t}[..., 0] = 0.5", f"{t}.zero_()", f"{t}.mT.mul_(0.5)", f"{t}[..., 0, :].add_(1)",
-        f"{t}.select(-1, 0).fill_(0.25)", f"{t}.unsqueeze(0).add_(0.5)", f"{t}.neg_()", f"{t}.copy_({t} * 3)", f"F.relu({t}, inplace=True)",
-        f"{t} -= {t}.mean()",
-    ))  # fmt: skip
+    write(w, [t], 100)
 
 
 def _softmax(w: Writer, s: _State) -> None:
@@ -361,7 +309,7 @@ _WEIGHT_OPS = [_w_noop, _w_noop, _w_noop, _w_change]
 
 def _values(w: Writer, s: _State) -> None:
     n = len(s.lead)
-    letters = w.draw(st.permutations(LETTERS))
+    letters = w.order(LETTERS)
     b, i, j, d = "".join(letters[:n]), letters[n], letters[n + 1], letters[n + 2]
     ways = [
         "o = w @ v",
@@ -371,7 +319,7 @@ def _values(w: Writer, s: _State) -> None:
         "o = torch.einsum('...ij,...jd->...id', w, v)",
     ]
     if "v = v" not in [line.strip() for line in w.lines]:
-        out = "".join(w.draw(st.permutations([*b, i, d])))
+        out = "".join(w.order([*b, i, d]))
         ways += [
             f"o = torch.einsum('{b}{i}{j},{b}{j}{d}->{out}', w, v)",
             f"o = torch.einsum('{b}{j}{d},{b}{i}{j}->{b}{i}{d}', v, w)",
@@ -387,7 +335,7 @@ def _values(w: Writer, s: _State) -> None:
         s.shown = (*s.shown, "o2")
 
 
-def _finish(w: Writer, s: _State) -> None:
+def _shown(w: Writer, s: _State) -> list[str]:
     for _ in range(w.one(0, 0, 1)):
         w.line(w.one(
             "o = o.transpose(-1, -2)", "o = o.flatten(0)", "o = o.transpose(0, -2).contiguous()", "o += 1", "o = o * 2", "o.mul_(0.5)",
@@ -398,4 +346,4 @@ def _finish(w: Writer, s: _State) -> None:
         shown.append(w.one("s", "w", "q", "v"))
     if w.chance(6):
         w.line(w.one("s.clone().sum()", "w.view(-1).mean()", "q.add_(1)", "v.mul_(2)") if not s.grad else "w.sum()")
-    w.line(f"return {', '.join(shown)}")
+    return shown

@@ -1,4 +1,7 @@
-"""Runs random programs by hand: `python tests/fuzz/run.py --examples 3000 [--seed 1]`; prints a line to keep."""
+"""Runs random programs by hand: `python tests/fuzz/run.py --examples 3000 --seed 1 --family blocks --route triton`.
+
+Prints what failed, each cause once, by its smallest program; and a line to keep.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "reading"), str(HERE.parent.parent)]
 
-from outcome import fate  # noqa: E402
-from programs import Program, programs  # noqa: E402
+from outcome import TALLY, fate  # noqa: E402
+from strategies import STRATEGIES  # noqa: E402
+from writer import Program  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=list(STRATEGIES), default="attention", help="what the programs are about")
     parser.add_argument("--route", choices=["sdpa", "triton", "inductor"], help="the route to force")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     given_args = parser.parse_args()
@@ -40,7 +45,7 @@ def main() -> None:
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @hypothesis.seed(given_args.seed)
-    @given(programs())
+    @given(STRATEGIES[given_args.family])
     def search(program: Program) -> None:
         if time.time() - start > given_args.seconds:
             return
@@ -51,6 +56,7 @@ def main() -> None:
         except Exception as error:
             fates["FAILED"] += 1
             cause = getattr(error, "inner_exception", None) or error.__cause__ or error
+            sys.modules["torch._dynamo"].reset()
             frames = traceback.extract_tb(cause.__traceback__)
             places = [
                 f"{Path(f.filename).name}:{f.lineno}"
@@ -67,11 +73,15 @@ def main() -> None:
         print(f"\n# {what}: {text}\n{program}")
     for reason, n in reasons.most_common():
         print(f"{n:6d}  {reason}")
+    if TALLY.elements:
+        expected = f"{TALLY.expected:.0f} +- {TALLY.variance**0.5:.0f}"
+        print(f"\nkept {TALLY.kept} of {TALLY.elements} elements, expected {expected}")
     counts = ", ".join(f"{n} {fate}" for fate, n in fates.most_common())
     seconds = f"{time.time() - start:.0f} s"
     row = (
         date.today(),
         torch.__version__,
+        given_args.family,
         given_args.route or "default",
         given_args.seed,
         sum(fates.values()),

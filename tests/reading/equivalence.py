@@ -20,6 +20,7 @@ from xfcompile.report import Report, SiteReport
 from xfcompile.rewrite import rewrite_graph
 
 LAYERS = frozenset({"attention", "gated_mlp"})
+ALL = frozenset({"attention", "gated_mlp", "bias-act-dropout"})
 
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -53,11 +54,15 @@ class Outcome:
 
 
 def rewriting(
-    outcome: Outcome, routes: dict[str, str] | None = None, rewrite: bool = True, family: str | None = None
+    outcome: Outcome,
+    routes: dict[str, str] | None = None,
+    rewrite: bool = True,
+    family: str | frozenset[str] | None = None,
+    aot: bool = True,
 ) -> Callable[..., Any]:
     """A backend for `torch.compile`: the rewrite, for one family or for those whose sites are whole layers; then
-    AOTAutograd, then eager ATen."""
-    families = LAYERS if family is None else frozenset([family])
+    AOTAutograd, then eager ATen. aot: False runs the rewritten graph as it is."""
+    families = LAYERS if family is None else family if isinstance(family, frozenset) else frozenset([family])
 
     def keep(gm: fx.GraphModule, _: Any) -> Any:
         outcome.programs.append(gm)
@@ -68,6 +73,8 @@ def rewriting(
         if rewrite:
             rewrite_graph(gm, example_inputs, Options(families, routes or {}, strict=True), report)
         outcome.sites += report.sites
+        if not aot:
+            return gm.forward
         outcome.graphs.append(copy.deepcopy(gm))
         run = aot_autograd(
             fw_compiler=keep,
@@ -108,9 +115,12 @@ def in_double() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+Shown = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
 def run(
     fn: Callable[..., Any], inputs: Sequence[Any], *, grad: bool, double: bool, called: Callable[..., Any] | None = None
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+) -> Shown:
     """Everything that running a program shows: outputs and inputs as it left them; and gradients."""
 
     def own(x: Any) -> Any:
@@ -148,7 +158,11 @@ def run(
 
 
 def assert_equivalent(
-    compiled: list[torch.Tensor], eager: list[torch.Tensor], exact: list[torch.Tensor], gradients: bool = False
+    compiled: list[torch.Tensor],
+    eager: list[torch.Tensor],
+    exact: list[torch.Tensor],
+    gradients: bool = False,
+    computed: torch.dtype | None = None,
 ) -> None:
     """NaN and infinity where eager has them, and elsewhere no more error than eager: twice its own plus 4 ulp of the
     result's scale, which is what two correct orders of summation may differ by.
@@ -157,6 +171,8 @@ def assert_equivalent(
     scale is that of all of them, for one that cancels to 0 is a difference of numbers as large as the others. Fused
     kernels don't store weights but compute them again as exp(s - lse), which errs by the rounding of s and of lse: of
     scores up to 16, 16 ulp.
+
+    computed: the least exact dtype that the program computes in, where that is not its results': under autocast.
     """
     kind = "gradient" if gradients else "result"
     assert len(compiled) == len(eager) == len(exact)
@@ -177,7 +193,8 @@ def assert_equivalent(
         a, b, c = ours[finite].double(), theirs[finite].double(), truth[finite].double()
         mine, eagers = (a - c).abs().max().item(), (b - c).abs().max().item()
         scale = max((_size(x) for x in exact), default=0.0) if gradients else _size(truth)
-        floor = (16 if gradients else 4) * torch.finfo(theirs.dtype).eps * scale
+        eps = max(torch.finfo(dtype).eps for dtype in (theirs.dtype, computed or theirs.dtype))
+        floor = (16 if gradients else 4) * eps * scale
         assert mine <= 2 * eagers + floor, f"{kind} {n}: error {mine:.3g}, eager's own {eagers:.3g}, floor {floor:.3g}"
 
 
@@ -193,20 +210,24 @@ def check(
     dynamic: bool | None = False,
     routes: dict[str, str] | None = None,
     rewrite: bool = True,
-    family: str | None = None,
+    family: str | frozenset[str] | None = None,
+    aot: bool = True,
+    known: tuple[Shown, Shown] | None = None,
+    computed: torch.dtype | None = None,
 ) -> Outcome:
     """Compile, run, compare with eager, and say what was matched. `grad`: compare gradients too.
 
-    rewrite: False compiles the program as it is, which tells our errors from torch's.
+    rewrite: False compiles the program as it is, which tells our errors from torch's. aot: as of `rewriting`.
+    known: what eager gives, and eager in fp64, where that is known. computed: as of `assert_equivalent`.
     """
     torch._dynamo.reset()
     outcome = Outcome()
-    compiled = torch.compile(fn, backend=rewriting(outcome, routes, rewrite, family), dynamic=dynamic, fullgraph=False)
+    backend = rewriting(outcome, routes, rewrite, family, aot)
+    compiled = torch.compile(fn, backend=backend, dynamic=dynamic, fullgraph=False)
     ours = run(fn, inputs, grad=grad, double=False, called=compiled)
-    eager = run(fn, inputs, grad=grad, double=False)
-    exact = run(fn, inputs, grad=grad, double=True)
-    assert_equivalent(ours[0], eager[0], exact[0])
-    assert_equivalent(ours[1], eager[1], exact[1], gradients=True)
+    eager, exact = known or (run(fn, inputs, grad=grad, double=double) for double in (False, True))
+    assert_equivalent(ours[0], eager[0], exact[0], computed=computed)
+    assert_equivalent(ours[1], eager[1], exact[1], gradients=True, computed=computed)
     return outcome
 
 

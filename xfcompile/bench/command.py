@@ -36,6 +36,10 @@ Only = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the file of --json holds.")]
 Budget = Annotated[float, typer.Option("--budget", help="Seconds for all of it; what is not reached is listed.")]
 Limit = Annotated[float, typer.Option("--limit", help="Seconds that one column of a row may take.")]
+Jobs = Annotated[
+    int,
+    typer.Option("--jobs", help="Rows that are compiled at once, each by a process; one at a time is timed, alone."),
+]
 NoErrors = Annotated[bool, typer.Option("--no-errors", help="Time only; do not compare with fp64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Listing = Annotated[bool, typer.Option("--list", help="Only name the rows and the columns.")]
@@ -61,13 +65,14 @@ class Asked:
     device: str = "auto"
     listing: bool = False
     in_process: bool = False
+    jobs: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """For a file of results."""
         named = {
             "quick": self.quick, "backends": list(self.backends) or "all", "only": list(self.only) or "all",
             "budget": self.budget if math.isfinite(self.budget) else None, "errors": self.errors, "device": self.device,
-            "limit": self.limit,
+            "limit": self.limit, "jobs": self.jobs,
         }  # fmt: skip
         return named
 
@@ -82,6 +87,7 @@ def _register(name: str, text: str) -> None:
         resume: Resume = False,
         budget: Budget = math.inf,
         limit: Limit = LIMIT,
+        jobs: Jobs = 1,
         no_errors: NoErrors = False,
         device: Device = "auto",
         listing: Listing = False,
@@ -89,7 +95,7 @@ def _register(name: str, text: str) -> None:
     ) -> None:
         asked = Asked(
             quick, json, plot, _several(backends), tuple(only or ()), resume, budget, limit, not no_errors, device,
-            listing, in_process,
+            listing, in_process, jobs,
         )  # fmt: skip
         _checked(asked)
         _benchmark(name, asked, begun=time.monotonic())
@@ -114,6 +120,7 @@ def everything(
     resume: Resume = False,
     budget: Budget = math.inf,
     limit: Limit = LIMIT,
+    jobs: Jobs = 1,
     no_errors: NoErrors = False,
     device: Device = "auto",
     in_process: InProcess = False,
@@ -133,7 +140,7 @@ def everything(
         there = out / f"{name}.json"
         asked = Asked(
             quick, there, out / f"{name}.png", chosen, tuple(only or ()), resume and there.exists(), budget, limit,
-            not no_errors, device, False, in_process,
+            not no_errors, device, False, in_process, jobs,
         )  # fmt: skip
         _checked(asked)
         _benchmark(name, asked, begun=begun, none_is_fine=bool(only), plot_is_needed=False)
@@ -176,7 +183,6 @@ def _benchmark(
     from xfcompile.bench.surroundings import surroundings
     from xfcompile.bench.table import report
     from xfcompile.bench.timing import QUICK, Rounds
-    from xfcompile.bench.worker import Apart, Here
 
     made = registry.benchmark(name)
     _known("--backends", asked.backends, made.columns)
@@ -206,7 +212,7 @@ def _benchmark(
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     settings = Settings(Place(device, dtype, scale), QUICK if asked.quick else Rounds(), asked.errors)  # type: ignore[arg-type]
     console.print(f"[bold]{made.title}[/]: {len(rows)} rows, {len(columns)} columns, {here['hardware']['device']}")
-    measuring: Here | Apart = Here(name, settings) if asked.in_process else Apart(name, settings, asked.limit)
+    measuring = _measuring(name, settings, asked)
     left = asked.budget - (time.monotonic() - begun)
     interrupted = False
     try:
@@ -214,7 +220,8 @@ def _benchmark(
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        measuring.close()
+        for one in measuring:
+            one.close()
     results.forget_empty_run()
     console.print(report(results))
     if asked.json is not None:
@@ -223,6 +230,16 @@ def _benchmark(
         _plotted(results, asked.plot, needed=plot_is_needed)
     if interrupted:
         raise typer.Exit(130)
+
+
+def _measuring(name: str, settings: Any, asked: Asked) -> list[Any]:
+    from xfcompile.bench.turns import Turns
+    from xfcompile.bench.worker import Apart, Here
+
+    if asked.in_process:
+        return [Here(name, settings)]
+    turns = Turns()
+    return [Apart(name, settings, asked.limit, turns) for _ in range(asked.jobs)]
 
 
 def _plotted(results: Any, path: Path, *, needed: bool) -> None:
@@ -278,6 +295,8 @@ def _checked(asked: Asked) -> None:
     for option, seconds in (("--budget", asked.budget), ("--limit", asked.limit)):
         if not seconds > 0:
             _refuse(f"{option} is a number of seconds above 0, not {seconds:g}")
+    if asked.jobs < 1 or (asked.jobs > 1 and asked.in_process):
+        _refuse(f"--jobs is a number of processes, at least 1, and more not with --in-process; not {asked.jobs}")
     if asked.plot is not None:
         from xfcompile.bench.plot import NoPlot, needs
 

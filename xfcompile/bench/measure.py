@@ -21,6 +21,8 @@ Announce = Callable[[str], None]
 RECOMPILE = 64
 """Compilations of one function that Dynamo allows: there is one for each column."""
 
+OUT_OF_MEMORY = "out of memory"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -36,12 +38,18 @@ class Broken(Exception):
 
 
 def measure(
-    benchmark: Benchmark, row: Row, columns: Sequence[str], settings: Settings, announce: Announce
+    benchmark: Benchmark,
+    row: Row,
+    columns: Sequence[str],
+    settings: Settings,
+    announce: Announce,
+    alone: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The entry of a row: `cells` by column, and what holds for all of them.
 
-    A cell has times, or `failed`, an error, or `skipped`, a reason. announce: is told which column is at work. Raises
-    `Broken` where the process has to be replaced.
+    A cell has times, or `failed`, an error, or `skipped`, a reason. announce: is told which column is at work. alone:
+    returns when no other process is at work; called before anything is timed. Raises `Broken` where the process has to
+    be replaced.
     """
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -58,10 +66,11 @@ def measure(
     if isinstance(work, Start):
         from xfcompile.bench.startup import started
 
+        alone()
         return found | started(work, columns, announce)
     try:
         with torch.set_grad_enabled(work.grad), torch._dynamo.config.patch(recompile_limit=RECOMPILE):
-            found |= _measured(work, columns, settings, found["cells"], announce)
+            found |= _measured(work, columns, settings, found["cells"], announce, alone)
     finally:
         del work
         torch._dynamo.reset()
@@ -70,7 +79,12 @@ def measure(
 
 
 def _measured(
-    work: Work, columns: Sequence[str], settings: Settings, cells: dict[str, Cell], announce: Announce
+    work: Work,
+    columns: Sequence[str],
+    settings: Settings,
+    cells: dict[str, Cell],
+    announce: Announce,
+    alone: Callable[[], None],
 ) -> dict[str, Any]:
     import xfcompile
 
@@ -107,6 +121,7 @@ def _measured(
         work.clear()
         release(device)
 
+    alone()
     announce("timing all in turns")
     timed = dict(calls)
     if work.graph and device == "cuda":
@@ -183,6 +198,6 @@ def _failed(cell: Cell, error: Exception, device: str) -> None:
 def reason_of(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
+        return OUT_OF_MEMORY
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300].rstrip(": ")

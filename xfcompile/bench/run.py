@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xfcompile.bench import columns as c
 from xfcompile.bench.job import Row
+from xfcompile.bench.measure import OUT_OF_MEMORY
 from xfcompile.bench.results import Entry, Results
 from xfcompile.bench.summary import NO_SLOWER, measure_of, number, ratio, summary
 from xfcompile.bench.worker import Announce, TimeUp
@@ -34,36 +36,103 @@ class Plan:
     budget: float = math.inf
 
 
-def run(plan: Plan, results: Results, measuring: Measuring, console: Console, clock: Callable[[], float]) -> None:
-    """Measures what `results` do not hold yet, and notes there what was not reached. The last one is always noted."""
+def run(
+    plan: Plan, results: Results, measuring: Sequence[Measuring], console: Console, clock: Callable[[], float]
+) -> None:
+    """Measures what `results` do not hold yet, and notes there what was not reached. The last one is always noted.
+
+    measuring: one, or several that are at work at once, each on a row of its own.
+    """
     begin = clock()
-    end = begin + plan.budget
     left = [row for row in plan.rows if not results.done(row, plan.columns)]
     if len(left) < len(plan.rows):
         console.print(f"{len(plan.rows) - len(left)} of {len(plan.rows)} rows are there already", style="dim")
     _keep(plan, results, left, "not reached: the run was cut off")
     with _progress(console) as progress:
-        task = progress.add_task("", total=len(left), at="")
-        while left:
-            row = left[0]
-            if clock() >= end:
-                break
+        work = _Work(plan, results, left, progress, clock, begin + plan.budget)
+        if len(measuring) > 1:
+            _at_once(work, measuring)
+        work.go_on(measuring[0], alone=True)
+    _keep(plan, results, left, f"the budget of {plan.budget:g} s was over")
+
+
+class _Work:
+    """The rows that are left, taken one after the other by whoever has time."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        results: Results,
+        left: list[Row],
+        progress: Progress,
+        clock: Callable[[], float],
+        end: float,
+    ) -> None:
+        self.plan, self.results, self.left, self.progress = plan, results, left, progress
+        self.clock, self.end = clock, end
+        self.task = progress.add_task("", total=len(left), at="")
+        self.over = False
+        self._taken: set[Row] = set()
+        self._again: set[Row] = set()
+        self._lock = threading.Lock()
+
+    def go_on(self, measuring: Measuring, *, alone: bool) -> None:
+        """Measures rows until none is left, or the time is up. alone: nothing else is at work."""
+        while (row := self._next(alone)) is not None:
 
             def announce(column: str, row: Row = row) -> None:
-                progress.update(task, description=f"{row.title}: {column}")
+                self.progress.update(self.task, description=f"{row.title}: {column}")
 
             announce("starting")
-            since = clock()
+            since = self.clock()
             try:
-                entry = measuring.measure(row, plan.columns, announce, end)
+                entry = measuring.measure(row, self.plan.columns, announce, self.end)
             except TimeUp:
-                break
-            results.add(entry)
-            left = left[1:]
-            _keep(plan, results, left, "not reached: the run was cut off")
-            progress.advance(task)
-            progress.console.print(line(entry, clock() - since), highlight=False)
-    _keep(plan, results, left, f"the budget of {plan.budget:g} s was over")
+                self.over = True
+                return
+            self._done(row, entry, self.clock() - since, alone)
+
+    def _next(self, alone: bool) -> Row | None:
+        with self._lock:
+            if self.over or self.clock() >= self.end:
+                return None
+            free = [row for row in self.left if row not in self._taken or (alone and row in self._again)]
+            self._taken.update(free[:1])
+            self._again.difference_update(free[:1])
+            return free[0] if free else None
+
+    def _done(self, row: Row, entry: Entry, seconds: float, alone: bool) -> None:
+        with self._lock:
+            if not alone and any(cell.get("failed") == OUT_OF_MEMORY for cell in entry["cells"].values()):
+                self._again.add(row)  # others had a part of the memory
+                return
+            self.results.add(entry)
+            self.left.remove(row)
+            _keep(self.plan, self.results, self.left, "not reached: the run was cut off")
+            self.progress.advance(self.task)
+            self.progress.console.print(line(entry, seconds), highlight=False)
+
+
+def _at_once(work: _Work, measuring: Sequence[Measuring]) -> None:
+    errors: list[BaseException] = []
+
+    def go_on(one: Measuring) -> None:
+        try:
+            work.go_on(one, alone=False)
+        except BaseException as error:
+            errors.append(error)
+            work.over = True
+
+    threads = [threading.Thread(target=go_on, args=(one,), daemon=True) for one in measuring]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        work.over = work.over or any(thread.is_alive() for thread in threads)  # interrupted
+    if errors:
+        raise errors[0]
 
 
 def _keep(plan: Plan, results: Results, left: Sequence[Row], reason: str) -> None:

@@ -106,11 +106,17 @@ def _readable(emitter: Emitter, site: BiasActDropoutSite) -> BiasActDropoutSite:
     except Miss:
         views = [site.interior[0]]
         views += [v for v in site.interior if v.op == "reshape" and v["self"] in views]
+        bias = site.bias if _without_bias(views[0]) else None
         for x in reversed(views):
             if emitter.holder(x) is not None:
-                return replace(site, product=None, x=x, bias=None, interior=pattern.after(x, site.interior))
+                return replace(site, product=None, x=x, bias=bias, interior=pattern.after(x, site.interior))
         raise
     return site
+
+
+def _without_bias(start: Value) -> bool:
+    """Whether the value at which a site starts is the product alone: its bias is then added later."""
+    return start.op != "add" and (start.op != "linear" or start["bias"] is None)
 
 
 def _read(emitter: Emitter, site: BiasActDropoutSite, route: str) -> tuple[Value, ...]:
@@ -130,8 +136,7 @@ def _source(emitter: Emitter, site: BiasActDropoutSite) -> Value | None:
     if site.product is None:
         return site.x
     start = site.interior[0]
-    alone = start.op != "add" and (start.op != "linear" or start["bias"] is None)
-    return start if alone and emitter.holder(start) is not None else None
+    return start if _without_bias(start) and emitter.holder(start) is not None else None
 
 
 def _plan(reading: Reading, candidate: BiasActDropoutCandidate, setting: Setting) -> BiasActDropoutCandidate:

@@ -1,0 +1,73 @@
+"""What random programs found, each as small as it could be made: wrong numbers and crashes that are no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equivalence import ALL, Outcome, check, tensors
+from torch import Tensor
+
+BIAS = "bias-act-dropout"
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def routes(outcome: Outcome, family: str) -> list[str | None]:
+    return [site.route for site in outcome.sites if site.family == family]
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_a_bias_that_is_added_after_the_projections_input_was_changed_is_not_lost(route: str, grad: bool) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        x = x.permute(0, 3, 2, 1) * 1.0  # the projection reads a copy, so that its gradient is not lost
+        h = b + F.linear(x, w)
+        x.relu_()
+        return F.gelu(h)
+
+    outcome = check(
+        program, *tensors((1, 8, 2, 2), (8, 8), (8,), grad=grad), grad=grad, routes={BIAS: route}, family=ALL
+    )
+    assert len(routes(outcome, BIAS)) == 1
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda h: F.relu(h).sqrt(),
+        lambda h: F.gelu(F.relu6(h)).reciprocal(),
+        lambda h: (F.relu(h) * torch.arange(1.0, 7.0)).sqrt(),
+        lambda h: (2 * F.relu(h).square()).sqrt(),
+        lambda h: h.clamp(min=0).sqrt(),
+    ],
+    ids=["relu", "relu6 and gelu", "relu and a scale", "squared relu", "clamp"],
+)
+def test_a_gradient_of_inf_is_0_where_a_kink_is_flat(route: str, after: Callable[[Tensor], Tensor]) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return after(F.linear(x, w, b))
+
+    outcome = check(program, *tensors((5, 8), (6, 8), (6,), grad=True), grad=True, routes={BIAS: route}, family=ALL)
+    assert routes(outcome, BIAS) == [route]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_mask_of_keys_under_a_number_of_its_own_row_has_a_gradient() -> None:
+    """The kernel for the gradient of what is added to the scores loads both, for several heads one after another."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, added: Tensor) -> Tensor:
+        s = q @ k.mT * scale + added
+        s = s.where(torch.eye(4, dtype=torch.bool), torch.tensor(-100.0))
+        return s.softmax(-1) @ v
+
+    shapes = ((3, 4, 4), (3, 4, 4), (3, 4, 4), (1, 1, 1), (1, 4, 4))
+    outcome = check(program, *tensors(*shapes, grad=True), grad=True, routes={"attention": "triton"}, family=ALL)
+    assert routes(outcome, "attention") == ["triton"]
