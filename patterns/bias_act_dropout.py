@@ -76,6 +76,9 @@ def match(anchor: Value, users: Users) -> list[BiasActDropoutSite]:
         if outside is not None:
             reasons.append(Near("what is activated is used elsewhere too", outside))
             continue
+        if activation.too_large(formula):
+            reasons.append(Near("a number with which fp32 overflows", root))
+            continue
         if root in reader.gates:
             return []  # of a gated MLP, or of the like
         return [_site(reader, root, formula, made, x, tuple(interior))]

@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 import torch
 
-from xfcompile.activation import GATE, UP, Sigmoid
+from xfcompile.activation import GATE, UP, Sigmoid, too_large
 from xfcompile.contraction import Contraction
 from xfcompile.indexing import integer, linear
 from xfcompile.projections import POINTWISE, PROJECTIONS, Element, Reader, projection
@@ -160,6 +160,8 @@ def match(anchor: Value, users: dict[Value, list[Value]]) -> list[GatedMLPSite]:
         raise Miss(f"a product of {len(used)} projections, not of two", root)
     if formula.has(sympy.exp, sympy.oo, -sympy.oo, sympy.nan, sympy.zoo) or formula.count_ops() > LARGEST_FORMULA:
         raise Miss("the activation is none that is known", root)
+    if too_large(formula):
+        raise Miss("a number with which fp32 overflows", root)
     gate, up = _gate_and_up(formula, used, reader.elements)
     elements = reader.elements[gate], reader.elements[up]
     interior = [v for v in reader.passed if v is not root]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -356,6 +359,36 @@ def test_the_package_hash_sees_kernels_and_patterns(monkeypatch: pytest.MonkeyPa
     identity.package_hash.cache_clear()
     for name in ("backend.py", "patterns/attention.py", "kernels/attention/op.py"):
         assert any(path.endswith(f"xfcompile/{name}") for path in seen)
+    root = Path(identity.__file__).parent
+    assert {Path(path) for path in seen} == {
+        path for path in _sources(root) if path.relative_to(root).parts[0] not in identity.APART
+    }
+
+
+def _sources(root: Path) -> list[Path]:
+    return [Path(f, n) for f, _, names in os.walk(root, followlinks=True) for n in names if n.endswith(".py")]
+
+
+def test_nothing_that_compiles_imports_what_the_package_hash_leaves_out() -> None:
+    """Only the command line does, and what is left out itself."""
+    root = Path(identity.__file__).parent
+    importing = set()
+    for path in _sources(root):
+        name = path.relative_to(root)
+        for node in ast.walk(ast.parse(path.read_text())):
+            module = ["xfcompile", *name.parts[:-1]]
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = [] if not node.level else module[: len(module) - node.level + 1]
+                found = [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found = [node.value]  # for import_module, or a process of its own
+            else:
+                continue
+            if any(f"xfcompile.{apart}" in x for x in found for apart in identity.APART):
+                importing.add(name.parts[0])
+    assert importing == {"__main__.py", *identity.APART}
 
 
 class Counting(CustomGraphPass):

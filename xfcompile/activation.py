@@ -38,6 +38,15 @@ def tensor(n: int) -> sympy.Symbol:
     return sympy.Symbol(f"r{n}", real=True)
 
 
+LARGEST_NUMBER = 1e30
+"""Beyond it products of a formula overflow in fp32 at other places than eager's do."""
+
+
+def too_large(formula: sympy.Expr) -> bool:
+    """Whether a number stands in it, written so or a product of such, with which fp32 overflows."""
+    return any(not abs(x) <= LARGEST_NUMBER for x in formula.atoms(sympy.Number))
+
+
 def chained(derivative: sympy.Expr) -> sympy.Expr:
     """`DOUT` times a derivative, and 0 where a kink's own derivative is 0, as PyTorch has it, even for a `DOUT` of inf:
     the square root of a relu has one at each element that is 0."""

@@ -20,13 +20,17 @@ FIELD = "joint_custom_pre_pass"
 """Both caches ask the pass in this field for its `uuid()`: the documented way to add to their keys."""
 
 
+APART = ("bench", "page")
+"""Folders of the package that nothing which compiles imports: what changes there changes no compiled code."""
+
+
 @functools.cache
-def package_hash() -> str:
-    """A hash of the package's sources, kernels and patterns included."""
+def package_hash(apart: tuple[str, ...] = APART) -> str:
+    """A hash of the package's sources, kernels and patterns included, without the folders named."""
     digest = hashlib.sha256()
     root = os.path.dirname(os.path.abspath(__file__))
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(f for f in folders if folder != root or f not in apart)
         for name in sorted(f for f in files if f.endswith(".py")):
             path = os.path.join(folder, name)
             digest.update(os.path.relpath(path, root).encode())

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 
+from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import blocks, cache, decode, template
 from xfcompile.kernels.attention.printer import NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.score import H, I, J, Load, S, Where
@@ -85,6 +86,11 @@ def of_first_row(spec: ScoreSpec) -> tuple[sympy.Expr, sympy.Expr]:
     return sympy.Add(*terms), shift
 
 
+LARGEST_SCALE = 1e4
+"""An exponent is a score less the largest, each rounded by itself: of scores beyond 2**24 the difference may come out
+above 0 by so much that a weight is infinite, and the result NaN."""
+
+
 @dataclass(frozen=True)
 class Parts:
     """A score as scale * core + shift: a number above 0, what depends on s, and one number for all keys and rows. The
@@ -152,6 +158,9 @@ def generate(spec: ScoreSpec) -> str:
 
 def pieces(spec: ScoreSpec) -> Pieces:
     """The pieces of a canonical spec's kernel; raises Unsupported for what has no Triton form."""
+    for term in sympy.Add.make_args(sympy.sympify(spec.score)):
+        if S in term.free_symbols and not abs(term.as_coeff_Mul()[0]) <= LARGEST_SCALE:
+            raise Unsupported(f"a score is {term}, beside which fp32 has no digits for a difference")
     found = blocks.summary(spec)
     evens = blocks.even_loads(spec) if found is not None else ()
     even_names = {load: sympy.Symbol(f"even{n}", real=True) for n, load in enumerate(evens)}

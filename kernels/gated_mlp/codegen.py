@@ -142,6 +142,9 @@ def gradients(formula: sympy.Expr, helpers: set[str]) -> str:
 
 def generate(formula: sympy.Expr) -> str:
     """The module's text; raises Unsupported for what has no Triton form."""
+    unknown = formula.free_symbols - {GATE, UP}
+    if unknown:
+        raise Unsupported(f"the kernel knows no {', '.join(sorted(map(str, unknown)))}: they are numbers of a run")
     helpers: set[str] = set()
     own = [activation(formula, helpers), gradients(formula, helpers)]
     texts = {"sigmoid": SIGMOID, "tanh": HELPERS["tanh"]}

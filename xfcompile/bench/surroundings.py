@@ -69,7 +69,7 @@ def sources() -> str:
     """A hash of this package's sources: what a copy without a repository is known by."""
     from xfcompile.identity import package_hash
 
-    return package_hash()[:12]
+    return package_hash(apart=())[:12]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
