@@ -29,7 +29,7 @@ from xfcompile import Options, Report, SiteReport, explain, rewrite, xformers
 backend = importlib.import_module("xfcompile.backend")
 identity = importlib.import_module("xfcompile.identity")
 
-Rewriter = Callable[[fx.GraphModule, Sequence[Any], Options, Report], None]
+Rewriter = Callable[[fx.GraphModule, Sequence[Any], Options, Report, object], None]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def rewriter(monkeypatch: pytest.MonkeyPatch) -> Callable[[Rewriter], None]:
     return lambda instead: monkeypatch.setattr(backend, "rewrite_graph", instead)
 
 
-def spoil(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: Report) -> None:
+def spoil(gm: fx.GraphModule, inputs: Sequence[Any], options: Options, report: Report, tuner: object) -> None:
     """A rewriter that fails after it has made the graph, and the graphs inside it, compute something else."""
     report.add(SiteReport(family="attention", matched=True, route="sdpa"))
     for module in gm.modules():
@@ -72,7 +72,8 @@ def test_compiled_is_equal_to_eager_and_reported() -> None:
     assert report.failures == []
 
 
-def test_inductor_gets_the_mode_and_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_gets_the_mode_and_the_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # there, no site was tuned before
     patches: list[dict[str, Any]] = []
 
     def record(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: dict[str, Any]) -> Callable[..., Any]:
@@ -85,8 +86,11 @@ def test_inductor_gets_the_mode_and_the_options(monkeypatch: pytest.MonkeyPatch)
         torch._dynamo.reset()
         torch.compile(attention, backend=xformers, **arguments)(*x)
     mine = [{k: v for k, v in p.items() if k != identity.FIELD} for p in patches]
-    assert mine == [torch._inductor.list_mode_options("max-autotune-no-cudagraphs"), {"max_autotune": True}]
-    assert all(isinstance(p[identity.FIELD], identity.Identified) for p in patches)
+    settings = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+    # The mode also tunes sites, whose ways to run are compiled with the same settings before the graph itself.
+    assert len(mine) == 4 and mine[:2] == [{**settings, "triton.cudagraphs": False}] * 2
+    assert mine[2:] == [settings, {"max_autotune": True}]
+    assert all(isinstance(p[identity.FIELD], identity.Identified) for p in patches[2:])
 
 
 def test_an_unknown_option_reaches_the_user() -> None:
@@ -160,7 +164,7 @@ def test_the_warning_is_given_once(rewriter: Callable[[Rewriter], None]) -> None
 
 
 def test_a_site_that_failed_is_warned_of_too(rewriter: Callable[[Rewriter], None]) -> None:
-    rewriter(lambda gm, inputs, options, report: report.failed("replacing attention", IndexError("i")))
+    rewriter(lambda gm, inputs, options, report, tuner: report.failed("replacing attention", IndexError("i")))
     with pytest.warns(RuntimeWarning, match="replacing attention: IndexError: i"):
         rewrite(fx.symbolic_trace(attention), qkv())
 
