@@ -209,6 +209,7 @@ class _Forward:
         self.layout, self.save, self.free = layout, save, dropout.numbers
         out, saved = outputs(x, weight, up_weight, save, dtype)
         self.out, self.saved = Blank.like(out), Blank.like(saved)
+        self.ready: Launch | None = None
         self.empty = out.numel() == 0
         if self.empty:
             return
@@ -230,7 +231,7 @@ class _Forward:
         out, saved = self.out(), self.saved()
         if self.empty:
             return out, saved
-        ready = ready_of(self.launch)
+        ready = self.ready
         if ready is not None:
             # In place of what is not there, pointers that are not looked at.
             start, gate = x.data_ptr(), weight.data_ptr()
@@ -258,12 +259,13 @@ class _Forward:
             seed,
         ]
         self.launch([at.x if t is None else t for t in tensors], self.free)
+        self.ready = _come_to(self.launch)
         return out, saved
 
 
-def ready_of(runner: Any) -> Launch | None:
-    """The launch that a runner has come to; None before the first."""
-    while runner is not None and not isinstance(runner, Launch):
+def _come_to(runner: Any) -> Launch:
+    """The launch that a runner has come to."""
+    while not hasattr(runner, "repeat"):
         runner = runner.launch
     return runner
 
