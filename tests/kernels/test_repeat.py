@@ -263,6 +263,7 @@ def variants(case: Case, sizes: Sizes) -> list[Inputs]:
     made.append(dataclasses.replace(usual, k=moved))
     made.append(dataclasses.replace(usual, q=usual.q[:, :, 1:]))  # other sizes of the same strides
     made.append(dataclasses.replace(usual, k=usual.k[:, :, 1:], v=usual.v[:, :, 1:]))
+    made.append(dataclasses.replace(usual, v=usual.v[..., :-2]))
     return made + [dataclasses.replace(usual, **{name: turned(getattr(usual, name))}) for name in "qkv"]
 
 
