@@ -62,7 +62,7 @@ def _direct() -> Any:
         """A call of an op, in Python the call of its function."""
 
         def codegen(self, wrapper: Any) -> None:
-            if not V.graph.cpp_wrapper:
+            if not V.graph.cpp_wrapper and not getattr(V.graph, "fx_wrapper", False):
                 self.python_kernel_name = _imported(self.op_overload, self.get_device(), wrapper)
             super().codegen(wrapper)
 

@@ -336,7 +336,8 @@ GATED = gated_cases.Case(rows=20, features=12, inner=24)
 def test_gated_mlps(about: dict[str, Any], repeating: None) -> None:
     case = GATED.but(**about)
     changed = [{"rows": 21}, {"rows": 2}, {"memory": "transposed"}, {"memory": "poisoned"}, {"features": 16}]
-    cases = [case, *[case.but(**change) for change in (*changed, {"dtype": torch.bfloat16})]]
+    changed += [{"dtype": torch.bfloat16}, {"layout": "separate"}, {"layout": "up first"}, {"biased": True}]
+    cases = [case, *[case.but(**change) for change in changed]]
     check([lambda c=c: gated_cases.call(c, "dual") for c in cases])
     assert len(REPEATED) >= len(cases)
 
