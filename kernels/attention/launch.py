@@ -377,7 +377,8 @@ class FirstThatRuns:
     too little of something."""
 
     def __init__(self, first: Callable[..., None], other: Callable[[], Callable[..., None]]) -> None:
-        self.launch, self.other = first, other
+        self.launch = first
+        self.other: Callable[[], Callable[..., None]] | None = other
         self.settled = False
 
     def __call__(self, *arguments: Any) -> None:
@@ -389,10 +390,13 @@ class FirstThatRuns:
         except fit.NoTilesFit:
             raise  # of the other one: nothing else is left
         except Exception as error:
-            log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
-            self.launch = self.other()
+            other = self.other
+            if other is not None:  # no other thread was here meanwhile
+                log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
+                self.launch = other()
             self.launch(*arguments)
         self.settled = True
+        self.other = None  # which may hold tensors
 
 
 class _Blocks:
