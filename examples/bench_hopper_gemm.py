@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from gemm_jobs import EPILOGUES, NAMES
 from torch import Tensor
 
-from xfcompile.activation import tensor, vector
+from xfcompile.activation import KEEP, tensor, vector
 from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, interleaved
 from xfcompile.evaluate import Evaluator
+from xfcompile.kernels import philox
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.launch import Gemm
 from xfcompile.kernels.gemm.tiles import VARIANTS, Tile
@@ -52,7 +53,10 @@ SIZES = (
 
 GATED = ((256, 4096, 11008), (4096, 4096, 11008), (16384, 4096, 14336), (16384, 1024, 2816))
 LINEAR = ((16384, 1024, 4096), (16384, 768, 3072), (16384, 4096, 16384))
-CHECKED = ("wide", "wide, no skew", "narrow")
+P, STREAM = 0.1, 3
+"""Of dropout."""
+NAMED = ("result", "saved", "saved")
+CHECKED = ("wide", "3 stages", "narrow")
 ROUNDS = Rounds(warmup=3, least=5, most=40, seconds=3.0)
 
 
@@ -75,20 +79,38 @@ class Case:
         self.tensors = [random(m, n) for _ in range(epilogue.tensors)]
         self.around = torch.full((m + 2, n), 77.0, device="cuda", dtype=dtype)
         self.out = self.around[1:-1]
+        self.saved = self._saved(m, n)
+        self.seed = torch.tensor([12345678901234 + m], device="cuda") if epilogue.drops else None
+        self.dropout = (philox.threshold(P), philox.scale(P), STREAM) if epilogue.drops else ()
+
+    def _saved(self, m: int, n: int) -> list[Tensor]:
+        """Both products of a gated MLP side by side."""
+        if not self.epilogue.saves:
+            return []
+        width = len(self.epilogue.sums) * n
+        return list(torch.full((m, width), 77.0, device="cuda", dtype=self.x.dtype).split(n, 1))
 
     def gemm(self, tile: Tile) -> Callable[[], Any]:
         count = torch.cuda.get_device_properties(0).multi_processor_count
-        made = Gemm(self.epilogue, tile, self.x, self.weights, self.biases, self.tensors, count)
-        return lambda: made(self.x, self.weights, self.out, self.biases, self.vectors, self.tensors)
+        made = Gemm(self.epilogue, tile, self.x, self.weights, self.biases, count)
+        outs = [self.out, *self.saved]
+        return lambda: made(
+            self.x, self.weights, outs, self.biases, self.vectors, self.tensors, self.seed, self.dropout
+        )
 
-    def expected(self) -> Tensor:
-        """In fp64."""
-        sums = [self.x.double() @ w.double().T for w in self.weights]
-        sums = [s if b is None else s + b.double() for s, b in zip(sums, self.biases, strict=True)]
+    def expected(self) -> list[Tensor]:
+        """In fp64: the result, and what is saved."""
+        products = [self.x.double() @ w.double().T for w in self.weights]
+        sums = [s if b is None else s + b.double() for s, b in zip(products, self.biases, strict=True)]
         scope: dict[Any, Any] = dict(zip(self.epilogue.sums, sums, strict=True))
         scope |= {vector(n): v.double() for n, v in enumerate(self.vectors)}
         scope |= {tensor(n): r.double() for n, r in enumerate(self.tensors)}
-        return torch.as_tensor(Evaluator(scope, (), torch.float64, self.x.device)(self.epilogue.value))
+        keep = torch.ones_like(sums[0])
+        if self.seed is not None:
+            keep = philox.linear_keep(self.seed, P, self.out.shape, STREAM) * philox.scale(P)
+        value = Evaluator({**scope, KEEP: keep}, (), torch.float64, self.x.device)(self.epilogue.value)
+        out = torch.as_tensor(value) * (keep if self.epilogue.gated else 1)
+        return [out, *((sums if self.epilogue.gated else products) if self.epilogue.saves else [])]
 
 
 def check(item: Item) -> Item:
@@ -101,15 +123,15 @@ def check(item: Item) -> Item:
         run = case.gemm(VARIANTS[item["tile"]])
         run()
         torch.cuda.synchronize()
-        exact = case.expected()
-        rounding = torch.finfo(dtype).eps / 2 * exact.abs()
-        allowed = 1.02 * rounding + 2e-4 * (1 + exact.abs() / 16) + torch.finfo(dtype).smallest_normal
-        error = ((case.out.double() - exact).abs() / allowed).nan_to_num(math.inf).max().item()
-        if error > worst:
-            worst, at = error, size
-        if error > 1:
-            wrong = ((case.out.double() - exact).abs() > allowed).nonzero()
-            problems.append(f"{size}: {error:.3g} at {len(wrong)} places, the first {wrong[0].tolist()}")
+        for name, made, exact in zip(NAMED, [case.out, *case.saved], case.expected(), strict=False):
+            allowed = 0.51 * torch.finfo(dtype).eps * exact.abs() + 2e-4 * (1 + exact.abs() / 16)
+            ratio = ((made.double() - exact).abs() / allowed).nan_to_num(math.inf)
+            error = ratio.max().item()
+            if error > worst:
+                worst, at = error, size
+            if error > 1:
+                wrong = (ratio > 1).nonzero()
+                problems.append(f"{size}, {name}: {error:.3g} at {len(wrong)} places, the first {wrong[0].tolist()}")
         if not bool((case.around[0] == 77).all() and (case.around[-1] == 77).all()):
             problems.append(f"{size}: wrote beyond the result")
         before = case.out.clone()

@@ -10,7 +10,7 @@ from gated_jobs import NAMES
 from triton.backends.compiler import GPUTarget
 
 from xfcompile import activation
-from xfcompile.activation import GATE, UP, Sigmoid, X, tensor, vector
+from xfcompile.activation import GATE, KEEP, UP, Sigmoid, X, tensor, vector
 from xfcompile.kernels.gemm import hopper, launch
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.tiles import ROWS, VARIANTS, Tile
@@ -20,7 +20,11 @@ EPILOGUES: dict[str, Epilogue] = {
     "gelu": hopper.single(activation.gelu(X, "none")),
     "gelu by tanh": hopper.single(activation.gelu(X, "tanh")),
     "scale, residual": hopper.single(vector(0) * activation.relu(X) + tensor(0), 1, 1),
+    "gelu, dropout, saving": hopper.single(KEEP * activation.gelu(X, "none"), saves=True),
+    "dropout, scale, residual": hopper.single(KEEP * vector(0) * X + tensor(0), 1, 1),
     "SwiGLU": hopper.gated(activation.silu(GATE) * UP),
+    "SwiGLU, saving": hopper.gated(activation.silu(GATE) * UP, saves=True),
+    "SwiGLU, dropout, saving": hopper.gated(activation.silu(GATE) * UP, saves=True, drops=True),
     "GEGLU": hopper.gated(activation.gelu(GATE, "none") * UP),
     "GPT-OSS": hopper.gated(
         (activation.clamp(UP, -7, 7) + 1)
@@ -45,11 +49,13 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True)
         return f"tensordesc<{kind}{list(block)},{layout!r}>"
 
     constants: dict[str, object] = {
-        "WARPGROUPS": tile.warpgroups, "STAGES": tile.stages, "PART": part, "BUFFERS": buffers,
+        "STAGES": tile.stages, "PART": part, "BUFFERS": buffers,
         "GROUP": tile.group, "SKEW": tile.skew, "REGISTERS": tile.registers,
     }  # fmt: skip
     constants |= dict.fromkeys(hopper.flags(epilogue), biased)
     types = {"x_desc": descriptor(ROWS, tile.block_k), "out_desc": descriptor(ROWS, part)}
+    types |= {f"{n}_out_desc": descriptor(ROWS, part) for n in epilogue.names}
+    types |= {"seed_ptr": "*i64", "scale": "fp32", "r0_desc": descriptor(ROWS, part)}
     columns = tile.columns // len(epilogue.sums)
     types |= {f"{n}_desc": descriptor(columns, tile.block_k) for n in epilogue.names if n != "x"}
     if epilogue.names == ["x"]:
@@ -58,7 +64,7 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True)
     for position, argument in enumerate(kernel.arg_names):
         pointer = f"*{kind}" if argument.endswith("_ptr") else "i32"
         signature[argument] = "constexpr" if argument in constants else types.get(argument, pointer)
-        if argument.endswith(("_ptr", "_row")):
+        if argument.endswith("_ptr"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})

@@ -22,34 +22,49 @@ from xfcompile.kernels.gated_mlp.codegen import separate
 @dataclass(frozen=True)
 class Epilogue:
     """What is stored: a formula of `sums`, one element of each product with its bias, and of what stands at its place
-    in vectors along the last axis and in tensors of the result's shape."""
+    in vectors along the last axis and in tensors of the result's shape.
+
+    saves: each product is stored too: of a gated MLP with its bias, otherwise without. drops: by dropout, of a gated
+    MLP the formula's value, otherwise what its `KEEP` says.
+    """
 
     value: sympy.Expr
     sums: tuple[sympy.Symbol, ...]
     vectors: int = 0
     tensors: int = 0
+    saves: bool = False
+    drops: bool = False
 
     @property
     def names(self) -> list[str]:
         return [s.name for s in self.sums]
 
+    @property
+    def gated(self) -> bool:
+        return self.sums == (GATE, UP)
 
-def gated(formula: sympy.Expr) -> Epilogue:
+    @property
+    def stores(self) -> int:
+        """Matrices that are stored."""
+        return 1 + len(self.sums) * self.saves
+
+
+def gated(formula: sympy.Expr, *, saves: bool = False, drops: bool = False) -> Epilogue:
     """Of a gated MLP's `GATE` and `UP`."""
-    return Epilogue(formula, (GATE, UP))
+    return Epilogue(formula, (GATE, UP), saves=saves, drops=drops)
 
 
-def single(value: sympy.Expr, vectors: int = 0, tensors: int = 0) -> Epilogue:
+def single(value: sympy.Expr, vectors: int = 0, tensors: int = 0, *, saves: bool = False) -> Epilogue:
     """Of one product's `X`."""
-    return Epilogue(value, (X,), vectors, tensors)
+    return Epilogue(value, (X,), vectors, tensors, saves, KEEP in value.free_symbols)
 
 
 def why_not(epilogue: Epilogue) -> str | None:
     """Why a formula is not computed by this kernel; None if it is."""
     known = {*epilogue.sums, *map(vector, range(epilogue.vectors)), *map(tensor, range(epilogue.tensors))}
-    if KEEP in epilogue.value.free_symbols:
-        return "it drops nothing out"
-    if epilogue.value.free_symbols - known:
+    if epilogue.tensors > 1 or (epilogue.tensors and epilogue.saves):
+        return "one piece of shared memory for what is read and stored"
+    if epilogue.value.free_symbols - known - {KEEP}:
         return "a formula of what it does not know"
     return None
 
@@ -74,6 +89,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 '''
 
 FIXED = '''\
+# That multiply. With a third one, and those that load, a program has 512 threads, and ptxas gives so many threads no
+# instruction that leaves 128 sums in each.
+WARPGROUPS = gl.constexpr(2)
+
+
 @gluon.jit
 def place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
     """Row and column of a tile. Programs that run together share what they read."""
@@ -97,6 +117,95 @@ def halves(x):
 def with_bias(x, bias_ptr, columns, features):
     bias = gl.load(bias_ptr + columns, mask=columns < features, other=0.0)
     return x + bias.to(gl.float32)[None, :]
+
+
+@gluon.jit
+def put(x, desc, first_m, first_n, out_smem, w: gl.constexpr, NUMBER: gl.constexpr, BUFFERS: gl.constexpr):
+    """Stores a block as the NUMBER-th of a tile's, through one of the warpgroup's BUFFERS, which take turns."""
+    buffer = out_smem.index(w * BUFFERS + NUMBER % BUFFERS)
+    tma.store_wait(BUFFERS - 1)  # what was stored from this buffer before has been read
+    buffer.store(x.to(out_smem.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(desc, [first_m, first_n], buffer)
+'''
+
+FETCH = '''\
+@gluon.jit
+def fetch(desc, first_m, first_n, out_smem, r_full, at):
+    """Begins to load a block to where the result at its place will be stored from."""
+    buffer = out_smem.index(at)
+    mbarrier.expect(r_full.index(at), buffer.shape[0] * buffer.shape[1] * 2)
+    tma.async_copy_global_to_shared(desc, [first_m, first_n], r_full.index(at), buffer)
+'''
+
+DROPOUT = '''\
+@gluon.jit
+def philox(seed, groups, stream):
+    """Philox 4x32-10, as xfcompile.kernels.philox has it: four uint32 for each group, int64, of eight neighbours."""
+    k0 = seed.to(gl.uint32)
+    k1 = (seed >> 32).to(gl.uint32)
+    c0 = groups.to(gl.uint32)
+    c1 = (groups >> 32).to(gl.uint32)
+    c2 = gl.full(groups.shape, 0, gl.uint32, groups.type.layout)
+    c3 = c2 + stream.to(gl.uint32)
+    for _ in gl.static_range(10):
+        x0 = gl.umulhi(c2, gl.full(c2.shape, 0xCD9E8D57, gl.uint32, c2.type.layout)) ^ c1 ^ k0
+        x2 = gl.umulhi(c0, gl.full(c0.shape, 0xD2511F53, gl.uint32, c0.type.layout)) ^ c3 ^ k1
+        c1 = c2 * 0xCD9E8D57
+        c3 = c0 * 0xD2511F53
+        c0 = x0
+        c2 = x2
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.constexpr_function
+def shared_out(groups):
+    """A layout of [64, groups] in which the four threads that hold a row's sums have a quarter of its groups each."""
+    registers = [[8, 0]] + [[0, 1 << n] for n in range(2, groups.bit_length() - 1)]
+    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, groups])
+
+
+@triton.constexpr_function
+def as_sums(groups):
+    """The layout of sums [64, 8 groups], as [64, groups, 4, 2]."""
+    registers = [[0, 0, 0, 1], [8, 0, 0, 0]] + [[0, 1 << n, 0, 0] for n in range(groups.bit_length() - 1)]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, groups, 4, 2])
+
+
+@gluon.jit
+def kept(seed, threshold, stream, first_m, first_n, features, MMA: gl.constexpr, N: gl.constexpr):
+    """What dropout keeps [64, N] of rows from first_m and columns from first_n on; features: a multiple of 8.
+
+    Each thread draws for its share of groups, and what it finds, one bit an element, goes to those that hold them.
+    """
+    G: gl.constexpr = N // 8
+    SHARE: gl.constexpr = shared_out(G)
+    SUMS: gl.constexpr = as_sums(G)
+    row = first_m + gl.arange(0, 64, gl.SliceLayout(1, SHARE))
+    groups = (row.to(gl.int64) * (features // 8))[:, None]
+    groups += (first_n // 8 + gl.arange(0, G, gl.SliceLayout(0, SHARE)))[None, :]
+    w0, w1, w2, w3 = philox(seed, groups, stream)
+    bits = pieces(w0, threshold) | pieces(w1, threshold) << 2
+    bits |= pieces(w2, threshold) << 4 | pieces(w3, threshold) << 6
+    bits = gl.convert_layout(bits.to(gl.uint8), gl.SliceLayout(2, gl.SliceLayout(3, SUMS))).to(gl.int32)
+    two = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, SUMS)))) * 2
+    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, SUMS))))
+    shifts = gl.expand_dims(two[None, None, :], 3) + one[None, None, None, :]
+    keep = (gl.expand_dims(bits[:, :, None], 3) >> shifts & 1) != 0
+    return gl.convert_layout(keep.reshape([64, N]), MMA, assert_trivial=True)
+
+
+@gluon.jit
+def pieces(word, threshold):
+    """Two bits: whether the lower and the upper half of a word keep an element."""
+    low = (word & 0xFFFF).to(gl.int32) >= threshold
+    high = (word >> 16).to(gl.int32) >= threshold
+    return low.to(gl.int32) | high.to(gl.int32) << 1
 '''
 
 KERNEL = '''\
@@ -112,14 +221,9 @@ KERNEL = '''\
     else:
         LAYOUT: gl.constexpr = {sum}.type.layout
         columns = first_n + gl.arange(0, N, gl.SliceLayout(0, LAYOUT))
-{loads}
-        out = {value}
-        buffer = out_smem.index(w * BUFFERS + NUMBER % BUFFERS)
-        tma.store_wait(BUFFERS - 1)  # what was stored from this buffer before has been read
-        buffer.store(out.to(out_smem.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out_desc, [first_m, first_n], buffer)
-
+{loads}        out = {value}
+{drop}        put(out, out_desc, first_m, first_n, out_smem, w, {number}, BUFFERS)
+{fetch_next}
 
 @gluon.jit
 {produce}
@@ -155,11 +259,13 @@ KERNEL = '''\
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
     step = 0
     ahead = gl.minimum(SKEW, steps) - 1
-    if SKEW > 0 and w > 0:
-        mbarrier.wait(started.index(w - 1), 0)
+{seed}    if SKEW > 0 and w == 1:
+        mbarrier.wait(started.index(0), 0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
-        acc = gl.zeros([M, WIDE], gl.float32, MMA)
+        first_m = (tile_m * WARPGROUPS + w) * M
+        first_n = tile_n * BLOCK_N
+{fetch_first}        acc = gl.zeros([M, WIDE], gl.float32, MMA)
         for k in range(steps):
             at = step % STAGES
             mbarrier.wait(full.index(at), step // STAGES & 1)
@@ -167,20 +273,18 @@ KERNEL = '''\
                 x_smem.index(at * WARPGROUPS + w), w_smem.index(at).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # for the product before
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            if SKEW > 0 and w < WARPGROUPS - 1:
-                mbarrier.arrive(started.index(w), count=1, pred=step == ahead)
+            if SKEW > 0 and w == 0:
+                mbarrier.arrive(started.index(0), count=1, pred=step == ahead)
             step += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        first_m = (tile_m * WARPGROUPS + w) * M
-        first_n = tile_n * BLOCK_N
 {finish_all}
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize={unspecialized})
 {kernel}
-    """One program: tiles `program_id`, `program_id + num_programs` ...; a tile is 64 rows for each warpgroup.
+    """One program: tiles `program_id`, `program_id + num_programs` ...; a tile is 64 rows for each of two warpgroups.
 
     Descriptors: x [M, K] in blocks [64, BLOCK_K], weights [N, K] in blocks [BLOCK_N, BLOCK_K], out [M, N] in blocks
     [64, PART]. steps: blocks of K. To be launched with four warps.
@@ -194,41 +298,23 @@ KERNEL = '''\
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS * BUFFERS, M, PART], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    started = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], mbarrier.MBarrierLayout())
+    started = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
         mbarrier.init(empty.index(n), count=WARPGROUPS)
-    for n in gl.static_range(WARPGROUPS):
-        mbarrier.init(started.index(n), count=1)
-    fence_async_shared()
+    mbarrier.init(started.index(0), count=1)
+{r_barriers}    fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
-    if WARPGROUPS == 1:
-        gl.warp_specialize([(consume, (
+    gl.warp_specialize([(consume, (
 {consumer_0}
-        )), (produce, (
-{producer}
-        ))], [1], [24])
-    elif WARPGROUPS == 2:
-        gl.warp_specialize([(consume, (
-{consumer_0}
-        )), (consume, (
+    )), (consume, (
 {consumer_1}
-        )), (produce, (
+    )), (produce, (
 {producer}
-        ))], [4, 1], [REGISTERS, 24])
-    else:
-        gl.warp_specialize([(consume, (
-{consumer_0}
-        )), (consume, (
-{consumer_1}
-        )), (consume, (
-{consumer_2}
-        )), (produce, (
-{producer}
-        ))], [4, 4, 1], [REGISTERS, REGISTERS, 24])
+    ))], [4, 1], [REGISTERS, 24])
 '''
 
-CONSTANTS = ["WARPGROUPS", "STAGES", "PART", "BUFFERS", "GROUP", "SKEW", "REGISTERS"]
+CONSTANTS = ["STAGES", "PART", "BUFFERS", "GROUP", "SKEW", "REGISTERS"]
 
 
 def flags(epilogue: Epilogue) -> list[str]:
@@ -244,6 +330,8 @@ def module(epilogue: Epilogue) -> str:
         *pointwise.functions(helpers),
         value,
         FIXED,
+        *([FETCH] if epilogue.tensors else []),
+        *([DROPOUT] if epilogue.drops else []),
         _kernel(epilogue),
     ]
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
@@ -252,13 +340,14 @@ def module(epilogue: Epilogue) -> str:
 def _read(epilogue: Epilogue) -> list[str]:
     """What `value` takes."""
     vectors, tensors = map(vector, range(epilogue.vectors)), map(tensor, range(epilogue.tensors))
-    return [s.name for s in (*epilogue.sums, *vectors, *tensors)]
+    keep = [KEEP] if epilogue.drops and not epilogue.gated else []
+    return [s.name for s in (*epilogue.sums, *keep, *vectors, *tensors)]
 
 
 def _value(epilogue: Epilogue) -> tuple[str, set[str]]:
     names = {s: s.name for s in epilogue.value.free_symbols}
     formula = with_ndtr(epilogue.value)
-    apart = separate(formula) if epilogue.sums == (GATE, UP) else None
+    apart = separate(formula) if epilogue.gated else None
     if apart is None or apart[1] == 1:
         lines, helpers = pointwise.lines({"out": formula}, names)
     else:
@@ -274,18 +363,24 @@ def _kernel(epilogue: Epilogue) -> str:
     names = epilogue.names
     weights = ["weight_desc"] if names == ["x"] else [f"{name}_desc" for name in names]
     biases = [f"{name}_bias_ptr" for name in names]
-    others = [f"v{n}_ptr" for n in range(epilogue.vectors)] + [f"r{n}_ptr" for n in range(epilogue.tensors)]
-    strides = [f"r{n}_row" for n in range(epilogue.tensors)]
+    others = [f"v{n}_ptr" for n in range(epilogue.vectors)]
+    fetched = ["r0_desc"] if epilogue.tensors else []
     sizes = ["rows", "features"]
-    given = ["out_desc", *biases, *others, *sizes, *strides]
+    saved = [f"{name}_out_desc" for name in names] if epilogue.saves else []
+    dropout = ["threshold", "scale", "stream"] if epilogue.drops else []
+    seed = ["seed"] if epilogue.drops else []
+    given = ["out_desc", *saved, *fetched, *biases, *others, *sizes, *dropout]
     tiling = ["steps", "tiles_m", "tiles_n"]
     own = flags(epilogue)
     smem = ["x_smem", "w_smem"]
-    finish_constants = ["w", "NUMBER", "PART", "BUFFERS", *own]
-    finish = ["first_m", "first_n", "out_smem", *given]
-    consume = [*smem, "out_smem", "full", "empty", "started", *given, *tiling]
+    finish_constants = ["w", "NUMBER", "PART", "PARTS", "BUFFERS", *own]
+    barriers = ["r_full"] if epilogue.tensors else []
+    turn = ["turn"] if epilogue.tensors else []
+    finish = ["first_m", "first_n", "out_smem", *barriers, *turn, *given, *seed]
+    pointer = ["seed_ptr"] if epilogue.drops else []
+    consume = [*smem, "out_smem", "full", "empty", "started", *barriers, *given, *pointer, *tiling]
     produce = ["x_desc", *weights, *smem, "full", "empty", *tiling]
-    produced = ["WARPGROUPS", "STAGES", "GROUP"]
+    produced = ["STAGES", "GROUP"]
     consumed = [*(x for x in CONSTANTS if x != "REGISTERS"), *own]
 
     def constants(names: Sequence[str]) -> list[str]:
@@ -305,61 +400,104 @@ def _kernel(epilogue: Epilogue) -> str:
     def consumer(n: int) -> str:
         return _arguments([str(n), *consume, *consumed])
 
-    loads = []
-    for name, pointer, flag in zip(names, biases, own, strict=True):
-        loads += [f"if {flag}:", f"    {name} = with_bias({name}, {pointer}, columns, features)"]
+    save = [
+        f"put({name}, {desc}, first_m, first_n, out_smem, w, {_number(epilogue, n)}, BUFFERS)"
+        for n, (name, desc) in enumerate(zip(names, saved, strict=False))
+    ]
+    loads = [] if epilogue.gated else list(save)
+    for name, bias, flag in zip(names, biases, own, strict=True):
+        loads += [f"if {flag}:", f"    {name} = with_bias({name}, {bias}, columns, features)"]
+    if epilogue.gated:
+        loads += save
     for n in range(epilogue.vectors):
         loads.append(f"v{n} = gl.load(v{n}_ptr + columns, mask=columns < features, other=0.0).to(gl.float32)[None, :]")
+    fetch_first, fetch_next = [], []
     if epilogue.tensors:
-        loads += [
-            "row = (first_m + gl.arange(0, M, gl.SliceLayout(1, LAYOUT)))[:, None]",
-            "inside = (row < rows) & (columns < features)[None, :]",
+        # A warpgroup fetches ahead as many blocks as it has buffers, the first while it multiplies.
+        fetch_first = [
+            "tma.store_wait(0)",
+            "for n in gl.static_range(BUFFERS):",
+            "    fetch(r0_desc, first_m, first_n + n * PART, out_smem, r_full, w * BUFFERS + n)",
         ]
-    for n in range(epilogue.tensors):
         loads += [
-            f"at = row.to(gl.int64) * r{n}_row + columns[None, :]",
-            f"r{n} = gl.load(r{n}_ptr + at, mask=inside, other=0.0).to(gl.float32)",
+            "at = w * BUFFERS + NUMBER % BUFFERS",
+            "mbarrier.wait(r_full.index(at), turn + NUMBER // BUFFERS & 1)",
+            "r0 = out_smem.index(at).load(LAYOUT).to(gl.float32)",
         ]
+        fetch_next = [
+            "if NUMBER + BUFFERS < PARTS:",
+            "    tma.store_wait(0)",
+            "    fetch(r0_desc, first_m, first_n + BUFFERS * N, out_smem, r_full, at)",
+        ]
+    drop = []
+    if epilogue.drops:
+        keep = "kept(seed, threshold, stream, first_m, first_n, features, LAYOUT, N)"
+        if epilogue.gated:
+            drop = [f"out = gl.where({keep}, out * scale, 0.0)"]
+        else:
+            loads.append(f"keep = gl.where({keep}, scale, 0.0)")
     split = [f"{name}_left, {name}_right = halves({name})" for name in names]
-    whole = {"NUMBER": "0"}
+    whole = {"NUMBER": "0", "PARTS": "BLOCK_N // PART"}
     finish_call = [*(whole.get(x, x) for x in (*finish, *finish_constants))]
     if len(names) == 1:
-        finish_all = [call("finish", ["acc", *finish_call], 2)]
+        finish_all = [call("finish", ["acc", *finish_call], 0)]
     else:
-        finish_all = ["gate, up = halves(acc)", call("finish", [*names, *finish_call], 2)]
+        finish_all = ["gate, up = halves(acc)", call("finish", [*names, *finish_call], 0)]
+    if epilogue.tensors:
+        finish_all.append("turn += BLOCK_N // PART // BUFFERS")
+    r_barriers = [
+        "r_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * BUFFERS, 1], mbarrier.MBarrierLayout())",
+        "for n in gl.static_range(WARPGROUPS * BUFFERS):",
+        "    mbarrier.init(r_full.index(n), count=1)",
+    ] * epilogue.tensors
     load_weights = [
         f"tma.async_copy_global_to_shared({w}, [tile_n * BLOCK_N, k * BLOCK_K], bar, weights.index({n}))"
         for n, w in enumerate(weights)
     ]
-    pointers = ["x_desc", *weights, "out_desc", *biases, *others]
+    pointers = ["x_desc", *weights, "out_desc", *saved, *fetched, *biases, *others, *pointer]
     return KERNEL.format(
         finish=define("finish", [*names, *finish], finish_constants),
         sum=names[0],
         split=_indented(split, 2),
         finish_left=part("left", "first_n", "2 * NUMBER"),
         finish_right=part("right", "first_n + N // 2", "2 * NUMBER + 1"),
-        loads=_indented(loads, 2),
+        loads=_block(loads, 2),
         value=f"value({', '.join([*_read(epilogue), '2'])})",
+        drop=_block(drop, 2),
+        fetch_first=_block(fetch_first, 2),
+        fetch_next=_block(fetch_next, 2),
+        r_barriers=_block(r_barriers, 1),
+        number=_number(epilogue, epilogue.stores - 1),
+        seed=_block(["seed = gl.load(seed_ptr)"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
         products=len(names),
         produce=define("produce", produce, produced),
         load_weights=_indented(load_weights, 3),
         consume=define("consume", ["w: gl.constexpr", *consume], consumed),
         finish_all=_indented(finish_all, 2),
-        unspecialized=repr([*sizes, *tiling]),
-        kernel=define("gemm", [*pointers, *sizes, *strides, *tiling], [*CONSTANTS, *own]),
+        unspecialized=repr([*sizes, *tiling, *dropout]),
+        kernel=define("gemm", [*pointers, *sizes, *tiling, *dropout], [*CONSTANTS, *own]),
         weight=weights[0],
         consumer_0=consumer(0),
         consumer_1=consumer(1),
-        consumer_2=consumer(2),
         producer=_arguments([*produce, *produced]),
     )
+
+
+def _number(epilogue: Epilogue, n: int) -> str:
+    """The place of the n-th block that a part stores, among all of a tile's."""
+    return "NUMBER" if epilogue.stores == 1 else f"{epilogue.stores} * NUMBER + {n}"
 
 
 def _indented(lines: Sequence[str], depth: int) -> str:
     return textwrap.indent("\n".join(lines), "    " * depth)
 
 
+def _block(lines: Sequence[str], depth: int) -> str:
+    """Whole lines, or none."""
+    return "".join(f"{line}\n" for line in _indented(lines, depth).splitlines())
+
+
 def _arguments(names: Sequence[str]) -> str:
     return textwrap.fill(
-        ", ".join(names), 118, initial_indent=" " * 12, subsequent_indent=" " * 12, break_long_words=False
+        ", ".join(names), 120, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
     )

@@ -13,7 +13,7 @@ from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.tiles import ROWS, Tile
+from xfcompile.kernels.gemm.tiles import BLOCK_M, ROWS, Tile
 
 PREFIX = "gemm_"
 
@@ -46,7 +46,7 @@ def described(x: Tensor) -> bool:
 
 class Gemm:
     """Launches of the kernel with tensors of one layout: x [M, K], weights [N, K], out [M, N], of which `described` is
-    true, and biases [N] (or None), vectors [N] and tensors [M, N] whose elements are neighbours along N."""
+    true, and tensors [M, N] alike; biases [N] (or None) and vectors [N], whose elements are neighbours."""
 
     def __init__(
         self,
@@ -55,15 +55,14 @@ class Gemm:
         x: Tensor,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        tensors: Sequence[Tensor],
         multiprocessors: int,
     ) -> None:
         (rows, inner), features = x.shape, weights[0].shape[0]
         block_n = tile.columns // len(weights)
-        tiles_m, tiles_n = -(-rows // tile.block_m), -(-features // block_n)
+        tiles_m, tiles_n = -(-rows // BLOCK_M), -(-features // block_n)
+        written = epilogue.stores + epilogue.tensors  # or read where it will be written
         part, buffers = tile.stored(len(weights))
         constants: dict[str, Any] = {
-            "WARPGROUPS": tile.warpgroups,
             "STAGES": tile.stages,
             "PART": part,
             "BUFFERS": buffers,
@@ -73,15 +72,8 @@ class Gemm:
         }
         given = [b is not None for b in biases]
         constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
-        self.numbers = [
-            rows,
-            features,
-            *(r.stride(0) for r in tensors),
-            -(-inner // tile.block_k),
-            tiles_m,
-            tiles_n,
-        ]
-        blocks = [[ROWS, tile.block_k], *[[block_n, tile.block_k]] * len(weights), [ROWS, part]]
+        self.numbers = [rows, features, -(-inner // tile.block_k), tiles_m, tiles_n]
+        blocks = [[ROWS, tile.block_k], *[[block_n, tile.block_k]] * len(weights), *[[ROWS, part]] * written]
         programs = min(multiprocessors, tiles_m * tiles_n)
         self.launch = Launch(kernel(epilogue), programs, constants, {"num_warps": 4}, blocks)
 
@@ -92,11 +84,17 @@ class Gemm:
         self,
         x: Tensor,
         weights: Sequence[Tensor],
-        out: Tensor,
+        outs: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         vectors: Sequence[Tensor] = (),
         tensors: Sequence[Tensor] = (),
+        seed: Tensor | None = None,
+        dropout: Sequence[Any] = (),
     ) -> Any:
-        """Returns the compiled kernel where Triton was asked for it, else None."""
+        """outs: the result, and what is saved of each product. dropout: threshold, scale and stream.
+
+        Returns the compiled kernel where Triton was asked for it, else None.
+        """
         there = [x if b is None else b for b in biases]
-        return self.launch([x, *weights, out, *there, *vectors, *tensors], self.numbers)
+        seeds = [] if seed is None else [seed]
+        return self.launch([x, *weights, *outs, *tensors, *there, *vectors, *seeds], self.numbers, dropout)

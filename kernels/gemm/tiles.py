@@ -10,17 +10,19 @@ SHARED = 227 * 1024
 ROWS = 64
 """Of a warpgroup: what one instruction of the tensor cores multiplies."""
 
+BLOCK_M = 2 * ROWS
+
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's share: ROWS rows a warpgroup, `columns` columns of sums (both products' together), block_k a step.
+    """A program's share: ROWS rows for each of two warpgroups, `columns` columns of sums (both products' together), and
+    block_k a step.
 
     part: columns that are stored at once, through one of `buffers` pieces of shared memory a warpgroup. group: rows of
     tiles that are taken together. skew: steps that a warpgroup is ahead of the next one, so that one multiplies while
     the other stores. registers: of a thread that computes.
     """
 
-    warpgroups: int = 2
     columns: int = 256
     block_k: int = 64
     stages: int = 4
@@ -29,10 +31,6 @@ class Tile:
     group: int = 8
     skew: int = 2
     registers: int = 240
-
-    @property
-    def block_m(self) -> int:
-        return ROWS * self.warpgroups
 
     def stored(self, products: int) -> tuple[int, int]:
         """Columns of what is stored at once, and pieces of shared memory for it: no more than a tile has of either."""
@@ -43,23 +41,24 @@ class Tile:
     @property
     def shared(self) -> int:
         """Bytes, without barriers."""
-        stage = (self.block_m + self.columns) * self.block_k
-        return 2 * (self.stages * stage + self.block_m * self.part * self.buffers)
+        stage = (BLOCK_M + self.columns) * self.block_k
+        return 2 * (self.stages * stage + BLOCK_M * self.part * self.buffers)
 
 
 WIDE = Tile()
-"""The largest sums that two warpgroups hold, of which each number that is loaded serves most products. (Three with 64 x
-256 each do not compile: ptxas gives 512 threads no instruction that has 128 sums a thread.)"""
+"""The largest sums that two warpgroups hold, of which each number that is loaded serves most products."""
 
 NARROW = Tile(columns=128, stages=6)
 """Where wide tiles would leave multiprocessors without work."""
 
 VARIANTS = {
     "wide": WIDE,
-    "wide, no skew": replace(WIDE, skew=0),
-    "wide, skew 1": replace(WIDE, skew=1),
-    "wide, groups of 16": replace(WIDE, group=16),
-    "wide, groups of 4": replace(WIDE, group=4),
+    "skew 0": replace(WIDE, skew=0),
+    "skew 3": replace(WIDE, skew=3),
+    "groups of 16": replace(WIDE, group=16),
+    "groups of 4": replace(WIDE, group=4),
+    "parts of 32": replace(WIDE, part=32, buffers=4),
+    "3 stages": replace(WIDE, stages=3, buffers=4),
     "narrow": NARROW,
 }
 """What `examples/bench_hopper_gemm.py` compares."""
