@@ -42,7 +42,7 @@ from xfcompile.kernels.gemm.tiles import VARIANTS, Tile
 
 Item = dict[str, Any]
 
-SILENCE = {"check": 40.0, "prepare": 90.0, "time": 40.0}
+SILENCE = {"check": 40.0, "prepare": 60.0, "time": 40.0}
 """Seconds after which a process that says nothing is ended."""
 
 SIZES = (
@@ -149,17 +149,17 @@ _prepared: dict[str, dict[str, Callable[[], Any]]] = {}
 
 
 def prepare(item: Item) -> Item:
-    """Compiles what is not ours."""
-    for form, sizes in (("gated", GATED), ("linear", LINEAR)):
-        for size in sizes:
-            _prepared[str((form, *size))] = columns(form, size)
+    """Compiles all that is timed at a size."""
+    _prepared[str((item["form"], *item["size"]))] = columns(item["form"], item["size"])
     torch.cuda.empty_cache()
     return {}
 
 
 def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
-    """What is timed, but for our kernel by variants."""
+    """What is timed, each called once."""
     case = Case(EPILOGUES["SwiGLU" if form == "gated" else "gelu"], torch.bfloat16, size, form == "linear")
+    trained = "SwiGLU, saving" if form == "gated" else "gelu, dropout, saving"
+    training = Case(EPILOGUES[trained], torch.bfloat16, size, form == "linear")
     x, weights, (m, _, n) = case.x, case.weights, size
     packed = torch.cat(weights)
     made = torch.empty(m, len(weights) * n, device="cuda", dtype=torch.bfloat16)
@@ -202,10 +202,12 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
             "inductor": lambda: linear(x, weights[0], bias),
             "triton": lambda: launch.linear(out, None, x, weights[0], bias, [], [], None, 0, text, 0.0),
         }
+    calls |= {f"gluon {name}": case.gemm(tile) for name, tile in VARIANTS.items()}
+    calls |= {f"gluon wide: {trained}": training.gemm(VARIANTS["wide"])}
     with torch.no_grad():
         for call in calls.values():
             call()
-    calls |= {f"gluon {name}": case.gemm(tile) for name, tile in VARIANTS.items()}
+    torch.cuda.synchronize()
     return calls
 
 
@@ -286,13 +288,15 @@ def _forward(stream: Any, lines: queue.Queue[str]) -> None:
 
 
 def checks() -> list[Item]:
-    """By tile variant: every epilogue in bf16 with biases, some without, and some in fp16."""
-    kinds = [(name, "bf16", True) for name in EPILOGUES]
-    kinds += [("SwiGLU", "fp16", True), ("gelu", "fp16", True), ("SwiGLU", "bf16", False), ("identity", "fp16", False)]
+    """By tile variant: the first with every epilogue in bf16 and biases, some in fp16 and without, the others with
+    fewer."""
+    several = ["SwiGLU", "SwiGLU, dropout, saving", "gelu, dropout, saving", "dropout, scale, residual"]
+    some = [(name, "bf16", True) for name in several] + [("SwiGLU", "fp16", True), ("gelu", "fp16", False)]
+    every = some + [(name, "bf16", True) for name in EPILOGUES if name not in several] + [("SwiGLU", "bf16", False)]
     return [
         {"kind": "check", "tile": tile, "epilogue": name, "dtype": dtype, "biased": biased}
         for tile in CHECKED
-        for name, dtype, biased in kinds
+        for name, dtype, biased in (every if tile == "wide" else some)
     ]
 
 
@@ -320,8 +324,10 @@ def run(only: str | None, save: Callable[[list[Item]], None], seconds: float) ->
         for tile, process in zip(CHECKED, processes, strict=False):
             items = [item for item in checks() if item["tile"] == tile]
             threads.append(threading.Thread(target=through, args=(items, process)))
+    sizes = [{"form": "gated", "size": size} for size in GATED] + [{"form": "linear", "size": size} for size in LINEAR]
     if only != "check":
-        threads.append(threading.Thread(target=through, args=([{"kind": "prepare"}], processes[-1])))
+        prepared = [{"kind": "prepare", **size} for size in sizes]
+        threads.append(threading.Thread(target=through, args=(prepared, processes[-1])))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -329,8 +335,7 @@ def run(only: str | None, save: Callable[[list[Item]], None], seconds: float) ->
     for process in processes[:-1]:
         process.stop()
     if only != "check":
-        sizes = [("gated", size) for size in GATED] + [("linear", size) for size in LINEAR]
-        through([{"kind": "time", "form": form, "size": size} for form, size in sizes], processes[-1])
+        through([{"kind": "time", **size} for size in sizes], processes[-1])
     processes[-1].stop()
     return results
 
@@ -353,7 +358,7 @@ def show(results: Sequence[Item]) -> None:
             print(f"{r['form']} {m} x {k} x {n}")
             for name, ms in r["ms"].items():
                 ratio = ms / r["ms"]["mm"]
-                print(f"    {name:24} {ms:8.4f} ms {flops / ms / 1e9:5.0f} TFLOP/s {ratio:6.3f} of one mm")
+                print(f"    {name:34} {ms:8.4f} ms {flops / ms / 1e9:5.0f} TFLOP/s {ratio:6.3f} of one mm")
 
 
 def main() -> None:

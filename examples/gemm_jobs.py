@@ -13,7 +13,9 @@ from xfcompile import activation
 from xfcompile.activation import GATE, KEEP, UP, Sigmoid, X, tensor, vector
 from xfcompile.kernels.gemm import hopper, launch
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.tiles import ROWS, VARIANTS, Tile
+from xfcompile.kernels.gemm.tiles import BLOCK_M, ROWS, VARIANTS, WIDE, Tile
+
+__all__ = ["BLOCK_M", "EPILOGUES", "NAMES", "VARIANTS", "WIDE", "compile_gemm"]
 
 EPILOGUES: dict[str, Epilogue] = {
     "identity": hopper.single(X),
@@ -68,16 +70,3 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True)
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-
-
-def main() -> None:
-    from cross_compile import resources
-
-    for name in EPILOGUES:
-        for variant, tile in VARIANTS.items():
-            compiled = compile_gemm(name, torch.bfloat16, tile)
-            print(name, variant, resources(compiled), compiled.metadata.shared, tile.shared)
-
-
-if __name__ == "__main__":
-    main()

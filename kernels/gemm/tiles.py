@@ -59,6 +59,7 @@ VARIANTS = {
     "groups of 4": replace(WIDE, group=4),
     "parts of 32": replace(WIDE, part=32, buffers=4),
     "3 stages": replace(WIDE, stages=3, buffers=4),
+    "deep": replace(WIDE, block_k=128, stages=2, skew=1),
     "narrow": NARROW,
 }
 """What `examples/bench_hopper_gemm.py` compares."""
