@@ -22,8 +22,18 @@ THINNED = {
 """Long tables, of which one case in so many runs each time; the others are `slow`: they vary what these do too."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, help="run one test in so many of each file: a first look")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    taken: dict[str, int] = {}
+    every = config.getoption("--every")
+    for item in list(items) if every > 1 else ():
+        number = taken[item.path.name] = taken.get(item.path.name, -1) + 1
+        if number % every:
+            items.remove(item)
     seen: dict[str, int] = {}
     for item in items:
         number = seen[item.path.name] = seen.get(item.path.name, -1) + 1
