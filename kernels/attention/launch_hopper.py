@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import cache, codegen, hopper, lists
-from xfcompile.kernels.attention.repeat import Described, Launch, aligned_strides
+from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.site import ScoreSpec
 
@@ -97,9 +97,8 @@ class Hopper:
         constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
         constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
-        described = [
-            _descriptor(x, rows, columns) for x, rows in ((q, hopper.ROWS // 2), (k, hopper.KEYS), (v, hopper.KEYS))
-        ]
+        loaded = [[1, 1, rows, columns] for rows in (hopper.ROWS // 2, hopper.KEYS, hopper.KEYS)]
+        described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
         self.launch = Launch(module.attention_forward, total, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
@@ -128,20 +127,3 @@ class Hopper:
         self.launch(tensors, free)
         if self.fill is not None:
             self.fill([out, lse, v])
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> Described:
-    """Of a tensor [B, H, L, D], of which such blocks are loaded."""
-    block = [1, 1, rows, columns]
-    shape, strides, itemsize = tuple(x.shape), aligned_strides(x), x.dtype.itemsize
-
-    def make(x: Tensor) -> Any:
-        from triton.experimental.gluon import language as gl
-        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-        dtype = {2: gl.bfloat16}[itemsize]  # of the layout, for which the number of bits is all that counts
-        return TensorDescriptor(
-            x, list(shape), list(strides), block, gl.NVMMASharedLayout.get_default_for(block, dtype)
-        )
-
-    return Described(shape, strides, make)

@@ -185,10 +185,26 @@ class _Quick:
 
 
 def aligned_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides [B, H, L, D], but that of a dimension of size 1, which means nothing, is a multiple of 16 bytes."""
+    """The strides [.., L, D], but that of a dimension of size 1, which means nothing, is a multiple of 16 bytes where D
+    is."""
     sizes = x.shape
-    whole = sizes[2] * sizes[3]
-    return tuple(whole if n == 1 and d < 3 else s for d, (n, s) in enumerate(zip(sizes, x.stride(), strict=True)))
+    whole, last = sizes[-2] * sizes[-1], x.ndim - 1
+    return tuple(whole if n == 1 and d < last else s for d, (n, s) in enumerate(zip(sizes, x.stride(), strict=True)))
+
+
+def described_for_gluon(x: Tensor, block: Sequence[int]) -> Described:
+    """A tensor of 16 bits an element, of which such blocks are loaded or stored."""
+    shape, strides, itemsize = tuple(x.shape), aligned_strides(x), x.dtype.itemsize
+
+    def make(x: Tensor) -> Any:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        dtype = {2: gl.bfloat16}[itemsize]  # of the layout, for which the number of bits is all that counts
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+        return TensorDescriptor(x, list(shape), list(strides), list(block), layout)
+
+    return Described(shape, strides, make)
 
 
 class Blank:
