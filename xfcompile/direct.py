@@ -58,11 +58,14 @@ def _direct() -> Any:
     from torch._inductor.ir import FallbackKernel
     from torch._inductor.virtualized import V
 
+    from xfcompile.identity import ours
+
     class Direct(FallbackKernel):
         """A call of an op, in Python the call of its function."""
 
         def codegen(self, wrapper: Any) -> None:
-            if not V.graph.cpp_wrapper and not getattr(V.graph, "fx_wrapper", False):
+            other = V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False)
+            if not other and ours():  # else a cache's key may not say which version of us has these functions
                 self.python_kernel_name = _imported(self.op_overload, self.get_device(), wrapper)
             super().codegen(wrapper)
 
