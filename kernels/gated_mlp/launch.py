@@ -206,7 +206,7 @@ class _Forward:
         dtype: torch.dtype,
         dropout: Dropout,
     ) -> None:
-        self.layout, self.save, self.free = layout, save, dropout.numbers
+        self.layout, self.save = layout, save
         out, saved = outputs(x, weight, up_weight, save, dtype)
         self.out, self.saved = Blank.like(out), Blank.like(saved)
         self.ready: Launch | None = None
@@ -245,7 +245,7 @@ class _Forward:
                 start if up_bias is None else up_bias.data_ptr(),
                 start if seed is None else seed.data_ptr(),
             ]
-            if ready.repeat(pointers, self.free) is not None:
+            if ready.repeat(pointers) is not None:
                 return out, saved
         at = operands_of(x, weight, up_weight, gate_bias, up_bias, self.layout)
         tensors = [
@@ -258,7 +258,7 @@ class _Forward:
             at.up_bias,
             seed,
         ]
-        self.launch([at.x if t is None else t for t in tensors], self.free)
+        self.launch([at.x if t is None else t for t in tensors])
         self.ready = _come_to(self.launch)
         return out, saved
 
@@ -291,7 +291,7 @@ def _forward(
         "UPCAST": interpreted and operands.x.dtype == torch.bfloat16,
         "ONE": rows == 1,
     }
-    numbers = [rows, features, inner, *strides, *bias_strides, gate_start, up_start]
+    numbers = [rows, features, inner, *strides, *bias_strides, gate_start, up_start, *dropout.numbers]
     if rows <= tiles.FEW_ROWS:
         first = tiles.INTERPRETED_FEW if interpreted else tiles.few(operands.x.dtype, rows)
         kernel = prepared.kernel("gated_few", interpreted)
@@ -308,7 +308,7 @@ def _forward(
 
     if not _described(operands, kind):
         return for_any_layout()
-    sizes = [rows, features, inner, *bias_strides, gate_start, up_start]
+    sizes = [rows, features, inner, *bias_strides, gate_start, up_start, *dropout.numbers]
     through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), operands, first, sizes, constants)
     return through_tma if interpreted else FirstThatRuns(through_tma, for_any_layout)
 
@@ -343,20 +343,20 @@ class _Fitting:
         self.launch: Launch | None = None
         self.unfit: NoTilesFit | None = None
 
-    def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
+    def __call__(self, tensors: list[Tensor]) -> None:
         if self.launch is not None:
-            self.launch(tensors, free)
+            self.launch(tensors)
             return
         if self.unfit is not None:
             raise self.unfit
         try:
-            self.launch = self._fitted(tensors, free)
+            self.launch = self._fitted(tensors)
         except NoTilesFit as error:
             self.unfit = error.with_traceback(None)
             raise
 
-    def _fitted(self, tensors: list[Tensor], free: list[Any]) -> Launch:
-        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors, free)
+    def _fitted(self, tensors: list[Tensor]) -> Launch:
+        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors)
 
     def _made(self, t: Tiles) -> Launch:
         known = {**self.constants, **_sizes(t), "EVEN_K": self.inner % t.block_k == 0}
@@ -378,14 +378,13 @@ def _first_that_fits(
     candidates: Iterable[Tiles],
     make: Callable[[Tiles], Launch],
     tensors: list[Tensor],
-    free: list[Any],
 ) -> Launch:
     from triton.runtime.errors import OutOfResources
 
     for t in candidates:
         launch = make(t)
         try:
-            launch(tensors, free)
+            launch(tensors)
         except OutOfResources as error:
             log.debug("%s does not fit: %s", t, error)
         else:
@@ -409,8 +408,8 @@ class _Described:
         described = [_descriptor(v, [block, t.block_k]) for v, block in blocks]
         self.launch = Launch(kernel, min(count, programs), numbers, ordered, _options(t), described)
 
-    def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
-        self.launch(tensors, free)
+    def __call__(self, tensors: list[Tensor]) -> None:
+        self.launch(tensors)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> Described:
@@ -511,5 +510,4 @@ def _pointwise(
     kernel = prepared.kernel(name, interpreted)
     ordered = {n: known[n] for n in kernel.arg_names if n in known}
     programs = -(-rows // block_m) * -(-features // block_n)
-    launch, free = Launch(kernel, programs, numbers, ordered, {"num_warps": warps}), dropout.numbers
-    return lambda tensors: launch(tensors, free)
+    return Launch(kernel, programs, [*numbers, *dropout.numbers], ordered, {"num_warps": warps})
