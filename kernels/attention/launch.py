@@ -355,11 +355,12 @@ class FirstThatRuns:
     too little of something."""
 
     def __init__(self, first: Callable[..., None], other: Callable[[], Callable[..., None]]) -> None:
-        self.launch, self.other = first, other
-        self.settled = False
+        self.launch = first
+        self.other: Callable[[], Callable[..., None]] | None = other
 
     def __call__(self, *arguments: Any) -> None:
-        if self.settled:
+        other = self.other
+        if other is None:
             self.launch(*arguments)
             return
         try:
@@ -368,9 +369,9 @@ class FirstThatRuns:
             raise  # of the other one: nothing else is left
         except Exception as error:
             log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
-            self.launch = self.other()
+            self.launch = other()
             self.launch(*arguments)
-        self.settled = True
+        self.other = None  # and with it the tensors that it was made of
 
 
 class _Blocks:

@@ -19,8 +19,9 @@ from xfcompile.kernels.attention.fit import NoTilesFit, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
-from xfcompile.kernels.gated_mlp import codegen, reference, tiles
+from xfcompile.kernels.gated_mlp import codegen, launch_hopper, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
+from xfcompile.kernels.gemm.launch import multiprocessors
 from xfcompile.site import Layout
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def forward(
 
     def make() -> Callable[..., None]:
         check()
-        return _forward(prepared, operands, layout, dropout, out, saved is not None)
+        return _forward(prepared, operands, layout, dropout, out, saved)
 
     call = _remembered(prepared, described, make)
     # Pointers that are not looked at, where there is no such tensor.
@@ -160,6 +161,21 @@ def forward(
 
 
 def _forward(
+    prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, saved: Tensor | None
+) -> Callable[..., None]:
+    """How such tensors are computed with, from now on."""
+    if out.device.type != "cuda" or device_generation(out.device) != HOPPER:
+        return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
+    *start, step = starts(layout, out.shape[2])
+    reason = launch_hopper.declines(prepared.formula, operands, out, saved, step, dropout.p != 0.0)
+    if reason is not None:
+        log.debug("not by the kernel for Hopper: %s", reason)
+        return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
+    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start)
+    return FirstThatRuns(first, lambda: _by_triton(prepared, operands, layout, dropout, out, saved is not None))
+
+
+def _by_triton(
     prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, save: bool
 ) -> Callable[..., None]:
     experts, rows, features, inner = operands.sizes
@@ -313,11 +329,6 @@ def _device(x: Tensor) -> Any:
     import contextlib
 
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tensor) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.tiles import BLOCK_M, ROWS, Tile
+from xfcompile.kernels.gemm.tiles import BLOCK_M, FEWEST_ROWS, ROWS, Tile
+
+log = logging.getLogger(__name__)
 
 PREFIX = "gemm_"
 
@@ -30,6 +34,37 @@ def kernel(epilogue: Epilogue) -> Any:
     return cache.load(path, f"xfcompile_{path.stem}").gemm
 
 
+@functools.cache
+def missing(epilogue: Epilogue) -> str | None:
+    """Why there is no kernel of an epilogue here; None if there is one."""
+    reason = hopper.why_not(epilogue)
+    if reason is not None:
+        return reason
+    try:
+        kernel(epilogue)
+    except Unsupported as error:
+        return str(error)
+    except Exception as error:  # Gluon is experimental, and what it defines changes
+        log.debug("no product for Hopper: %s", error)
+        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
+    return None
+
+
+def why_not(matrices: Sequence[Tensor], vectors: Sequence[Tensor | None]) -> str | None:
+    """Why the kernel does not take such tensors: x [M, K] first, weights, results and what is added; biases and
+    vectors. None if it does."""
+    x = matrices[0]
+    if x.shape[0] < FEWEST_ROWS:
+        return f"fewer than {FEWEST_ROWS} rows"
+    if any(m.dtype != x.dtype for m in matrices):
+        return "one dtype for all that is loaded and stored"
+    if not all(map(described, matrices)):
+        return "TMA reads 16-bit numbers that are neighbours, in rows that start at multiples of 16 bytes"
+    if any(v is not None and v.stride(-1) != 1 for v in vectors):
+        return "vectors of neighbours"
+    return None
+
+
 def described(x: Tensor) -> bool:
     """Whether TMA reads or writes a matrix: rows start at multiples of 16 bytes, neighbours are side by side."""
     strides = aligned_strides(x)
@@ -42,6 +77,11 @@ def described(x: Tensor) -> bool:
         and strides[0] % 8 == 0
         and x.data_ptr() % 16 == 0
     )
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 class Gemm:
