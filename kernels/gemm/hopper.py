@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import sympy
 
-from xfcompile.activation import GATE, KEEP, UP, X, tensor, vector, with_ndtr
+from xfcompile.activation import GATE, KEEP, UP, X, separate, tensor, vector, with_ndtr
 from xfcompile.kernels import pointwise
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.kernels.gated_mlp.codegen import separate
 
 
 @dataclass(frozen=True)
