@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xfcompile.kernels.attention import cache, fit
 from xfcompile.kernels.attention.repeat import Launch
-from xfcompile.kernels.attention.tiles import interpreting
+from xfcompile.kernels.attention.tiles import HOPPER, device_generation, interpreting
 from xfcompile.kernels.bias_act_dropout import launch_hopper
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.launch_hopper import Operands
@@ -171,8 +171,9 @@ def linear(
     p: float,
 ) -> None:
     """x [.., K], weight [N, K]; into `out` [.., N] and, where it is there, `pre`: the product without its bias."""
-    if seed is None and launch_hopper.linear(Operands(out, pre, x, weight, bias, vectors, tensors), text):
-        return
+    if seed is None and x.device.type == "cuda" and device_generation(x.device) == HOPPER:
+        if launch_hopper.linear(Operands(out, pre, x, weight, bias, vectors, tensors), text):
+            return
     rows = rows_of(x, *tensors)
     n, k = weight.shape
     tile = INTERPRETED if x.device.type == "cpu" else PRODUCT[x.dtype.itemsize].value

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from xfcompile.kernels.attention.tiles import HOPPER, device_generation
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
@@ -79,8 +78,6 @@ _gemms: dict[object, Gemm | None] = {}
 
 def linear(given: Operands, text: str) -> bool:
     """Fills `out` and, where it is there, `pre`, as `launch.linear` does without dropout; False if it does not."""
-    if given.x.device.type != "cuda" or device_generation(given.x.device) != HOPPER:
-        return False
     key = (text, given.layout)
     gemm = _gemms.get(key)
     if gemm is not None:
