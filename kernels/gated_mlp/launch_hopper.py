@@ -29,13 +29,16 @@ def unavailable(formula: sympy.Expr) -> str | None:
 def declines(
     formula: sympy.Expr, operands: Operands, out: Tensor, saved: Tensor | None, step: int, drops: bool
 ) -> str | None:
-    """Why the kernel does not compute this; None if it does. step: between neighbours of a projection in `saved`."""
+    """Why the kernel does not compute this; None if it does. step: between neighbours of a projection in `saved`.
+
+    What is not stored has to have the same bits as what is: by the same kernel.
+    """
     if operands.x.shape[0] != 1:
         return "experts"
     if drops:
         return "its random numbers cost more than the products beside them"
-    if saved is not None and step != 1:
-        return "projections that are stored one by one in turns"
+    if step != 1:
+        return "features of gate and up in turns"
     matrices = [operands.x, operands.gate, operands.up, out, *([] if saved is None else [saved])]
     reason = why_not([m[0] for m in matrices], (operands.gate_bias, operands.up_bias))
     if reason is None and saved is not None and out.shape[2] % 8:
