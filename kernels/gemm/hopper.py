@@ -148,55 +148,16 @@ def philox(seed, groups, stream):
     c2 = gl.full(groups.shape, 0, gl.uint32, groups.type.layout)
     c3 = c2 + stream.to(gl.uint32)
     for _ in gl.static_range(10):
-        x0 = gl.umulhi(c2, gl.full(c2.shape, 0xCD9E8D57, gl.uint32, c2.type.layout)) ^ c1 ^ k0
-        x2 = gl.umulhi(c0, gl.full(c0.shape, 0xD2511F53, gl.uint32, c0.type.layout)) ^ c3 ^ k1
-        c1 = c2 * 0xCD9E8D57
-        c3 = c0 * 0xD2511F53
-        c0 = x0
-        c2 = x2
+        # One instruction for both halves of a product.
+        a = c0.to(gl.uint64) * 0xD2511F53
+        b = c2.to(gl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(gl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(gl.uint32) ^ c3 ^ k1
+        c1 = b.to(gl.uint32)
+        c3 = a.to(gl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
-
-
-@triton.constexpr_function
-def shared_out(groups):
-    """A layout of [64, groups] in which the four threads that hold a row's sums have a quarter of its groups each."""
-    registers = [[8, 0]] + [[0, 1 << n] for n in range(2, groups.bit_length() - 1)]
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, groups])
-
-
-@triton.constexpr_function
-def as_sums(groups):
-    """The layout of sums [64, 8 groups], as [64, groups, 4, 2]."""
-    registers = [[0, 0, 0, 1], [8, 0, 0, 0]] + [[0, 1 << n, 0, 0] for n in range(groups.bit_length() - 1)]
-    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
-    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, groups, 4, 2])
-
-
-@gluon.jit
-def kept(seed, threshold, stream, first_m, first_n, features, MMA: gl.constexpr, N: gl.constexpr):
-    """What dropout keeps [64, N] of rows from first_m and columns from first_n on; features: a multiple of 8.
-
-    Each thread draws for its share of groups, and what it finds, one bit an element, goes to those that hold them.
-    """
-    G: gl.constexpr = N // 8
-    SHARE: gl.constexpr = shared_out(G)
-    SUMS: gl.constexpr = as_sums(G)
-    row = first_m + gl.arange(0, 64, gl.SliceLayout(1, SHARE))
-    groups = (row.to(gl.int64) * (features // 8))[:, None]
-    groups += (first_n // 8 + gl.arange(0, G, gl.SliceLayout(0, SHARE)))[None, :]
-    w0, w1, w2, w3 = philox(seed, groups, stream)
-    bits = pieces(w0, threshold) | pieces(w1, threshold) << 2
-    bits |= pieces(w2, threshold) << 4 | pieces(w3, threshold) << 6
-    bits = gl.convert_layout(bits.to(gl.uint8), gl.SliceLayout(2, gl.SliceLayout(3, SUMS))).to(gl.int32)
-    two = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, SUMS)))) * 2
-    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, SUMS))))
-    shifts = gl.expand_dims(two[None, None, :], 3) + one[None, None, None, :]
-    keep = (gl.expand_dims(bits[:, :, None], 3) >> shifts & 1) != 0
-    return gl.convert_layout(keep.reshape([64, N]), MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -205,6 +166,67 @@ def pieces(word, threshold):
     low = (word & 0xFFFF).to(gl.int32) >= threshold
     high = (word >> 16).to(gl.int32) >= threshold
     return low.to(gl.int32) | high.to(gl.int32) << 1
+
+
+@gluon.jit
+def draw(
+    bits, b_full, b_empty, features, threshold, stream, seed_ptr, tiles_m, tiles_n,
+    BLOCK_N: gl.constexpr, PART: gl.constexpr, GROUP: gl.constexpr,
+):
+    """The warps that say what dropout keeps, a bit an element: of a warpgroup's part of a tile, words of 32 neighbours
+    [PART // 32, rows]. They are a tile ahead. features: a multiple of 8."""
+    WORDS: gl.constexpr = bits.shape[1]
+    M: gl.constexpr = bits.shape[2]
+    PARTS: gl.constexpr = BLOCK_N // PART
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    seed = gl.load(seed_ptr)
+    turn = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
+        at = turn % 2
+        mbarrier.wait(b_empty.index(at), (turn // 2 & 1) ^ 1)
+        # Loops that are loops: consumers' instructions, some thousands each, fill the cache.
+        for block in range(WARPGROUPS * PARTS):
+            row = (tile_m * WARPGROUPS + block // PARTS) * M + gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
+            first = (tile_n * BLOCK_N + block % PARTS * PART) // 8
+            groups = (row.to(gl.int64) * (features // 8) + first)[None, :]
+            groups += (gl.arange(0, WORDS, gl.SliceLayout(1, LAYOUT)) * 4)[:, None]
+            words = gl.full([WORDS, M], 0, gl.int32, LAYOUT)
+            for n in range(4):
+                w0, w1, w2, w3 = philox(seed, groups + n, stream)
+                eight = pieces(w0, threshold) | pieces(w1, threshold) << 2
+                eight |= pieces(w2, threshold) << 4 | pieces(w3, threshold) << 6
+                words |= eight << 8 * n
+            bits.index(at * WARPGROUPS * PARTS + block).store(words)
+        mbarrier.arrive(b_full.index(at), count=1)
+        turn += 1
+
+
+@triton.constexpr_function
+def as_sums(words):
+    """The layout of sums [64, 32 words], as [64, words, 4, 4, 2]."""
+    registers = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0]]
+    registers += [[0, 1 << n, 0, 0, 0] for n in range(words.bit_length() - 1)]
+    lanes = [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
+    warps = [[16, 0, 0, 0, 0], [32, 0, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, words, 4, 4, 2])
+
+
+@gluon.jit
+def kept(words, MMA: gl.constexpr, N: gl.constexpr):
+    """What dropout keeps [64, N] of what `draw` has stored in words [N // 32, 64]."""
+    SUMS: gl.constexpr = as_sums(N // 32)
+    LINES: gl.constexpr = gl.SliceLayout(4, SUMS)
+    EIGHTS: gl.constexpr = gl.SliceLayout(3, LINES)
+    loaded = words.permute((1, 0)).load(gl.SliceLayout(2, EIGHTS))
+    eight = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, EIGHTS))) * 8
+    two = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LINES)))) * 2
+    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SUMS)))))
+    mine = gl.expand_dims(gl.expand_dims(loaded, 2), 3) >> two[None, None, None, :]  # of a thread: one shift a word
+    mine = gl.expand_dims(mine, 4)
+    # Of registers alone: compile-time numbers.
+    mask = 1 << (gl.expand_dims(gl.expand_dims(eight[None, None, :], 3), 4) + one[None, None, None, None, :])
+    return gl.convert_layout((mine & mask).reshape([64, N]), MMA, assert_trivial=True) != 0
 '''
 
 KERNEL = '''\
@@ -258,7 +280,7 @@ KERNEL = '''\
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
     step = 0
     ahead = gl.minimum(SKEW, steps) - 1
-{seed}    if SKEW > 0 and w == 1:
+{counters}    if SKEW > 0 and w == 1:
         mbarrier.wait(started.index(0), 0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
@@ -302,7 +324,7 @@ KERNEL = '''\
         mbarrier.init(full.index(n), count=1)
         mbarrier.init(empty.index(n), count=WARPGROUPS)
     mbarrier.init(started.index(0), count=1)
-{r_barriers}    fence_async_shared()
+{r_barriers}{b_barriers}    fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
     gl.warp_specialize([(consume, (
 {consumer_0}
@@ -310,7 +332,7 @@ KERNEL = '''\
 {consumer_1}
     )), (produce, (
 {producer}
-    ))], [4, 1], [REGISTERS, 24])
+    )){drawers}], {warps}, {registers})
 '''
 
 CONSTANTS = ["STAGES", "PART", "BUFFERS", "GROUP", "SKEW", "REGISTERS"]
@@ -367,17 +389,20 @@ def _kernel(epilogue: Epilogue) -> str:
     sizes = ["rows", "features"]
     saved = [f"{name}_out_desc" for name in names] if epilogue.saves else []
     dropout = ["threshold", "scale", "stream"] if epilogue.drops else []
-    seed = ["seed"] if epilogue.drops else []
-    given = ["out_desc", *saved, *fetched, *biases, *others, *sizes, *dropout]
+    scaled = ["scale"] if epilogue.drops else []
+    given = ["out_desc", *saved, *fetched, *biases, *others, *sizes, *scaled]
     tiling = ["steps", "tiles_m", "tiles_n"]
     own = flags(epilogue)
     smem = ["x_smem", "w_smem"]
     finish_constants = ["w", "NUMBER", "PART", "PARTS", "BUFFERS", *own]
     barriers = ["r_full"] if epilogue.tensors else []
     turn = ["turn"] if epilogue.tensors else []
-    finish = ["first_m", "first_n", "out_smem", *barriers, *turn, *given, *seed]
+    bits = ["bits"] if epilogue.drops else []
+    at = ["drawn"] if epilogue.drops else []
+    handed = ["b_full", "b_empty"] if epilogue.drops else []
+    finish = ["first_m", "first_n", "out_smem", *barriers, *turn, *bits, *at, *given]
     pointer = ["seed_ptr"] if epilogue.drops else []
-    consume = [*smem, "out_smem", "full", "empty", "started", *barriers, *given, *pointer, *tiling]
+    consume = [*smem, "out_smem", "full", "empty", "started", *barriers, *bits, *handed, *given, *tiling]
     produce = ["x_desc", *weights, *smem, "full", "empty", *tiling]
     produced = ["STAGES", "GROUP"]
     consumed = [*(x for x in CONSTANTS if x != "REGISTERS"), *own]
@@ -430,7 +455,7 @@ def _kernel(epilogue: Epilogue) -> str:
         ]
     drop = []
     if epilogue.drops:
-        keep = "kept(seed, threshold, stream, first_m, first_n, features, LAYOUT, N)"
+        keep = "kept(bits.index(drawn + NUMBER), LAYOUT, N)"
         if epilogue.gated:
             drop = [f"out = gl.where({keep}, out * scale, 0.0)"]
         else:
@@ -444,11 +469,33 @@ def _kernel(epilogue: Epilogue) -> str:
         finish_all = ["gate, up = halves(acc)", call("finish", [*names, *finish_call], 0)]
     if epilogue.tensors:
         finish_all.append("turn += BLOCK_N // PART // BUFFERS")
+    if epilogue.drops:
+        finish_all = [
+            "mbarrier.wait(b_full.index(drawing % 2), drawing // 2 & 1)",
+            "drawn = (drawing % 2 * WARPGROUPS + w) * (BLOCK_N // PART)",
+            *finish_all,
+            "mbarrier.arrive(b_empty.index(drawing % 2), count=1)",
+            "drawing += 1",
+        ]
+    drawers = ""
+    if epilogue.drops:
+        drawn = ["bits", "b_full", "b_empty", "features", "threshold", "stream", "seed_ptr", "tiles_m", "tiles_n"]
+        block_n = f"WIDE // {len(names)}"
+        drawers = f", (draw, (\n{_arguments([*drawn, block_n, 'PART', 'GROUP'])}\n    ))"
     r_barriers = [
         "r_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * BUFFERS, 1], mbarrier.MBarrierLayout())",
         "for n in gl.static_range(WARPGROUPS * BUFFERS):",
         "    mbarrier.init(r_full.index(n), count=1)",
     ] * epilogue.tensors
+    b_barriers = [
+        f"bits = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS * (WIDE // {len(names)} // PART), PART // 32, M],",
+        "                                  gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))",
+        "b_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
+        "b_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
+        "for n in gl.static_range(2):",
+        "    mbarrier.init(b_full.index(n), count=1)",
+        "    mbarrier.init(b_empty.index(n), count=WARPGROUPS)",
+    ] * epilogue.drops
     load_weights = [
         f"tma.async_copy_global_to_shared({w}, [tile_n * BLOCK_N, k * BLOCK_K], bar, weights.index({n}))"
         for n, w in enumerate(weights)
@@ -466,8 +513,12 @@ def _kernel(epilogue: Epilogue) -> str:
         fetch_first=_block(fetch_first, 2),
         fetch_next=_block(fetch_next, 2),
         r_barriers=_block(r_barriers, 1),
+        b_barriers=_block(b_barriers, 1),
+        drawers=drawers,
+        warps=[4, 1, 2] if epilogue.drops else [4, 1],
+        registers="[REGISTERS, 40, 40]" if epilogue.drops else "[REGISTERS, 24]",
         number=_number(epilogue, epilogue.stores - 1),
-        seed=_block(["seed = gl.load(seed_ptr)"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
+        counters=_block(["drawing = 0"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
         products=len(names),
         produce=define("produce", produce, produced),
         load_weights=_indented(load_weights, 3),
