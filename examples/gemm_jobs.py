@@ -13,9 +13,9 @@ from xfcompile import activation
 from xfcompile.activation import GATE, KEEP, UP, Sigmoid, X, tensor, vector
 from xfcompile.kernels.gemm import hopper, launch
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.tiles import BLOCK_M, ROWS, VARIANTS, WIDE, Tile
+from xfcompile.kernels.gemm.tiles import BLOCK_M, DROPPING_VARIANTS, ROWS, VARIANTS, WIDE, Tile
 
-__all__ = ["BLOCK_M", "EPILOGUES", "NAMES", "VARIANTS", "WIDE", "compile_gemm"]
+__all__ = ["BLOCK_M", "DROPPING_VARIANTS", "EPILOGUES", "NAMES", "VARIANTS", "WIDE", "compile_gemm"]
 
 EPILOGUES: dict[str, Epilogue] = {
     "identity": hopper.single(X),

@@ -171,8 +171,8 @@ def linear(
     p: float,
 ) -> None:
     """x [.., K], weight [N, K]; into `out` [.., N] and, where it is there, `pre`: the product without its bias."""
-    if seed is None and x.device.type == "cuda" and device_generation(x.device) == HOPPER:
-        if launch_hopper.linear(Operands(out, pre, x, weight, bias, vectors, tensors), text):
+    if x.device.type == "cuda" and device_generation(x.device) == HOPPER:
+        if launch_hopper.linear(Operands(out, pre, x, weight, bias, vectors, tensors, seed, stream, p), text):
             return
     rows = rows_of(x, *tensors)
     n, k = weight.shape

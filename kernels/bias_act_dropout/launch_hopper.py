@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from xfcompile.kernels import philox
 from xfcompile.kernels.bias_act_dropout.formula import parse
-from xfcompile.kernels.gemm import hopper
+from xfcompile.kernels.gemm import hopper, tiles
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.launch import Gemm, missing, multiprocessors, why_not
-from xfcompile.kernels.gemm.tiles import choose
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,12 @@ def epilogue(text: str, vectors: int, tensors: int, save: bool) -> Epilogue:
 def unavailable(text: str, vectors: int, tensors: int, save: bool = False) -> str | None:
     """Why there is no kernel of a formula here; None if there is one."""
     made = epilogue(text, vectors, tensors, save)
-    return "its random numbers cost more than the product beside them" if made.drops else missing(made)
+    return "not measured with dropout" if made.drops and not tiles.DROPPING else missing(made)
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Of `xfcompile::linear_act_dropout`, but for what drops out; pre: where the product is saved, if it is."""
+    """Of `xfcompile::linear_act_dropout`; pre: where the product is saved, if it is. p: of dropout."""
 
     out: Tensor
     pre: Tensor | None
@@ -40,6 +40,9 @@ class Operands:
     bias: Tensor | None
     vectors: Sequence[Tensor]
     tensors: Sequence[Tensor]
+    seed: Tensor | None = None
+    stream: int = 0
+    p: float = 0.0
 
     @property
     def outs(self) -> list[Tensor]:
@@ -77,7 +80,7 @@ _gemms: dict[object, Gemm | None] = {}
 
 
 def linear(given: Operands, text: str) -> bool:
-    """Fills `out` and, where it is there, `pre`, as `launch.linear` does without dropout; False if it does not."""
+    """Fills `out` and, where it is there, `pre`, as `launch.linear` does; False if it does not."""
     key = (text, given.layout)
     gemm = _gemms.get(key)
     if gemm is not None:
@@ -100,7 +103,7 @@ def _first(given: Operands, text: str) -> Gemm | None:
     x, features = matrix(given.x), given.weight.shape[0]
     count = multiprocessors(x.device.index)
     made = epilogue(text, len(given.vectors), len(given.tensors), given.pre is not None)
-    gemm = Gemm(made, choose(x.shape[0], features, 1, count), x, [given.weight], [given.bias], count)
+    gemm = Gemm(made, tiles.choose(x.shape[0], features, 1, count, made.drops), x, [given.weight], [given.bias], count)
     try:
         _run(gemm, given)
     except Exception as error:
@@ -111,4 +114,5 @@ def _first(given: Operands, text: str) -> Gemm | None:
 
 def _run(gemm: Gemm, given: Operands) -> None:
     outs, tensors = map(matrix, given.outs), map(matrix, given.tensors)
-    gemm(matrix(given.x), [given.weight], [*outs], [given.bias], given.vectors, [*tensors])
+    random = [] if given.seed is None else [philox.threshold(given.p), float(philox.scale(given.p)), given.stream]
+    gemm(matrix(given.x), [given.weight], [*outs], [given.bias], given.vectors, [*tensors], given.seed, random)

@@ -167,11 +167,12 @@ def _forward(
     if out.device.type != "cuda" or device_generation(out.device) != HOPPER:
         return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
     *start, step = starts(layout, out.shape[2])
-    reason = launch_hopper.declines(prepared.formula, operands, out, saved, step, dropout.p != 0.0)
+    drops = dropout.p != 0.0
+    reason = launch_hopper.declines(prepared.formula, operands, out, saved, step, drops)
     if reason is not None:
         log.debug("not by the kernel for Hopper: %s", reason)
         return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
-    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start)
+    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start, drops)
     return FirstThatRuns(first, lambda: _by_triton(prepared, operands, layout, dropout, out, saved is not None))
 
 

@@ -335,6 +335,9 @@ KERNEL = '''\
     )){drawers}], {warps}, {registers})
 '''
 
+DRAWING = 40
+"""Registers of a thread that draws random numbers, and of those that load, which are in the same warpgroup."""
+
 CONSTANTS = ["STAGES", "PART", "BUFFERS", "GROUP", "SKEW", "REGISTERS"]
 
 
@@ -516,7 +519,7 @@ def _kernel(epilogue: Epilogue) -> str:
         b_barriers=_block(b_barriers, 1),
         drawers=drawers,
         warps=[4, 1, 2] if epilogue.drops else [4, 1],
-        registers="[REGISTERS, 40, 40]" if epilogue.drops else "[REGISTERS, 24]",
+        registers=f"[REGISTERS, {DRAWING}, {DRAWING}]" if epilogue.drops else "[REGISTERS, 24]",
         number=_number(epilogue, epilogue.stores - 1),
         counters=_block(["drawing = 0"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
         products=len(names),

@@ -14,10 +14,12 @@ from torch import Tensor
 
 import xfcompile
 from xfcompile import activation
-from xfcompile.activation import X, tensor, vector
+from xfcompile.activation import KEEP, X, tensor, vector
+from xfcompile.kernels import philox
 from xfcompile.kernels.bias_act_dropout import launch as linear_launch
 from xfcompile.kernels.bias_act_dropout import linear_act_dropout, text_of
 from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gemm import tiles
 from xfcompile.kernels.gemm.launch import Gemm
 
 pytestmark = [
@@ -186,6 +188,53 @@ def test_sizes_of_linears(name: str, rows: int, features: int, inner: int, launc
 def test_linears_that_tma_does_not_read(rows: int, features: int, inner: int, launched: list[Gemm]) -> None:
     run_linear("gelu", (rows,), features, inner, torch.bfloat16)
     assert not launched
+
+
+# -- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "DROPPING", True)
+
+
+@pytest.mark.usefixtures("dropping")
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("rows", "features", "inner"), SIZES)
+def test_what_a_gated_mlp_drops(rows: int, features: int, inner: int, p: float, launched: list[Gemm]) -> None:
+    case = gpu(rows=rows, features=features, inner=inner)
+    seed = torch.tensor([-1234567890123], device="cuda")
+    kept, saved = call(case, seed=seed, p=p)
+    whole, both = call(case)
+    assert len(launched) == 2
+    mask = philox.linear_keep(seed, p, whole.shape)
+    assert torch.equal(kept == 0, (whole == 0) | ~mask)
+    torch.testing.assert_close(kept.double(), mask * whole.double() * philox.scale(p), rtol=0.01, atol=0)
+    assert torch.equal(saved, both)
+    assert torch.equal(call(case, seed=seed, p=p)[0], kept)
+
+
+@pytest.mark.usefixtures("dropping")
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize(("rows", "features", "inner"), SIZES)
+def test_what_a_linear_drops(rows: int, features: int, inner: int, save: bool, launched: list[Gemm]) -> None:
+    x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(features, inner, device="cuda", dtype=torch.bfloat16) / inner**0.5
+    r = torch.randn(rows, features, device="cuda", dtype=torch.bfloat16)
+    seed, stream, p = torch.tensor([2**61 + 77], device="cuda"), 5, 0.3
+    tensors = [] if save else [r]
+    formula = KEEP * activation.silu(X) + (0 if save else tensor(0))
+    out, pre = linear_act_dropout(x, w, None, [], tensors, seed, stream, text_of(formula), p, x.dtype, save)
+    assert len(launched) == 1
+    keep = philox.linear_keep(seed, p, out.shape, stream) * philox.scale(p)
+
+    def computed(dtype: torch.dtype) -> Tensor:
+        value = F.silu(F.linear(x.to(dtype), w.to(dtype))) * keep.to(dtype)
+        return value if save else value + r.to(dtype)
+
+    assert_as_exact(out, computed(torch.bfloat16), computed(torch.float64))
+    if save:
+        assert torch.equal(out == 0, (keep == 0) | (pre == 0))
 
 
 # -- compiled programs ---------------------------------------------------------------------------------------------

@@ -43,8 +43,11 @@ def test_the_tile_that_was_measured_to_be_fastest(rows: int, features: int, prod
 
 
 def test_tiles_fit_shared_memory() -> None:
-    for tile in (*tiles.VARIANTS.values(), *(fact.value for fact in USUAL.values())):
-        assert tile.shared <= SHARED - 1024, tile
+    """With 1 KiB for barriers."""
+    for products in (1, 2):
+        for tile in (*tiles.VARIANTS.values(), *(fact.value for fact in USUAL.values())):
+            assert tile.shared(products) <= SHARED - 1024, tile
+            assert tile.dropping.shared(products, drops=True) <= SHARED - 1024, tile
 
 
 # -- gated MLPs ----------------------------------------------------------------------------------------------------
@@ -83,8 +86,15 @@ def test_gated_mlps_that_it_does_not_take(about: dict[str, Any], reason: str) ->
 
 
 def test_dropout_and_a_result_of_another_dtype_are_not_taken() -> None:
-    assert "random" in str(gated_reason(TAKEN, drops=True))
+    assert "dropout" in str(gated_reason(TAKEN, drops=True))
     assert "one dtype" in str(gated_reason(TAKEN, dtype=torch.float16))
+
+
+def test_dropout_is_taken_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "DROPPING", True)
+    assert gated_reason(TAKEN, drops=True) is None
+    assert linear.declines(of_linear(), text_of(KEEP * GELU)) is None
+    assert choose(16384, 4096, 1, 132, drops=True).registers == 232
 
 
 def test_biases_of_every_other_number_are_not_taken() -> None:
@@ -121,7 +131,7 @@ def test_linears_that_it_takes() -> None:
 
 
 LINEARS: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "dropout": ({}, KEEP * GELU, "random"),
+    "dropout": ({}, KEEP * GELU, "dropout"),
     "rows of several distances": ({"x": torch.empty(2, 130, 40, dtype=BF16)[:, :128]}, GELU, "distances"),
     "a transposed weight": ({"weight": torch.empty(40, 72, dtype=BF16).t()}, GELU, "neighbours"),
     "an odd start": ({"weight": torch.empty(72 * 40 + 4, dtype=BF16)[4:].view(72, 40)}, GELU, "16 bytes"),
