@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gemm_jobs import DROPPING_VARIANTS, EPILOGUES, NAMES, VARIANTS
+from gemm_jobs import DROPPING_VARIANTS, EPILOGUES, NAMES, VARIANTS, WIDE
 from torch import Tensor
 
 from xfcompile.activation import KEEP, tensor, vector
@@ -100,6 +100,13 @@ class Case:
         return lambda: made(
             self.x, self.weights, outs, self.biases, self.vectors, self.tensors, self.seed, self.dropout
         )
+
+    def across(self) -> Callable[[], Any]:
+        """With the weight [K, N]."""
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+        weights = [w.T.contiguous() for w in self.weights]
+        made = Gemm(self.epilogue, WIDE, self.x, weights, self.biases, count, across=True)
+        return lambda: made(self.x, weights, [self.out], self.biases)
 
     def expected(self) -> list[Tensor]:
         """In fp64: the result, and what is saved."""
@@ -220,6 +227,8 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
             "mm, triton: gelu, dropout, saving": two_kernels,
         }
     calls |= {f"gluon {name}": case.gemm(tile) for name, tile in VARIANTS.items()}
+    if form == "linear":
+        calls["gluon wide, weight [K, N]"] = case.across()
     for name, other in training.items():
         calls |= {f"gluon {tile}: {name}": other.gemm(made) for tile, made in other.variants().items()}
     calls |= inductors_training(

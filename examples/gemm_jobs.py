@@ -36,7 +36,7 @@ EPILOGUES: dict[str, Epilogue] = {
 }
 
 
-def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True) -> Any:
+def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True, across: bool = False) -> Any:
     """With contiguous, aligned tensors."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -54,14 +54,14 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True)
         "STAGES": tile.stages, "PART": part, "BUFFERS": buffers,
         "GROUP": tile.group, "SKEW": tile.skew, "REGISTERS": tile.registers,
     }  # fmt: skip
-    constants |= dict.fromkeys(hopper.flags(epilogue), biased)
+    constants |= dict.fromkeys(hopper.flags(epilogue), biased) | {"ACROSS": across}
     types = {"x_desc": descriptor(ROWS, tile.block_k), "out_desc": descriptor(ROWS, part)}
     types |= {f"{n}_out_desc": descriptor(ROWS, part) for n in epilogue.names}
     types |= {"seed_ptr": "*i64", "scale": "fp32", "r0_desc": descriptor(ROWS, part)}
     columns = tile.columns // len(epilogue.sums)
     types |= {f"{n}_desc": descriptor(columns, tile.block_k) for n in epilogue.names if n != "x"}
     if epilogue.names == ["x"]:
-        types["weight_desc"] = descriptor(columns, tile.block_k)
+        types["weight_desc"] = descriptor(*((tile.block_k, columns) if across else (columns, tile.block_k)))
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         pointer = f"*{kind}" if argument.endswith("_ptr") else "i32"

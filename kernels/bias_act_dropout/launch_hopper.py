@@ -49,6 +49,16 @@ class Operands:
         return [self.out] if self.pre is None else [self.out, self.pre]
 
     @property
+    def across(self) -> bool:
+        """Whether the weight [N, K] is in memory as [K, N]."""
+        return self.weight.stride(0) == 1 and self.weight.stride(1) != 1
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as it is in memory."""
+        return self.weight.t() if self.across else self.weight
+
+    @property
     def layout(self) -> tuple[object, ...]:
         """All that a launch depends on but for where the tensors are."""
         given = (self.out, self.pre, self.x, self.weight, self.bias, *self.vectors, None, *self.tensors)
@@ -68,7 +78,7 @@ def declines(given: Operands, text: str) -> str | None:
         matrices = [matrix(m) for m in (given.x, *given.outs, *given.tensors)]
     except RuntimeError:
         return "rows at several distances"
-    reason = why_not([*matrices, given.weight], (given.bias, *given.vectors))
+    reason = why_not([*matrices, given.matrix], (given.bias, *given.vectors))
     return reason or unavailable(text, len(given.vectors), len(given.tensors), given.pre is not None)
 
 
@@ -103,7 +113,15 @@ def _first(given: Operands, text: str) -> Gemm | None:
     x, features = matrix(given.x), given.weight.shape[0]
     count = multiprocessors(x.device.index)
     made = epilogue(text, len(given.vectors), len(given.tensors), given.pre is not None)
-    gemm = Gemm(made, tiles.choose(x.shape[0], features, 1, count, made.drops), x, [given.weight], [given.bias], count)
+    gemm = Gemm(
+        made,
+        tiles.choose(x.shape[0], features, 1, count, made.drops),
+        x,
+        [given.matrix],
+        [given.bias],
+        count,
+        given.across,
+    )
     try:
         _run(gemm, given)
     except Exception as error:
@@ -115,4 +133,4 @@ def _first(given: Operands, text: str) -> Gemm | None:
 def _run(gemm: Gemm, given: Operands) -> None:
     outs, tensors = map(matrix, given.outs), map(matrix, given.tensors)
     random = [] if given.seed is None else [philox.threshold(given.p), float(philox.scale(given.p)), given.stream]
-    gemm(matrix(given.x), [given.weight], [*outs], [given.bias], given.vectors, [*tensors], given.seed, random)
+    gemm(matrix(given.x), [given.matrix], [*outs], [given.bias], given.vectors, [*tensors], given.seed, random)

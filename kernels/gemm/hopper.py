@@ -250,8 +250,8 @@ KERNEL = '''\
 {produce}
     """The warp that loads. What is beyond the ends of x and of weights reads as 0, and counts as loaded."""
     M: gl.constexpr = x_smem.shape[1]
-    WIDE: gl.constexpr = w_smem.shape[1]
-    BLOCK_K: gl.constexpr = w_smem.shape[2]
+    BLOCK_K: gl.constexpr = x_smem.shape[2]
+    WIDE: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // BLOCK_K
     BLOCK_N: gl.constexpr = WIDE // {products}
     BYTES: gl.constexpr = (WARPGROUPS * M + WIDE) * BLOCK_K * 2
     step = 0
@@ -266,7 +266,10 @@ KERNEL = '''\
                 row = (tile_m * WARPGROUPS + n) * M
                 tma.async_copy_global_to_shared(
                     x_desc, [row, k * BLOCK_K], bar, x_smem.index(at * WARPGROUPS + n))
-            weights = w_smem.index(at)._reinterpret(w_smem.dtype, [{products}, BLOCK_N, BLOCK_K], w_smem.layout)
+            if ACROSS:
+                tma.async_copy_global_to_shared({weight}, [k * BLOCK_K, tile_n * BLOCK_N], bar, w_smem.index(at))
+            else:
+                weights = w_smem.index(at)._reinterpret(w_smem.dtype, [{products}, BLOCK_N, BLOCK_K], w_smem.layout)
 {load_weights}
             step += 1
 
@@ -275,7 +278,7 @@ KERNEL = '''\
 {consume}
     """A warpgroup with 64 rows of each tile."""
     M: gl.constexpr = x_smem.shape[1]
-    WIDE: gl.constexpr = w_smem.shape[1]
+    WIDE: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // x_smem.shape[2]
     BLOCK_N: gl.constexpr = WIDE // {products}
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
     step = 0
@@ -290,8 +293,10 @@ KERNEL = '''\
         for k in range(steps):
             at = step % STAGES
             mbarrier.wait(full.index(at), step // STAGES & 1)
-            acc = warpgroup_mma(
-                x_smem.index(at * WARPGROUPS + w), w_smem.index(at).permute((1, 0)), acc, is_async=True)
+            weights = w_smem.index(at)
+            if not ACROSS:
+                weights = weights.permute((1, 0))
+            acc = warpgroup_mma(x_smem.index(at * WARPGROUPS + w), weights, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # for the product before
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             if SKEW > 0 and w == 0:
@@ -307,15 +312,19 @@ KERNEL = '''\
 {kernel}
     """One program: tiles `program_id`, `program_id + num_programs` ...; a tile is 64 rows for each of two warpgroups.
 
-    Descriptors: x [M, K] in blocks [64, BLOCK_K], weights [N, K] in blocks [BLOCK_N, BLOCK_K], out [M, N] in blocks
-    [64, PART]. steps: blocks of K. To be launched with four warps.
+    Descriptors: x [M, K] in blocks [64, BLOCK_K], weights [N, K] in blocks [BLOCK_N, BLOCK_K] (ACROSS: one weight
+    [K, N] in blocks [BLOCK_K, BLOCK_N]), out [M, N] in blocks [64, PART]. steps: blocks of K. To be launched with four
+    warps.
     """
     dtype: gl.constexpr = x_desc.dtype
     M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    WIDE: gl.constexpr = {products} * {weight}.block_type.shape[0]
+    WIDE: gl.constexpr = {products} * {weight}.block_type.shape[0] * {weight}.block_type.shape[1] // BLOCK_K
     x_smem = gl.allocate_shared_memory(dtype, [STAGES * WARPGROUPS, M, BLOCK_K], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, BLOCK_K], {weight}.layout)
+    if ACROSS:
+        w_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, WIDE], {weight}.layout)
+    else:
+        w_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, BLOCK_K], {weight}.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS * BUFFERS, M, PART], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -342,8 +351,8 @@ CONSTANTS = ["STAGES", "PART", "BUFFERS", "GROUP", "SKEW", "REGISTERS"]
 
 
 def flags(epilogue: Epilogue) -> list[str]:
-    """Compile-time arguments of a site: whether each product has a bias."""
-    return [f"{name.upper()}_BIAS" for name in epilogue.names]
+    """Compile-time arguments of a site: whether each product has a bias, and whether the weight is [K, N]."""
+    return [*(f"{name.upper()}_BIAS" for name in epilogue.names), "ACROSS"]
 
 
 def module(epilogue: Epilogue) -> str:
@@ -395,7 +404,7 @@ def _kernel(epilogue: Epilogue) -> str:
     scaled = ["scale"] if epilogue.drops else []
     given = ["out_desc", *saved, *fetched, *biases, *others, *sizes, *scaled]
     tiling = ["steps", "tiles_m", "tiles_n"]
-    own = flags(epilogue)
+    *own, across = flags(epilogue)
     smem = ["x_smem", "w_smem"]
     finish_constants = ["w", "NUMBER", "PART", "PARTS", "BUFFERS", *own]
     barriers = ["r_full"] if epilogue.tensors else []
@@ -407,8 +416,8 @@ def _kernel(epilogue: Epilogue) -> str:
     pointer = ["seed_ptr"] if epilogue.drops else []
     consume = [*smem, "out_smem", "full", "empty", "started", *barriers, *bits, *handed, *given, *tiling]
     produce = ["x_desc", *weights, *smem, "full", "empty", *tiling]
-    produced = ["STAGES", "GROUP"]
-    consumed = [*(x for x in CONSTANTS if x != "REGISTERS"), *own]
+    produced = ["STAGES", "GROUP", across]
+    consumed = [*(x for x in CONSTANTS if x != "REGISTERS"), across, *own]
 
     def constants(names: Sequence[str]) -> list[str]:
         return [f"{x}: gl.constexpr" for x in names]
@@ -524,11 +533,11 @@ def _kernel(epilogue: Epilogue) -> str:
         counters=_block(["drawing = 0"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
         products=len(names),
         produce=define("produce", produce, produced),
-        load_weights=_indented(load_weights, 3),
+        load_weights=_indented(load_weights, 4),
         consume=define("consume", ["w: gl.constexpr", *consume], consumed),
         finish_all=_indented(finish_all, 2),
         unspecialized=repr([*sizes, *tiling, *dropout]),
-        kernel=define("gemm", [*pointers, *sizes, *tiling, *dropout], [*CONSTANTS, *own]),
+        kernel=define("gemm", [*pointers, *sizes, *tiling, *dropout], [*CONSTANTS, *own, across]),
         weight=weights[0],
         consumer_0=consumer(0),
         consumer_1=consumer(1),

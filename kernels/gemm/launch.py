@@ -85,8 +85,9 @@ def multiprocessors(index: int | None) -> int:
 
 
 class Gemm:
-    """Launches of the kernel with tensors of one layout: x [M, K], weights [N, K], out [M, N], of which `described` is
-    true, and tensors [M, N] alike; biases [N] (or None) and vectors [N], whose elements are neighbours."""
+    """Launches of the kernel with tensors of one layout: x [M, K], weights [N, K] (across: one, [K, N]), out [M, N], of
+    which `described` is true, and tensors [M, N] alike; biases [N] (or None) and vectors [N], whose elements are
+    neighbours."""
 
     def __init__(
         self,
@@ -96,8 +97,9 @@ class Gemm:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         multiprocessors: int,
+        across: bool = False,
     ) -> None:
-        (rows, inner), features = x.shape, weights[0].shape[0]
+        (rows, inner), features = x.shape, weights[0].shape[1 if across else 0]
         block_n = tile.columns // len(weights)
         tiles_m, tiles_n = -(-rows // BLOCK_M), -(-features // block_n)
         written = epilogue.stores + epilogue.tensors  # or read where it will be written
@@ -110,10 +112,11 @@ class Gemm:
             "SKEW": tile.skew,
             "REGISTERS": tile.registers,
         }
-        given = [b is not None for b in biases]
+        given = [*(b is not None for b in biases), across]
         constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
         self.numbers = [rows, features, -(-inner // tile.block_k), tiles_m, tiles_n]
-        blocks = [[ROWS, tile.block_k], *[[block_n, tile.block_k]] * len(weights), *[[ROWS, part]] * written]
+        weight = [tile.block_k, block_n] if across else [block_n, tile.block_k]
+        blocks = [[ROWS, tile.block_k], *[weight] * len(weights), *[[ROWS, part]] * written]
         programs = min(multiprocessors, tiles_m * tiles_n)
         self.launch = Launch(kernel(epilogue), programs, constants, {"num_warps": 4}, blocks)
 

@@ -145,7 +145,13 @@ LINEARS: dict[str, tuple[sympy.Expr, Callable[..., Tensor]]] = {
 
 
 def run_linear(
-    name: str, rows: tuple[int, ...], features: int, inner: int, dtype: torch.dtype, save: bool = False
+    name: str,
+    rows: tuple[int, ...],
+    features: int,
+    inner: int,
+    dtype: torch.dtype,
+    save: bool = False,
+    across: bool = False,
 ) -> None:
     formula, program = LINEARS[name]
     generator = torch.Generator("cuda").manual_seed(features)
@@ -154,6 +160,7 @@ def run_linear(
         return torch.randn(shape, device="cuda", generator=generator).to(dtype)
 
     x, w, b = random(*rows, inner), random(features, inner) / inner**0.5, random(features)
+    w = w.t().contiguous().t() if across else w
     vectors = [random(features)] if vector(0) in formula.free_symbols else []
     tensors = [random(*rows, features)] if tensor(0) in formula.free_symbols else []
     out, pre = linear_act_dropout(x, w, b, vectors, tensors, None, 0, text_of(formula), 0.0, dtype, save)
@@ -178,6 +185,12 @@ def test_every_epilogue(name: str, dtype: torch.dtype, launched: list[Gemm]) -> 
 @pytest.mark.parametrize(("rows", "features", "inner"), SIZES)
 def test_sizes_of_linears(name: str, rows: int, features: int, inner: int, launched: list[Gemm]) -> None:
     run_linear(name, (rows,), features, inner, torch.bfloat16, save=name == "gelu")
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize(("rows", "features", "inner"), SIZES)
+def test_weights_that_lie_the_other_way(rows: int, features: int, inner: int, launched: list[Gemm]) -> None:
+    run_linear("gelu", (rows,), features, inner, torch.bfloat16, across=True)
     assert len(launched) == 1
 
 
