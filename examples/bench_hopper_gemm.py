@@ -190,13 +190,18 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
         def swiglu(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
             return F.silu(F.linear(x, w)) * F.linear(x, v)
 
+        def of_both(x: Tensor, w: Tensor) -> Tensor:
+            gate, up = F.linear(x, w).chunk(2, -1)
+            return F.silu(gate) * up
+
         def dropped(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
             return F.dropout(swiglu(x, w, v), P)
 
-        compiled = torch.compile(swiglu, dynamic=False)
+        compiled, compiled_packed = (torch.compile(fn, dynamic=False) for fn in (swiglu, of_both))
         calls |= {
             "two mm": two,
             "inductor": lambda: compiled(x, *weights),
+            "inductor, packed": lambda: compiled_packed(x, packed),
             "op": lambda: gated_mlp(
                 x, weights[0], weights[1], None, None, key, "separate", "dual", False, torch.bfloat16
             ),
@@ -230,7 +235,7 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
     if form == "linear":
         calls["gluon wide, weight [K, N]"] = case.across()
     for name, other in training.items():
-        calls |= {f"gluon {tile}: {name}": other.gemm(made) for tile, made in other.variants().items()}
+        calls |= {f"gluon {tile}: {name}": other.gemm(sizes) for tile, sizes in other.variants().items()}
     calls |= inductors_training(
         {"saving": swiglu, "dropout, saving": dropped} if form == "gated" else {"dropout, saving": dropped},
         (x, *weights, *case.biases),
