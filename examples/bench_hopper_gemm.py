@@ -56,7 +56,7 @@ LINEAR = ((4096, 1024, 4096), (16384, 1024, 4096), (16384, 768, 3072), (4096, 40
 P, STREAM = 0.1, 3
 """Of dropout."""
 NAMED = ("result", "saved", "saved")
-CHECKED = ("wide", "narrow")
+CHECKED = ("wide", "narrow", "joined")
 ROUNDS = Rounds(warmup=3, least=5, most=40, seconds=3.0)
 
 

@@ -55,9 +55,10 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True,
         "GROUP": tile.group, "SKEW": tile.skew, "REGISTERS": tile.registers,
     }  # fmt: skip
     constants |= dict.fromkeys(hopper.flags(epilogue), biased) | {"ACROSS": across}
-    types = {"x_desc": descriptor(ROWS, tile.block_k), "out_desc": descriptor(ROWS, part)}
-    types |= {f"{n}_out_desc": descriptor(ROWS, part) for n in epilogue.names}
-    types |= {"seed_ptr": "*i64", "scale": "fp32", "r0_desc": descriptor(ROWS, part)}
+    rows = BLOCK_M if tile.joined else ROWS
+    types = {"x_desc": descriptor(rows, tile.block_k), "out_desc": descriptor(rows, part)}
+    types |= {f"{n}_out_desc": descriptor(rows, part) for n in epilogue.names}
+    types |= {"seed_ptr": "*i64", "scale": "fp32", "r0_desc": descriptor(rows, part)}
     columns = tile.columns // len(epilogue.sums)
     types |= {f"{n}_desc": descriptor(columns, tile.block_k) for n in epilogue.names if n != "x"}
     if epilogue.names == ["x"]:
@@ -69,4 +70,4 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True,
         if argument.endswith("_ptr"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rows // 16})

@@ -88,9 +88,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 '''
 
 FIXED = '''\
-# That multiply. With a third one, and those that load, a program has 512 threads, and ptxas gives so many threads no
-# instruction that leaves 128 sums in each.
-WARPGROUPS = gl.constexpr(2)
+# Of a tile: 64 for each of two warpgroups that multiply. With a third one, and those that load, a program has 512
+# threads, and ptxas gives so many threads no instruction that leaves 128 sums in each.
+ROWS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -177,6 +177,7 @@ def draw(
     [PART // 32, rows]. They are a tile ahead. features: a multiple of 8."""
     WORDS: gl.constexpr = bits.shape[1]
     M: gl.constexpr = bits.shape[2]
+    CONSUMERS: gl.constexpr = ROWS // M
     PARTS: gl.constexpr = BLOCK_N // PART
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
     seed = gl.load(seed_ptr)
@@ -186,8 +187,8 @@ def draw(
         at = turn % 2
         mbarrier.wait(b_empty.index(at), (turn // 2 & 1) ^ 1)
         # Loops that are loops: consumers' instructions, some thousands each, fill the cache.
-        for block in range(WARPGROUPS * PARTS):
-            row = (tile_m * WARPGROUPS + block // PARTS) * M + gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
+        for block in range(CONSUMERS * PARTS):
+            row = (tile_m * CONSUMERS + block // PARTS) * M + gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
             first = (tile_n * BLOCK_N + block % PARTS * PART) // 8
             groups = (row.to(gl.int64) * (features // 8) + first)[None, :]
             groups += (gl.arange(0, WORDS, gl.SliceLayout(1, LAYOUT)) * 4)[:, None]
@@ -197,25 +198,26 @@ def draw(
                 eight = pieces(w0, threshold) | pieces(w1, threshold) << 2
                 eight |= pieces(w2, threshold) << 4 | pieces(w3, threshold) << 6
                 words |= eight << 8 * n
-            bits.index(at * WARPGROUPS * PARTS + block).store(words)
+            bits.index(at * CONSUMERS * PARTS + block).store(words)
         mbarrier.arrive(b_full.index(at), count=1)
         turn += 1
 
 
 @triton.constexpr_function
-def as_sums(words):
-    """The layout of sums [64, 32 words], as [64, words, 4, 4, 2]."""
+def as_sums(rows, words):
+    """The layout of sums [rows, 32 words], as [rows, words, 4, 4, 2]."""
     registers = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0]]
     registers += [[0, 1 << n, 0, 0, 0] for n in range(words.bit_length() - 1)]
     lanes = [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
-    warps = [[16, 0, 0, 0, 0], [32, 0, 0, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, words, 4, 4, 2])
+    warps = [[n, 0, 0, 0, 0] for n in (16, 32, 64) if n < rows]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, words, 4, 4, 2])
 
 
 @gluon.jit
 def kept(words, MMA: gl.constexpr, N: gl.constexpr):
-    """What dropout keeps [64, N] of what `draw` has stored in words [N // 32, 64]."""
-    SUMS: gl.constexpr = as_sums(N // 32)
+    """What dropout keeps [M, N] of what `draw` has stored in words [N // 32, M]."""
+    M: gl.constexpr = words.shape[1]
+    SUMS: gl.constexpr = as_sums(M, N // 32)
     LINES: gl.constexpr = gl.SliceLayout(4, SUMS)
     EIGHTS: gl.constexpr = gl.SliceLayout(3, LINES)
     loaded = words.permute((1, 0)).load(gl.SliceLayout(2, EIGHTS))
@@ -226,13 +228,13 @@ def kept(words, MMA: gl.constexpr, N: gl.constexpr):
     mine = gl.expand_dims(mine, 4)
     # Of registers alone: compile-time numbers.
     mask = 1 << (gl.expand_dims(gl.expand_dims(eight[None, None, :], 3), 4) + one[None, None, None, None, :])
-    return gl.convert_layout((mine & mask).reshape([64, N]), MMA, assert_trivial=True) != 0
+    return gl.convert_layout((mine & mask).reshape([M, N]), MMA, assert_trivial=True) != 0
 '''
 
 KERNEL = '''\
 @gluon.jit
 {finish}
-    """From sums [64, N] to what is stored, PART columns at a time. NUMBER: of the part, in the order of columns."""
+    """From sums [M, N] to what is stored, PART columns at a time. NUMBER: of the part, in the order of columns."""
     M: gl.constexpr = {sum}.shape[0]
     N: gl.constexpr = {sum}.shape[1]
     if N > PART:
@@ -250,10 +252,11 @@ KERNEL = '''\
 {produce}
     """The warp that loads. What is beyond the ends of x and of weights reads as 0, and counts as loaded."""
     M: gl.constexpr = x_smem.shape[1]
+    CONSUMERS: gl.constexpr = ROWS // M
     BLOCK_K: gl.constexpr = x_smem.shape[2]
     WIDE: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // BLOCK_K
     BLOCK_N: gl.constexpr = WIDE // {products}
-    BYTES: gl.constexpr = (WARPGROUPS * M + WIDE) * BLOCK_K * 2
+    BYTES: gl.constexpr = (CONSUMERS * M + WIDE) * BLOCK_K * 2
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
@@ -262,10 +265,10 @@ KERNEL = '''\
             bar = full.index(at)
             mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
             mbarrier.expect(bar, BYTES)
-            for n in gl.static_range(WARPGROUPS):
-                row = (tile_m * WARPGROUPS + n) * M
+            for n in gl.static_range(CONSUMERS):
+                row = (tile_m * CONSUMERS + n) * M
                 tma.async_copy_global_to_shared(
-                    x_desc, [row, k * BLOCK_K], bar, x_smem.index(at * WARPGROUPS + n))
+                    x_desc, [row, k * BLOCK_K], bar, x_smem.index(at * CONSUMERS + n))
             if ACROSS:
                 tma.async_copy_global_to_shared({weight}, [k * BLOCK_K, tile_n * BLOCK_N], bar, w_smem.index(at))
             else:
@@ -276,8 +279,9 @@ KERNEL = '''\
 
 @gluon.jit
 {consume}
-    """A warpgroup with 64 rows of each tile."""
+    """A warpgroup with 64 rows of each tile, or two with all of them."""
     M: gl.constexpr = x_smem.shape[1]
+    CONSUMERS: gl.constexpr = ROWS // M
     WIDE: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // x_smem.shape[2]
     BLOCK_N: gl.constexpr = WIDE // {products}
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
@@ -287,7 +291,7 @@ KERNEL = '''\
         mbarrier.wait(started.index(0), 0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
-        first_m = (tile_m * WARPGROUPS + w) * M
+        first_m = (tile_m * CONSUMERS + w) * M
         first_n = tile_n * BLOCK_N
 {fetch_first}        acc = gl.zeros([M, WIDE], gl.float32, MMA)
         for k in range(steps):
@@ -296,7 +300,7 @@ KERNEL = '''\
             weights = w_smem.index(at)
             if not ACROSS:
                 weights = weights.permute((1, 0))
-            acc = warpgroup_mma(x_smem.index(at * WARPGROUPS + w), weights, acc, is_async=True)
+            acc = warpgroup_mma(x_smem.index(at * CONSUMERS + w), weights, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # for the product before
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             if SKEW > 0 and w == 0:
@@ -312,36 +316,44 @@ KERNEL = '''\
 {kernel}
     """One program: tiles `program_id`, `program_id + num_programs` ...; a tile is 64 rows for each of two warpgroups.
 
-    Descriptors: x [M, K] in blocks [64, BLOCK_K], weights [N, K] in blocks [BLOCK_N, BLOCK_K] (ACROSS: one weight
-    [K, N] in blocks [BLOCK_K, BLOCK_N]), out [M, N] in blocks [64, PART]. steps: blocks of K. To be launched with four
-    warps.
+    Descriptors: x [M, K] in blocks [R, BLOCK_K], out [M, N] in blocks [R, PART], where R is 64 if each warpgroup has
+    instructions of its own, and 128 if they run the same; weights [N, K] in blocks [BLOCK_N, BLOCK_K] (ACROSS: one
+    weight [K, N] in blocks [BLOCK_K, BLOCK_N]). steps: blocks of K. To be launched with R // 16 warps.
     """
     dtype: gl.constexpr = x_desc.dtype
     M: gl.constexpr = x_desc.block_type.shape[0]
+    CONSUMERS: gl.constexpr = ROWS // M
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     WIDE: gl.constexpr = {products} * {weight}.block_type.shape[0] * {weight}.block_type.shape[1] // BLOCK_K
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES * WARPGROUPS, M, BLOCK_K], x_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, M, BLOCK_K], x_desc.layout)
     if ACROSS:
         w_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, WIDE], {weight}.layout)
     else:
         w_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, BLOCK_K], {weight}.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS * BUFFERS, M, PART], out_desc.layout)
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS * BUFFERS, M, PART], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     started = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
-        mbarrier.init(empty.index(n), count=WARPGROUPS)
+        mbarrier.init(empty.index(n), count=CONSUMERS)
     mbarrier.init(started.index(0), count=1)
 {r_barriers}{b_barriers}    fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
-    gl.warp_specialize([(consume, (
+    if CONSUMERS == 2:
+        gl.warp_specialize([(consume, (
 {consumer_0}
-    )), (consume, (
+        )), (consume, (
 {consumer_1}
-    )), (produce, (
+        )), (produce, (
 {producer}
-    )){drawers}], {warps}, {registers})
+        )){drawers}], {warps}, {registers})
+    else:
+        gl.warp_specialize([(consume, (
+{consumer_0}
+        )), (produce, (
+{producer}
+        )){drawers}], {warps_of_others}, {registers_of_others})
 '''
 
 DRAWING = 40
@@ -484,7 +496,7 @@ def _kernel(epilogue: Epilogue) -> str:
     if epilogue.drops:
         finish_all = [
             "mbarrier.wait(b_full.index(drawing % 2), drawing // 2 & 1)",
-            "drawn = (drawing % 2 * WARPGROUPS + w) * (BLOCK_N // PART)",
+            "drawn = (drawing % 2 * CONSUMERS + w) * (BLOCK_N // PART)",
             *finish_all,
             "mbarrier.arrive(b_empty.index(drawing % 2), count=1)",
             "drawing += 1",
@@ -493,20 +505,20 @@ def _kernel(epilogue: Epilogue) -> str:
     if epilogue.drops:
         drawn = ["bits", "b_full", "b_empty", "features", "threshold", "stream", "seed_ptr", "tiles_m", "tiles_n"]
         block_n = f"WIDE // {len(names)}"
-        drawers = f", (draw, (\n{_arguments([*drawn, block_n, 'PART', 'GROUP'])}\n    ))"
+        drawers = f", (draw, (\n{_arguments([*drawn, block_n, 'PART', 'GROUP'])}\n        ))"
     r_barriers = [
-        "r_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * BUFFERS, 1], mbarrier.MBarrierLayout())",
-        "for n in gl.static_range(WARPGROUPS * BUFFERS):",
+        "r_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * BUFFERS, 1], mbarrier.MBarrierLayout())",
+        "for n in gl.static_range(CONSUMERS * BUFFERS):",
         "    mbarrier.init(r_full.index(n), count=1)",
     ] * epilogue.tensors
     b_barriers = [
-        f"bits = gl.allocate_shared_memory(gl.int32, [2 * WARPGROUPS * (WIDE // {len(names)} // PART), PART // 32, M],",
+        f"bits = gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS * (WIDE // {len(names)} // PART), PART // 32, M],",
         "                                  gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))",
         "b_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
         "b_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
         "for n in gl.static_range(2):",
         "    mbarrier.init(b_full.index(n), count=1)",
-        "    mbarrier.init(b_empty.index(n), count=WARPGROUPS)",
+        "    mbarrier.init(b_empty.index(n), count=CONSUMERS)",
     ] * epilogue.drops
     load_weights = [
         f"tma.async_copy_global_to_shared({w}, [tile_n * BLOCK_N, k * BLOCK_K], bar, weights.index({n}))"
@@ -529,6 +541,8 @@ def _kernel(epilogue: Epilogue) -> str:
         drawers=drawers,
         warps=[4, 1, 2] if epilogue.drops else [4, 1],
         registers=f"[REGISTERS, {DRAWING}, {DRAWING}]" if epilogue.drops else "[REGISTERS, 24]",
+        warps_of_others=[1, 2] if epilogue.drops else [1],
+        registers_of_others=f"[{DRAWING}, {DRAWING}]" if epilogue.drops else "[24]",
         number=_number(epilogue, epilogue.stores - 1),
         counters=_block(["drawing = 0"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
         products=len(names),
@@ -561,5 +575,5 @@ def _block(lines: Sequence[str], depth: int) -> str:
 
 def _arguments(names: Sequence[str]) -> str:
     return textwrap.fill(
-        ", ".join(names), 120, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
+        ", ".join(names), 120, initial_indent=" " * 12, subsequent_indent=" " * 12, break_long_words=False
     )

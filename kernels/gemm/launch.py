@@ -116,9 +116,10 @@ class Gemm:
         constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
         self.numbers = [rows, features, -(-inner // tile.block_k), tiles_m, tiles_n]
         weight = [tile.block_k, block_n] if across else [block_n, tile.block_k]
-        blocks = [[ROWS, tile.block_k], *[weight] * len(weights), *[[ROWS, part]] * written]
+        height = BLOCK_M if tile.joined else ROWS
+        blocks = [[height, tile.block_k], *[weight] * len(weights), *[[height, part]] * written]
         programs = min(multiprocessors, tiles_m * tiles_n)
-        self.launch = Launch(kernel(epilogue), programs, constants, {"num_warps": 4}, blocks)
+        self.launch = Launch(kernel(epilogue), programs, constants, {"num_warps": height // 16}, blocks)
 
     def __repr__(self) -> str:
         return "the product of matrices for Hopper"

@@ -22,7 +22,7 @@ class Tile:
 
     part: columns that are stored at once, through one of `buffers` pieces of shared memory a warpgroup. group: rows of
     tiles that are taken together. skew: steps that a warpgroup is ahead of the next one, so that one multiplies while
-    the other stores. registers: of a thread that computes.
+    the other stores. registers: of a thread that computes. joined: both warpgroups run the same code, in step.
     """
 
     columns: int = 256
@@ -33,6 +33,7 @@ class Tile:
     group: int = 8
     skew: int = 0
     registers: int = 240
+    joined: bool = False
 
     def stored(self, products: int) -> tuple[int, int]:
         """Columns of what is stored at once, and pieces of shared memory for it: no more than a tile has of either."""
@@ -96,10 +97,13 @@ VARIANTS = {
     "skew 2": replace(WIDE, skew=2),
     "3 stages": replace(WIDE, stages=3, buffers=4),
     "narrow": NARROW,
+    "joined": replace(WIDE, joined=True),
+    "joined, 3 stages": replace(WIDE, stages=3, buffers=4, joined=True),
 }
 DROPPING_VARIANTS = {
     "wide": WIDE.dropping,
     "4 buffers": replace(WIDE, buffers=4).dropping,
     "narrow": NARROW.dropping,
+    "joined": replace(WIDE, joined=True).dropping,
 }
 """What `examples/bench_hopper_gemm.py` compares, the latter where something drops out."""
