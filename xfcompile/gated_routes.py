@@ -127,6 +127,10 @@ def _why_not(site: GatedMLPSite, name: str) -> str | None:
     return None
 
 
+SHORTEST = 512
+"""Features, of the input and of the product, from which on the kernel for Hopper was measured, about."""
+
+
 def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
     """Why the product of matrices for Hopper, which is what was measured, does not compute a site; None if it does, as
     far as is known at compile time."""
@@ -136,6 +140,8 @@ def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
         return "weights that are transposed are not measured to be faster"
     if site.features % 8 != 0 or site.inner % 8 != 0:
         return "TMA reads rows that start at multiples of 16 bytes"
+    if min(site.features, site.inner) < SHORTEST:
+        return f"not measured with fewer than {SHORTEST} features"
     if site.layout in ("gate even", "up even"):
         return "features of gate and up in turns are not measured to be faster"
     if site.dropout or site.root.dtype != site.dtype:

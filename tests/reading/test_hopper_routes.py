@@ -84,6 +84,8 @@ ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict
     "rows that change": (swiglu, (X, W, W), {"dynamic": True}, "inductor"),
     "features that are no multiple of 8": (swiglu, (X, (1001, 512), (1001, 512)), {}, "inductor"),
     "inputs that are no multiple of 8": (swiglu, ((4096, 516), (1024, 516), (1024, 516)), {}, "inductor"),
+    "few features": (swiglu, (X, (504, 512), (504, 512)), {}, "inductor"),
+    "few inputs": (swiglu, ((4096, 504), (1024, 504), (1024, 504)), {}, "inductor"),
     "weights that are transposed": (transposed, (X, (512, 1024), (512, 1024)), {}, "inductor"),
     "biases in turns": (in_turns, (X, WIDE, (2048,)), {}, "inductor"),
     "gelu": (activated, (X, W, (1024,)), {}, "epilogue"),
