@@ -168,8 +168,8 @@ def prepare(item: Item) -> Item:
 def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """What is timed, each called once."""
     case = Case(EPILOGUES["SwiGLU" if form == "gated" else "gelu"], torch.bfloat16, size, form == "linear")
-    names = ("SwiGLU, saving", "SwiGLU, dropout, saving") if form == "gated" else ("gelu, dropout, saving",)
-    training = {name: Case(EPILOGUES[name], torch.bfloat16, size, form == "linear") for name in names}
+    names = ("SwiGLU, saving", "SwiGLU, dropout, saving") if form == "gated" else ("gelu, dropout, saving", "identity")
+    others = {name: Case(EPILOGUES[name], torch.bfloat16, size, form == "linear") for name in names}
     x, weights, (m, _, n) = case.x, case.weights, size
     packed = torch.cat(weights)
     made = torch.empty(m, len(weights) * n, device="cuda", dtype=torch.bfloat16)
@@ -219,7 +219,7 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
             return F.dropout(activated(x, w, b), P)
 
         linear = torch.compile(activated, dynamic=False)
-        drops = training[names[0]]
+        drops = others[names[0]]
         pointwise = text_of(drops.epilogue.value)
 
         def two_kernels() -> None:
@@ -234,7 +234,7 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
     calls |= {f"gluon {name}": case.gemm(tile) for name, tile in VARIANTS.items()}
     if form == "linear":
         calls["gluon wide, weight [K, N]"] = case.across()
-    for name, other in training.items():
+    for name, other in others.items():
         calls |= {f"gluon {tile}: {name}": other.gemm(sizes) for tile, sizes in other.variants().items()}
     calls |= inductors_training(
         {"saving": swiglu, "dropout, saving": dropped} if form == "gated" else {"dropout, saving": dropped},
