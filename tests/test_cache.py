@@ -61,7 +61,7 @@ def forget() -> None:
     made = (launch_backward.prepare, launch._module, gated_launch._module, bias_launch._module, launch_backward._module)
     for cached in (*made, cache._private_directory, cache._warn_of_a_change):
         cached.cache_clear()
-    bias_launch._launches.clear()
+    bias_launch._calls.clear()
     cache._sources.clear()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from xfcompile.kernels import philox
+from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.gemm import hopper, tiles
 from xfcompile.kernels.gemm.hopper import Epilogue
@@ -29,42 +30,8 @@ def unavailable(text: str, vectors: int, tensors: int, save: bool = False) -> st
     return "not measured with dropout" if made.drops and not tiles.DROPPING else missing(made)
 
 
-@dataclass(frozen=True)
-class Operands:
-    """Of `xfcompile::linear_act_dropout`; pre: where the product is saved, if it is. p: of dropout."""
-
-    out: Tensor
-    pre: Tensor | None
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    vectors: Sequence[Tensor]
-    tensors: Sequence[Tensor]
-    seed: Tensor | None = None
-    stream: int = 0
-    p: float = 0.0
-
-    @property
-    def outs(self) -> list[Tensor]:
-        return [self.out] if self.pre is None else [self.out, self.pre]
-
-    @property
-    def across(self) -> bool:
-        """Whether the weight [N, K] is in memory as [K, N]."""
-        return self.weight.stride(0) == 1 and self.weight.stride(1) != 1
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as it is in memory."""
-        return self.weight.t() if self.across else self.weight
-
-    @property
-    def layout(self) -> tuple[object, ...]:
-        """All that a launch depends on but for where the tensors are."""
-        given = (self.out, self.pre, self.x, self.weight, self.bias, *self.vectors, None, *self.tensors)
-        return tuple(
-            [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in given]
-        )
+Outputs = tuple[Tensor, Tensor]
+"""The result, and the product without its bias, or nothing."""
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -72,65 +39,96 @@ def matrix(x: Tensor) -> Tensor:
     return x if x.ndim == 2 else x.view(-1, x.shape[-1])
 
 
-def declines(given: Operands, text: str) -> str | None:
+def lies_across(weight: Tensor) -> bool:
+    """Whether a weight [N, K] is in memory as [K, N]."""
+    return weight.stride(0) == 1 and weight.stride(1) != 1
+
+
+def declines(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    text: str,
+    outputs: Outputs,
+    save: bool,
+) -> str | None:
     """Why the kernel does not compute this; None if it does."""
     try:
-        matrices = [matrix(m) for m in (given.x, *given.outs, *given.tensors)]
+        matrices = [matrix(m) for m in (x, *outputs[: 1 + save], *tensors)]
     except RuntimeError:
         return "rows at several distances"
-    reason = why_not([*matrices, given.matrix], (given.bias, *given.vectors))
-    return reason or unavailable(text, len(given.vectors), len(given.tensors), given.pre is not None)
+    reason = why_not([*matrices, weight.t() if lies_across(weight) else weight], (bias, *vectors))
+    return reason or unavailable(text, len(vectors), len(tensors), save)
 
 
-MANY_CALLS = 1024
-"""Layouts that are remembered; row counts that change at every call make new ones."""
+class Linear:
+    """Calls with tensors of one layout, of which `declines` has nothing to say; by others where one of them starts at
+    no multiple of 16 bytes, and from the first call on if that fails."""
 
-_gemms: dict[object, Gemm | None] = {}
-"""By formula and layout; None where the kernel does not take such tensors, or has failed."""
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        vectors: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        text: str,
+        p: float,
+        outputs: Outputs,
+        save: bool,
+        other: Callable[..., Outputs],
+    ) -> None:
+        rows, features = matrix(x).shape[0], weight.shape[0]
+        self.across, self.save = lies_across(weight), save
+        self.blanks = [Blank.like(t) for t in outputs]
+        made = epilogue(text, len(vectors), len(tensors), save)
+        self.random = [philox.threshold(p), float(philox.scale(p))] if made.drops else []
+        count = multiprocessors(x.device.index)
+        tile = tiles.choose(rows, features, 1, count, made.drops)
+        self.gemm: Gemm | None = Gemm(made, tile, matrix(x), [self._in_memory(weight)], [bias], count, self.across)
+        self.other, self.ran = other, False
 
+    def _in_memory(self, weight: Tensor) -> Tensor:
+        return weight.t() if self.across else weight
 
-def linear(given: Operands, text: str) -> bool:
-    """Fills `out` and, where it is there, `pre`, as `launch.linear` does; False if it does not."""
-    key = (text, given.layout)
-    gemm = _gemms.get(key)
-    if gemm is not None:
-        _run(gemm, given)
-        return True
-    if key in _gemms:
-        return False
-    if len(_gemms) >= MANY_CALLS:
-        _gemms.clear()
-    _gemms[key] = gemm = _first(given, text)
-    return gemm is not None
-
-
-def _first(given: Operands, text: str) -> Gemm | None:
-    """The first launch with such tensors."""
-    reason = declines(given, text)
-    if reason is not None:
-        log.debug("not by the kernel for Hopper: %s", reason)
-        return None
-    x, features = matrix(given.x), given.weight.shape[0]
-    count = multiprocessors(x.device.index)
-    made = epilogue(text, len(given.vectors), len(given.tensors), given.pre is not None)
-    gemm = Gemm(
-        made,
-        tiles.choose(x.shape[0], features, 1, count, made.drops),
-        x,
-        [given.matrix],
-        [given.bias],
-        count,
-        given.across,
-    )
-    try:
-        _run(gemm, given)
-    except Exception as error:
-        log.warning("%s does not run (%s: %s): another kernel takes its place", gemm, type(error), error)
-        return None
-    return gemm
-
-
-def _run(gemm: Gemm, given: Operands) -> None:
-    outs, tensors = map(matrix, given.outs), map(matrix, given.tensors)
-    random = [] if given.seed is None else [philox.threshold(given.p), float(philox.scale(given.p)), given.stream]
-    gemm(matrix(given.x), [given.matrix], [*outs], [given.bias], given.vectors, [*tensors], given.seed, random)
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        vectors: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        seed: Tensor | None,
+        stream: int,
+    ) -> Outputs:
+        out, pre = (blank() for blank in self.blanks)
+        start = x.data_ptr()
+        described = [start, weight.data_ptr(), out.data_ptr()]
+        if self.save:
+            described.append(pre.data_ptr())
+        described += [r.data_ptr() for r in tensors]
+        if functools.reduce(operator.or_, described) % 16 != 0 or self.gemm is None:
+            return self.other(x, weight, bias, vectors, tensors, seed, stream)
+        random = [*self.random, stream] if self.random else []
+        pointers = [*described, start if bias is None else bias.data_ptr(), *(v.data_ptr() for v in vectors)]
+        if random:
+            assert seed is not None
+            pointers.append(seed.data_ptr())
+        if self.gemm.repeat(pointers, random) is not None:
+            return out, pre
+        outs = [matrix(t) for t in (out, pre)[: 1 + self.save]]
+        try:
+            self.gemm(
+                matrix(x), [self._in_memory(weight)], outs, [bias], vectors, [matrix(r) for r in tensors],
+                seed if random else None, random,
+            )  # fmt: skip
+        except Exception as error:
+            if self.ran:
+                raise
+            log.warning("%s does not run (%s: %s): another kernel takes its place", self.gemm, type(error), error)
+            self.gemm = None
+            return self.other(x, weight, bias, vectors, tensors, seed, stream)
+        self.ran = True
+        return out, pre

@@ -71,3 +71,10 @@ class Hopper:
             outs += [saved[0].narrow(1, start, self.features) for start in self.starts]
         random = (seed, [*free, 0]) if self.drops else ()
         self.gemm(x[0], (gate[0], up[0]), outs, (gate_bias, up_bias), (), (), *random)
+
+    def repeat(self, pointers: list[int], free: list[Any]) -> Any:
+        """The same with addresses; None, and nothing is done, if there was no such launch before."""
+        x, gate, up, out, saved, gate_bias, up_bias, seed = pointers
+        outs = [out] if self.starts is None else [out, *(saved + 2 * start for start in self.starts)]
+        random = ([seed], [*free, 0]) if self.drops else ([], [])
+        return self.gemm.repeat([x, gate, up, *outs, gate_bias, up_bias, *random[0]], random[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import cache
-from xfcompile.kernels.attention.repeat import Launch, aligned_strides
+from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.tiles import BLOCK_M, FEWEST_ROWS, ROWS, Tile
@@ -104,7 +104,7 @@ class Gemm:
         tiles_m, tiles_n = -(-rows // BLOCK_M), -(-features // block_n)
         written = epilogue.stores + epilogue.tensors  # or read where it will be written
         part, buffers = tile.stored(len(weights))
-        constants: dict[str, Any] = {
+        self.constants: dict[str, Any] = {
             "STAGES": tile.stages,
             "PART": part,
             "BUFFERS": buffers,
@@ -113,13 +113,15 @@ class Gemm:
             "REGISTERS": tile.registers,
         }
         given = [*(b is not None for b in biases), across]
-        constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
+        self.constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
         self.numbers = [rows, features, -(-inner // tile.block_k), tiles_m, tiles_n]
         weight = [tile.block_k, block_n] if across else [block_n, tile.block_k]
         height = BLOCK_M if tile.joined else ROWS
-        blocks = [[height, tile.block_k], *[weight] * len(weights), *[[height, part]] * written]
-        programs = min(multiprocessors, tiles_m * tiles_n)
-        self.launch = Launch(kernel(epilogue), programs, constants, {"num_warps": height // 16}, blocks)
+        self.blocks = [[height, tile.block_k], *[weight] * len(weights), *[[height, part]] * written]
+        self.programs = min(multiprocessors, tiles_m * tiles_n)
+        self.options = {"num_warps": height // 16}
+        self.kernel = kernel(epilogue)
+        self.launch: Launch | None = None
 
     def __repr__(self) -> str:
         return "the product of matrices for Hopper"
@@ -137,8 +139,17 @@ class Gemm:
     ) -> Any:
         """outs: the result, and what is saved of each product. dropout: threshold, scale and stream.
 
-        Returns the compiled kernel where Triton was asked for it, else None.
+        Returns the compiled kernel.
         """
         there = [x if b is None else b for b in biases]
         seeds = [] if seed is None else [seed]
-        return self.launch([x, *weights, *outs, *tensors, *there, *vectors, *seeds], self.numbers, dropout)
+        given = [x, *weights, *outs, *tensors, *there, *vectors, *seeds]
+        if self.launch is None:
+            described = [described_for_gluon(y, block) for y, block in zip(given, self.blocks, strict=False)]
+            self.launch = Launch(self.kernel, self.programs, self.numbers, self.constants, self.options, described)
+        return self.launch(given, dropout)
+
+    def repeat(self, pointers: Sequence[int], dropout: Sequence[Any] = ()) -> Any:
+        """The same with addresses, in the order x, weights, outs, tensors, biases (or any other), vectors, seed; None,
+        and nothing is done, if there was no such launch before."""
+        return None if self.launch is None else self.launch.repeat(pointers, dropout)

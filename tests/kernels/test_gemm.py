@@ -15,7 +15,6 @@ from xfcompile.kernels.bias_act_dropout import launch_hopper as linear
 from xfcompile.kernels.bias_act_dropout import text_of
 from xfcompile.kernels.gated_mlp import launch as gated
 from xfcompile.kernels.gated_mlp import launch_hopper as gated_hopper
-from xfcompile.kernels.gated_mlp.op import _operands
 from xfcompile.kernels.gemm import hopper, launch, tiles
 from xfcompile.kernels.gemm.tiles import SHARED, USUAL, choose
 
@@ -55,7 +54,7 @@ def test_tiles_fit_shared_memory() -> None:
 
 def gated_reason(case: Case, save: bool = True, drops: bool = False, dtype: torch.dtype | None = None) -> str | None:
     given = inputs(case)
-    operands = _operands(given.x, *given.weights, *given.biases, case.layout)
+    operands = gated.operands_of(given.x, *given.weights, *given.biases, case.layout)
     features = case.features
     out = torch.empty(case.experts or 1, case.rows, features, dtype=dtype or case.dtype)
     saved = torch.empty(case.experts or 1, case.rows, 2 * features, dtype=case.dtype) if save else None
@@ -93,14 +92,14 @@ def test_dropout_and_a_result_of_another_dtype_are_not_taken() -> None:
 def test_dropout_is_taken_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "DROPPING", True)
     assert gated_reason(TAKEN, drops=True) is None
-    assert linear.declines(of_linear(), text_of(KEEP * GELU)) is None
+    assert reason_of_linear(KEEP * GELU) is None
     assert choose(16384, 4096, 1, 132, drops=True).registers == 232
 
 
 def test_biases_of_every_other_number_are_not_taken() -> None:
     given = inputs(TAKEN)
     apart = torch.empty(2 * TAKEN.features, dtype=BF16)[::2]
-    operands = _operands(given.x, *given.weights, apart, None, "separate")
+    operands = gated.operands_of(given.x, *given.weights, apart, None, "separate")
     out = torch.empty(1, TAKEN.rows, TAKEN.features, dtype=BF16)
     assert "vectors" in str(gated_hopper.declines(FORMULAS["silu"][0], operands, out, None, 1, False))
 
@@ -108,12 +107,15 @@ def test_biases_of_every_other_number_are_not_taken() -> None:
 # -- linears -------------------------------------------------------------------------------------------------------
 
 
-def of_linear(**about: Any) -> linear.Operands:
-    made: dict[str, Any] = {
-        "out": torch.empty(2, 128, 72, dtype=BF16), "pre": None, "x": torch.empty(2, 128, 40, dtype=BF16),
-        "weight": torch.empty(72, 40, dtype=BF16), "bias": torch.empty(72, dtype=BF16), "vectors": [], "tensors": [],
+def reason_of_linear(formula: Any, **about: Any) -> str | None:
+    """about: what differs from x [2, 128, 40] and a weight [72, 40], of which nothing is saved."""
+    given: dict[str, Any] = {
+        "x": torch.empty(2, 128, 40, dtype=BF16), "weight": torch.empty(72, 40, dtype=BF16),
+        "bias": torch.empty(72, dtype=BF16), "vectors": [], "tensors": [], "save": False, "dtype": BF16, **about,
     }  # fmt: skip
-    return linear.Operands(**{**made, **about})
+    save, dtype, shape = given.pop("save"), given.pop("dtype"), (*given["x"].shape[:-1], 72)
+    outputs = torch.empty(shape, dtype=dtype), torch.empty(shape if save else (0,), dtype=BF16)
+    return linear.declines(**given, text=text_of(formula), outputs=outputs, save=save)
 
 
 GELU = activation.gelu(X, "none")
@@ -121,57 +123,66 @@ GELU = activation.gelu(X, "none")
 
 def test_linears_that_it_takes() -> None:
     like = torch.empty(2, 128, 72, dtype=BF16)
-    wide = torch.empty(72)
-    assert linear.declines(of_linear(), text_of(GELU)) is None
-    assert linear.declines(of_linear(pre=like, bias=None), text_of(GELU)) is None
-    scaled = text_of(vector(0) * GELU + tensor(0))
-    assert linear.declines(of_linear(vectors=[wide], tensors=[like]), scaled) is None
-    assert linear.declines(of_linear(weight=torch.empty(40, 72, dtype=BF16).t()), text_of(GELU)) is None
-    part = torch.empty(2, 128, 48, dtype=BF16)[..., :40]
-    assert linear.declines(of_linear(x=part), text_of(GELU)) is None
+    assert reason_of_linear(GELU) is None
+    assert reason_of_linear(GELU, save=True, bias=None) is None
+    assert reason_of_linear(vector(0) * GELU + tensor(0), vectors=[torch.empty(72)], tensors=[like]) is None
+    assert reason_of_linear(GELU, weight=torch.empty(40, 72, dtype=BF16).t()) is None
+    assert reason_of_linear(GELU, x=torch.empty(2, 128, 48, dtype=BF16)[..., :40]) is None
 
 
-LINEARS: dict[str, tuple[dict[str, Any], Any, str]] = {
-    "dropout": ({}, KEEP * GELU, "dropout"),
-    "rows of several distances": ({"x": torch.empty(2, 130, 40, dtype=BF16)[:, :128]}, GELU, "distances"),
-    "a weight of every other number": ({"weight": torch.empty(72, 80, dtype=BF16)[:, ::2]}, GELU, "neighbours"),
-    "an odd start": ({"weight": torch.empty(72 * 40 + 4, dtype=BF16)[4:].view(72, 40)}, GELU, "16 bytes"),
-    "few rows": ({"x": torch.empty(40, 40, dtype=BF16), "out": torch.empty(40, 72, dtype=BF16)}, GELU, "rows"),
-    "two dtypes": ({"out": torch.empty(2, 128, 72)}, GELU, "one dtype"),
+LINEARS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "dropout": (KEEP * GELU, {}, "dropout"),
+    "rows of several distances": (GELU, {"x": torch.empty(2, 130, 40, dtype=BF16)[:, :128]}, "distances"),
+    "a weight of every other number": (GELU, {"weight": torch.empty(72, 80, dtype=BF16)[:, ::2]}, "neighbours"),
+    "an odd start": (GELU, {"weight": torch.empty(72 * 40 + 4, dtype=BF16)[4:].view(72, 40)}, "16 bytes"),
+    "few rows": (GELU, {"x": torch.empty(40, 40, dtype=BF16)}, "rows"),
+    "two dtypes": (GELU, {"dtype": torch.float32}, "one dtype"),
     "saved beside a residual": (
-        {"pre": torch.empty(2, 128, 72, dtype=BF16), "tensors": [torch.empty(2, 128, 72, dtype=BF16)]},
         GELU + tensor(0),
+        {"save": True, "tensors": [torch.empty(2, 128, 72, dtype=BF16)]},
         "one piece of shared memory",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LINEARS)
 def test_linears_that_it_does_not_take(name: str) -> None:
-    about, formula, reason = LINEARS[name]
-    assert reason in str(linear.declines(of_linear(**about), text_of(formula)))
+    formula, about, reason = LINEARS[name]
+    assert reason in str(reason_of_linear(formula, **about))
 
 
 # -- what is run instead -------------------------------------------------------------------------------------------
 
 
-def test_a_kernel_that_does_not_start_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[object] = []
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_kernel_that_does_not_start_is_not_tried_again(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
 
-    class Fails:
+    class Made:
         def __init__(self, *about: object) -> None: ...
 
-        def __call__(self, *tensors: object) -> None:
-            tried.append(tensors)
-            raise RuntimeError("out of resources")
+        def repeat(self, *pointers: object) -> None: ...
 
-    monkeypatch.setattr(linear, "Gemm", Fails)
+        def __call__(self, *tensors: object) -> None:
+            tried.append("ours")
+            if fails:
+                raise RuntimeError("out of resources")
+
+    def other(*arguments: object) -> Any:
+        tried.append("other")
+        return torch.ones(1), torch.ones(0)
+
+    monkeypatch.setattr(linear, "Gemm", Made)
     monkeypatch.setattr(linear, "multiprocessors", lambda index: 132)
-    monkeypatch.setattr(linear, "_gemms", {})
-    given, text = of_linear(), text_of(GELU)
-    assert not linear.linear(given, text)
-    assert not linear.linear(given, text)
-    assert len(tried) == 1
+    x, weight = torch.empty(256, 40, dtype=BF16), torch.empty(72, 40, dtype=BF16)
+    outputs = torch.empty(256, 72, dtype=BF16), torch.empty(0)
+    call = linear.Linear(x, weight, None, [], [], text_of(GELU), 0.0, outputs, False, other)
+    for _ in range(2):
+        call(x, weight, None, [], [], None, 0)
+    assert tried == (["ours", "other", "other"] if fails else ["ours", "ours"])
+    apart = torch.empty(256 * 40 + 4, dtype=BF16)[4:].view(256, 40)
+    call(apart, weight, None, [], [], None, 0)
+    assert tried[-1] == "other"  # TMA reads from multiples of 16 bytes
 
 
 def test_without_gluon_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
