@@ -19,8 +19,9 @@ from xfcompile.kernels.attention.fit import NoTilesFit, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Blank, Described, Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
-from xfcompile.kernels.gated_mlp import codegen, reference, tiles
+from xfcompile.kernels.gated_mlp import codegen, launch_hopper, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
+from xfcompile.kernels.gemm.launch import multiprocessors
 from xfcompile.site import Layout
 
 log = logging.getLogger(__name__)
@@ -209,12 +210,12 @@ class _Forward:
         self.layout, self.save = layout, save
         out, saved = outputs(x, weight, up_weight, save, dtype)
         self.out, self.saved = Blank.like(out), Blank.like(saved)
-        self.ready: Launch | None = None
+        self.ready: Launch | launch_hopper.Hopper | None = None
         self.empty = out.numel() == 0
         if self.empty:
             return
         operands = operands_of(x, weight, up_weight, gate_bias, up_bias, layout)
-        self.launch = _forward(prepared, operands, layout, dropout, three(out), save)
+        self.launch = _forward(prepared, operands, layout, dropout, three(out), three(saved) if save else None)
         # Gate and up start so many bytes after what they are views of.
         self.to_gate = operands.gate.data_ptr() - weight.data_ptr()
         self.to_up = operands.up.data_ptr() - (weight if up_weight is None else up_weight).data_ptr()
@@ -263,7 +264,7 @@ class _Forward:
         return out, saved
 
 
-def _come_to(runner: Any) -> Launch:
+def _come_to(runner: Any) -> Launch | launch_hopper.Hopper:
     """The launch that a runner has come to."""
     while not hasattr(runner, "repeat"):
         runner = runner.launch
@@ -271,6 +272,22 @@ def _come_to(runner: Any) -> Launch:
 
 
 def _forward(
+    prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, saved: Tensor | None
+) -> Callable[..., None]:
+    """How such tensors are computed with, from now on."""
+    if out.device.type != "cuda" or device_generation(out.device) != HOPPER:
+        return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
+    *start, step = starts(layout, out.shape[2])
+    drops = dropout.p != 0.0
+    reason = launch_hopper.declines(prepared.formula, operands, out, saved, step, drops)
+    if reason is not None:
+        log.debug("not by the kernel for Hopper: %s", reason)
+        return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
+    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start, drops)
+    return FirstThatRuns(first, lambda: _by_triton(prepared, operands, layout, dropout, out, saved is not None))
+
+
+def _by_triton(
     prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, save: bool
 ) -> Callable[..., None]:
     experts, rows, features, inner = operands.sizes
@@ -422,11 +439,6 @@ def _descriptor(x: Tensor, block: list[int]) -> Described:
         return TensorDescriptor(x[0], list(shape), list(strides), block)
 
     return Described(shape, strides, make)
-
-
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tensor) -> None:
