@@ -422,3 +422,51 @@ def test_bias_act_dropout(repeating: None) -> None:
     ]
     check(calls)
     assert len(REPEATED) >= len(calls)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_gated_mlps_by_the_product_for_hopper(saves: bool, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repeated call has the addresses and numbers of a first one."""
+    from xfcompile.kernels.gated_mlp import launch_hopper
+
+    seen: list[Any] = []
+
+    class Gemm:
+        def __init__(self, *about: Any) -> None: ...
+
+        def __call__(
+            self, x: Any, weights: Any, outs: Any, biases: Any, vectors: Any, tensors: Any, *random: Any
+        ) -> None:
+            seed, numbers = random or (None, [])
+            given = [x, *weights, *outs, *(x if b is None else b for b in biases), *([] if seed is None else [seed])]
+            seen.append(([y.data_ptr() for y in given], list(numbers)))
+
+        def repeat(self, pointers: Any, numbers: Any) -> Compiled:
+            seen.append((pointers, list(numbers)))
+            return Compiled()
+
+    monkeypatch.setattr(launch_hopper, "Gemm", Gemm)
+    monkeypatch.setattr(launch_hopper, "multiprocessors", lambda index: 132)
+    monkeypatch.setattr(launch_hopper, "declines", lambda *about: None)
+    monkeypatch.setattr(gated_launch, "device_generation", lambda device: gated_launch.HOPPER)
+    x, weight, up = (torch.zeros(64, 64, dtype=torch.float16) for _ in range(3))
+    on_gpu = SimpleNamespace(type="cuda", index=0)
+    real = gated_launch._forward
+
+    def forward(prepared: Any, operands: Any, layout: Any, dropout: Any, out: Any, saved: Any) -> Any:
+        assert out.device.type == "cpu"
+        placed = SimpleNamespace(device=on_gpu, shape=out.shape)
+        return real(prepared, operands, layout, dropout, placed, saved)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gated_launch, "_forward", forward)
+    program = gated_launch.program(gated_cases.key_of("silu"))
+    seed, dropout = torch.tensor([5]), gated_launch.Dropout(None, p)
+    about = (x, weight, up, x[0], None)
+    run = gated_launch._Forward(program, *about, "separate", saves, torch.float16, dropout)
+    for called in range(2):
+        out, saved = run(*about, seed)
+        stored = [out, *([saved, saved[:, 64:]] if saves else [])]
+        given = [x, weight, up, *stored, x[0], x, *([seed] if p else [])]
+        assert seen[called] == ([y.data_ptr() for y in given], [*dropout.numbers, 0] if p else [])
+    assert len(seen) == 2
