@@ -283,8 +283,8 @@ def _forward(
     if reason is not None:
         log.debug("not by the kernel for Hopper: %s", reason)
         return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
-    numbers = dropout.numbers if drops else ()
-    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start, numbers)
+    dropping = dropout.numbers if drops else []
+    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start, dropping)
     return FirstThatRuns(first, lambda: _by_triton(prepared, operands, layout, dropout, out, saved is not None))
 
 

@@ -47,15 +47,14 @@ def declines(
 
 class Hopper:
     """Launches with tensors of one layout. starts: of gate's and up's features in what is saved, None if nothing is.
-    dropout: threshold and scale, none where nothing is dropped out."""
+    dropping: threshold and scale of dropout, none without it."""
 
     def __init__(
-        self, formula: sympy.Expr, operands: Operands, starts: Sequence[int] | None, dropout: Sequence[Any]
+        self, formula: sympy.Expr, operands: Operands, starts: Sequence[int] | None, dropping: Sequence[Any]
     ) -> None:
         _, rows, self.features, _ = operands.sizes
-        drops = bool(dropout)
-        self.starts, self.drops = starts, drops
-        self.random = [*dropout, 0] if drops else []  # of stream 0
+        drops = bool(dropping)
+        self.starts, self.random = starts, [*dropping, 0] if drops else []
         count = multiprocessors(operands.x.device.index)
         self.gemm = Gemm(
             epilogue(formula, starts is not None, drops),
@@ -74,12 +73,12 @@ class Hopper:
         outs = [out[0]]
         if self.starts is not None:
             outs += [saved[0].narrow(1, start, self.features) for start in self.starts]
-        random = (seed, self.random) if self.drops else ()
+        random = (seed, self.random) if self.random else ()
         self.gemm(x[0], (gate[0], up[0]), outs, (gate_bias, up_bias), (), (), *random)
 
     def repeat(self, pointers: list[int]) -> Any:
         """The same with addresses; None, and nothing is done, if there was no such launch before."""
         x, gate, up, out, saved, gate_bias, up_bias, seed = pointers
         outs = [out] if self.starts is None else [out, *(saved + 2 * start for start in self.starts)]
-        seeds = [seed] if self.drops else []
+        seeds = [seed] if self.random else []
         return self.gemm.repeat([x, gate, up, *outs, gate_bias, up_bias, *seeds], self.random)
