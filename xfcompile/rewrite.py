@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from xfcompile import families
@@ -362,10 +363,25 @@ def _replaced(
     # What held the result too because it was written there (see `_unseen`) does not any more.
     older = _holding(reading, reading.effects[node].writes)
     changes.instead |= {n: new for n in older if reading.time[n] < reading.time[node]}
-    changes.inserted += [n for n in graph.nodes if n not in before]
+    added = [n for n in graph.nodes if n not in before]
+    _tell_kernels(added, f"{family.title} at {_place(node)}", options.strict)
+    changes.inserted += added
     changes.done.append(candidate)
     log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)
     return candidate, False
+
+
+def _tell_kernels(added: Sequence[fx.Node], what: str, strict: bool) -> None:
+    """Kernels are compiled when they are launched first: an error then says what for, and is raised if `strict`."""
+    from xfcompile.kernels.asked import ask
+
+    for node in added:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "xfcompile":
+            names = [argument.name for argument in node.target._schema.arguments]
+            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+            for name in ("kernel", "formula"):
+                if isinstance(given.get(name), str):
+                    ask(str(given[name]), what, strict)
 
 
 def _written_later(reading: Reading, node: fx.Node) -> bool:

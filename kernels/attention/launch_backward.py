@@ -34,6 +34,8 @@ from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
 
+DEFINITION = "its gradients are computed by their definition, in plain PyTorch"
+
 
 @dataclass(frozen=True)
 class Program:
@@ -44,7 +46,7 @@ class Program:
     forward: str
     needed: tuple[int, ...]
     made: Backward
-    fitting: dict[object, Tiles] = field(default_factory=dict)
+    fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
     launches: dict[object, Launch] = field(default_factory=dict)
 
     @property
@@ -129,7 +131,12 @@ def run(
     dout, out [B, Hq, Lq, Dv]; lse [B, Hq, Lq]; all others as in the forward, with its lists of tiles, if it had any, by
     blocks of queries and by blocks of keys.
     """
-    program = prepare(forward, needs.operands)
+    try:
+        program = prepare(forward, needs.operands)
+    except Exception as error:
+        log.debug("making the text of a backward failed", exc_info=error)
+        fit.give_way(fit.DoesNotCompile(f"{type(error).__name__}: {error}"), forward, DEFINITION)
+        return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
     made = outputs(q, k, v, operands, needs)
     if q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0:
         for x in (*made[:3], *made[3]):
@@ -140,8 +147,8 @@ def run(
     call.listed(tiles, tiles_by_key, block_m, block_n)
     try:
         call.fill(made)
-    except fit.NoTilesFit as error:
-        fit.say(f"{error}: its gradients are computed by their definition, in plain PyTorch")
+    except fit.Unavailable as error:
+        fit.give_way(error, forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
     return made
 
@@ -373,17 +380,17 @@ class _Call:
             return
         listed = self.sizes if name in ("dq", "dkdv") else None
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
-        if kind not in self.program.fitting:
+
+        def find() -> Tiles:
             kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
             narrow = self.program.spec.band.lower is not None
             first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear, narrow)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
-            chosen = fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
-            self.program.fitting[kind] = chosen
-            return
-        launch_with(self.program.fitting[kind])
+            return fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
+
+        fit.remembered(self.program.fitting, kind, launch_with, find)
 
     # -- loads -------------------------------------------------------------------------------------------------
 

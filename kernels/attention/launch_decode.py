@@ -71,7 +71,7 @@ def run(
     operands: Sequence[Tensor],
     numbers: Sequence[object],
     constants: Mapping[str, object],
-    fitting: dict[tuple[object, ...], Tiles],
+    fitting: dict[Any, Tiles | fit.Unavailable],
 ) -> None:
     """Writes out and lse.
 
@@ -81,20 +81,19 @@ def run(
     q, k, v = tensors[:3]
     split, combine = kernel("decode_split"), kernel("decode_combine")
 
-    def launch(tiles: Tiles) -> Any:
-        return _launch(split, combine, tensors, operands, numbers, constants, tiles)
+    def launch(tiles: Tiles, first: bool = False) -> Any:
+        return _launch(split, combine, tensors, operands, numbers, constants, tiles, first)
 
     if q.device.type == "cpu":
-        launch(INTERPRETED_DECODING)
+        launch(INTERPRETED_DECODING, first=True)
         return
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     first = choose_decoding(device_generation(q.device), q.dtype, q.shape[3], v.shape[3], rows)
     kind = ("decode", q.device.index, q.dtype, constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
     with torch.cuda.device(q.device):
-        if kind in fitting:
-            launch(fitting[kind])
-            return
-        fitting[kind] = fit.launch(launch, (decoding_alternatives(first), smaller(first)), q, v.shape[3])
+        candidates = decoding_alternatives(first), smaller(first)
+        first_launch = functools.partial(launch, first=True)
+        fit.remembered(fitting, kind, launch, lambda: fit.launch(first_launch, candidates, q, v.shape[3]))
 
 
 def _launch(
@@ -105,8 +104,9 @@ def _launch(
     numbers: Sequence[object],
     constants: Mapping[str, object],
     tiles: Tiles,
+    first: bool,
 ) -> Any:
-    """Both kernels; returns what Triton made of the first."""
+    """Both kernels; returns what Triton made of the first. first: such tensors have not been launched with yet."""
     q, k, v, out, lse = tensors
     batch, heads, lq, _ = q.shape
     kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -119,13 +119,15 @@ def _launch(
     sizes = (heads, group, lq, lk, parts)
     shared = {name: constants[name] for name in combine.arg_names if name in constants}
     constants = {name: x for name, x in constants.items() if name in split.arg_names}
-    compiled = split[(batch * kv_heads * parts * -(-group * lq // tiles.block_m),)](
-        q, k, v, acc, m, l, *operands, *q.stride(), *k.stride(), *v.stride(), *sizes, *numbers,
-        **constants, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-    )  # fmt: skip
-    combine[(batch * heads * lq,)](
-        acc, m, l, v, out, lse, *operands, *v.stride(), *sizes, *numbers,
-        **shared, BLOCK_N=tiles.block_n, BLOCK_S=COMBINED,
-    )  # fmt: skip
+    splitting = (q, k, v, acc, m, l, *operands, *q.stride(), *k.stride(), *v.stride(), *sizes, *numbers)
+    constants |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    combining = (acc, m, l, v, out, lse, *operands, *v.stride(), *sizes, *numbers)
+    shared |= {"BLOCK_N": tiles.block_n, "BLOCK_S": COMBINED}
+    programs, rows = (batch * kv_heads * parts * -(-group * lq // tiles.block_m),), (batch * heads * lq,)
+    if first:
+        fit.compile_first(split, programs, *splitting, **constants, **options)
+        fit.compile_first(combine, rows, *combining, **shared)
+    compiled = split[programs](*splitting, **constants, **options)
+    combine[rows](*combining, **shared)
     return compiled

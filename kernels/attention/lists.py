@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import blocks, cache, reference
+from xfcompile.kernels.attention import blocks, cache, fit, reference
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.score import B, H
 from xfcompile.site import MaskSpec
@@ -127,8 +127,12 @@ def run(
         launches = prepared.launches[layout] = _launches(prepared, made, operands, shape, block_m, block_n, by_key)
     verdicts = made.new_empty(made.numel(), dtype=torch.int8)  # a few more than there are tiles
     scalars = reference.bind(prepared.mask.scalars, ints, floats)
-    launches[0]([verdicts, *operands], launches[2], list(scalars.values()))
-    launches[1]([made, verdicts], launches[3])
+    try:
+        launches[0]([verdicts, *operands], launches[2], list(scalars.values()))
+        launches[1]([made, verdicts], launches[3])
+    except fit.Unavailable as error:
+        fit.give_way(error, key, "all tiles are visited")
+        return blocks.every_tile(made)
     return made
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.attention import fit
+
 LARGEST = 2**31 - 1
 """Integers beyond this have another type in a kernel."""
 
@@ -38,9 +40,10 @@ class Launch:
         self._runners: dict[tuple[bool, ...], Any] = {}
         self._last: tuple[Any, ...] = ()
         self._strides: list[tuple[int, ...]] = []
+        self._failed: fit.Unavailable | None = None
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[Any], free: Sequence[Any] = ()) -> Any:
-        """Returns the compiled kernel where Triton was asked for it, else None."""
+        """Returns the compiled kernel where Triton was asked for it, else None. Raises `fit.DoesNotCompile`."""
         device = tensors[0].device
         if device.type == "cuda" and torch.cuda.current_device() != device.index:
             with torch.cuda.device(device):
@@ -63,7 +66,15 @@ class Launch:
             _descriptor(x, strides, block)
             for x, strides, block in zip(tensors, self._strides, self.blocks, strict=False)
         ]
-        compiled = self.kernel[self.grid](*described, *tensors[n:], *numbers, *free, **self.constants, **self.options)
+        arguments = (*described, *tensors[n:], *numbers, *free)
+        if self._failed is not None:
+            raise self._failed.again()
+        try:
+            fit.compile_first(self.kernel, self.grid, *arguments, **self.constants, **self.options)
+        except fit.Unavailable as error:
+            self._failed = error.again()
+            raise
+        compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
         if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
             names = self.kernel.arg_names
             self._last = tuple(self.constants[name] for name in names[len(names) - len(self.constants) :])

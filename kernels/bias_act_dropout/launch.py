@@ -143,7 +143,7 @@ def forward(
     text: str,
     p: float,
 ) -> None:
-    """Into `out`, contiguous."""
+    """Into `out`, contiguous. Raises `fit.Unavailable`."""
     rows = rows_of(x, *tensors)
     n = x.shape[-1]
     tile = pointwise(n, "forward")
@@ -193,12 +193,11 @@ def linear(
         try:
             launch(given, numbers, [stream])
             return
-        except OutOfResources as error:
+        except (OutOfResources, fit.Unavailable) as error:
             _unfit.add(key)
-            fit.say(
-                f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error}): it is "
-                "computed by PyTorch's product and a kernel after it"
-            )
+            where = f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error})"
+            why = error if isinstance(error, fit.Unavailable) else fit.NoTilesFit(where)
+            fit.give_way(why, text, "it is computed by PyTorch's product and a kernel after it")
     product = F.linear(x, weight)
     if pre is not None:
         pre.copy_(product)
@@ -219,7 +218,8 @@ def backward(
     needs_bias: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Into `dx`, contiguous, where it is there; the sums over rows for the bias, and for each vector that needs one."""
+    """Into `dx`, contiguous, where it is there; the sums over rows for the bias, and for each vector that needs one.
+    Raises `fit.Unavailable`."""
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
     tile = pointwise(n, "backward")
@@ -250,7 +250,7 @@ def backward(
 
 _launches: dict[Any, Launch] = {}
 _unfit: set[Any] = set()
-"""Those of products for which a device has too little shared memory."""
+"""Those of products for which a device has too little shared memory, or Triton an error."""
 
 
 def _launch(

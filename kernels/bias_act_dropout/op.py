@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from xfcompile.activation import X
+from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import runs
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.double_backward import refuse
+
+DEFINITION = "it is computed by its definition, in plain PyTorch"
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -79,8 +82,11 @@ def _forward(
     _check(x, x.shape[-1], bias, vectors, tensors)
     out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype)
     if _runs(x, *vectors, *tensors, out):
-        launch.forward(out, x, bias, vectors, tensors, seed, stream, formula, p)
-        return out
+        try:
+            launch.forward(out, x, bias, vectors, tensors, seed, stream, formula, p)
+            return out
+        except fit.Unavailable as error:
+            fit.give_way(error, formula, DEFINITION)
     wide = torch.promote_types(x.dtype, torch.float32)
     parsed = parse(formula, len(vectors), len(tensors))
     return out.copy_(reference.forward(parsed, x, bias, vectors, tensors, seed, stream, p, wide))
@@ -117,8 +123,11 @@ def _linear(
     out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
     if _runs(x, weight, *vectors, *tensors, out) and out.numel() > 0:
         kept = pre if save else None
-        launch.linear(out, kept, x, weight, bias, vectors, tensors, seed, stream, formula, p)
-        return out, pre
+        try:
+            launch.linear(out, kept, x, weight, bias, vectors, tensors, seed, stream, formula, p)
+            return out, pre
+        except fit.Unavailable as error:
+            fit.give_way(error, formula, DEFINITION)
     wide = torch.promote_types(x.dtype, torch.float32)
     product = x.to(wide) @ weight.to(wide).t()
     if save:
@@ -162,8 +171,14 @@ def _backward(
     given = [dout, *vectors, *(t for t in (x, bias) if t is not None)]
     rows = list(_backward_fake(dout, x, bias, vectors, seed, stream, formula, p, tensors, needed, dtypes))
     dx = rows[0] if needs_x else None
+    sums_of: tuple[Tensor | None, list[Tensor | None]] | None = None
     if _runs(*given):
-        dbias, dv = launch.backward(dx, dout, x, bias, vectors, seed, stream, formula, p, tensors, needs_bias, needs)
+        try:
+            sums_of = launch.backward(dx, dout, x, bias, vectors, seed, stream, formula, p, tensors, needs_bias, needs)
+        except fit.Unavailable as error:
+            fit.give_way(error, formula, "its gradients are computed by their definition, in plain PyTorch")
+    if sums_of is not None:
+        dbias, dv = sums_of
     else:
         wide = torch.promote_types(dout.dtype if x is None else x.dtype, torch.float32)
         parsed = parse(formula, len(vectors), tensors)

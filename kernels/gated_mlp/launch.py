@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
-from xfcompile.kernels.attention.fit import NoTilesFit, name_of
+from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
@@ -142,7 +142,7 @@ def forward(
 ) -> None:
     """Fills out [E, M, N] and, if there is one, saved [E, M, 2 N] with both projections.
 
-    check: called at the first of all calls with such tensors. Raises `NoTilesFit` where no tiles fit the device.
+    check: called at the first of all calls with such tensors. Raises `Unavailable` where no kernel can be launched.
     """
     prepared = program(key)
     if out.numel() == 0:
@@ -230,18 +230,18 @@ class _Fitting:
         self.kernel, self.programs, self.first = kernel, programs, first
         self.numbers, self.constants, self.inner = numbers, constants, inner
         self.launch: Launch | None = None
-        self.unfit: NoTilesFit | None = None
+        self.unfit: Unavailable | None = None
 
     def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
         if self.launch is not None:
             self.launch(tensors, self.numbers, free)
             return
         if self.unfit is not None:
-            raise self.unfit
+            raise self.unfit.again()
         try:
             self.launch = self._fitted(tensors, free)
-        except NoTilesFit as error:
-            self.unfit = error.with_traceback(None)
+        except Unavailable as error:
+            self.unfit = error.again()
             raise
 
     def _fitted(self, tensors: list[Tensor], free: list[Any]) -> Launch:
@@ -272,14 +272,20 @@ def _first_that_fits(
 ) -> Launch:
     from triton.runtime.errors import OutOfResources
 
+    failed: DoesNotCompile | None = None
     for t in candidates:
         launch = make(t)
         try:
             launch(tensors, numbers, free)
         except OutOfResources as error:
             log.debug("%s does not fit: %s", t, error)
+        except DoesNotCompile as error:
+            log.warning("a kernel of a gated MLP does not compile with %s: %s", t, error)
+            failed = failed or error
         else:
             return launch
+    if failed is not None:
+        raise failed.again()
     raise NoTilesFit(f"no tile size of a gated MLP fits {name_of(tensors[0].device)}")
 
 
@@ -321,7 +327,7 @@ def multiprocessors(index: int | None) -> int:
 
 
 def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tensor) -> None:
-    """Fills out [E, M, N] from saved [E, M, 2 N]."""
+    """Fills out [E, M, N] from saved [E, M, 2 N]. Raises `Unavailable`."""
     prepared = program(key)
     if out.numel() == 0:
         return
@@ -340,7 +346,8 @@ def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tens
 def backward(
     key: str, dout: Tensor, saved: Tensor, layout: Layout, dropout: Dropout, grad: Tensor, made: Tensor | None
 ) -> None:
-    """Fills grad [E, M, 2 N], laid out as saved, from dout [E, M, N]; and made [E, M, N] with the product."""
+    """Fills grad [E, M, 2 N], laid out as saved, from dout [E, M, N]; and made [E, M, N] with the product. Raises
+    `Unavailable`."""
     prepared = program(key)
     if dout.numel() == 0:
         return

@@ -157,12 +157,16 @@ def _gated_mlp(
         operands = _operands(x, weight, up_weight, gate_bias, up_bias, known)
         try:
             launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None, checked)
-        except fit.NoTilesFit as error:
-            fit.say(f"{error}: it is computed by PyTorch's products and a kernel after them")
+        except fit.Unavailable as error:
+            fit.give_way(error, kernel, "it is computed by PyTorch's products and a kernel after them")
         else:
             return out, saved
     both = project(x, weight, up_weight, gate_bias, up_bias, known)
-    launch.product(kernel, _three(both), known, dropout, _three(out))
+    try:
+        launch.product(kernel, _three(both), known, dropout, _three(out))
+    except fit.Unavailable as error:
+        fit.give_way(error, kernel, "it is computed by its definition, in plain PyTorch")
+        return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     return out, both if save else saved
 
 
@@ -180,7 +184,8 @@ def _by_reference(
     seed: Tensor | None,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, for CPUs: sums in fp32 at least, and projections rounded when they are saved."""
+    """The definition, for CPUs and where no kernel can be launched: sums in fp32 at least, and projections rounded when
+    they are saved."""
     made, gate, up = reference.forward(
         launch.program(kernel).formula,
         x,
@@ -272,8 +277,11 @@ def _backward(
     if projections.device.type != "cpu" or interpreting():
         dropout = Dropout(seed if p != 0.0 else None, p)
         target = _three(made) if product else None
-        launch.backward(kernel, _three(dout), _three(projections), known, dropout, _three(grad), target)
-        return grad, made
+        try:
+            launch.backward(kernel, _three(dout), _three(projections), known, dropout, _three(grad), target)
+            return grad, made
+        except fit.Unavailable as error:
+            fit.give_way(error, kernel, "its gradients are computed by their definition, in plain PyTorch")
     dtype = torch.promote_types(projections.dtype, torch.float32)
     gate, up = (t.to(dtype) for t in reference.parts(projections, known))
     d_gate, d_up, value = reference.backward(launch.program(kernel).formula, dout, gate, up, seed, p)
