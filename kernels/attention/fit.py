@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +37,15 @@ class NoTilesFit(Unavailable):
 
 class DoesNotCompile(Unavailable):
     """Triton, or what it calls, has an error with a kernel."""
+
+
+_interpreter = threading.RLock()
+
+
+def alone(device: torch.device) -> AbstractContextManager[Any]:
+    """Around launches: Triton's interpreter, which runs kernels on CPUs, keeps the place of a program, and puts its own
+    functions into `triton.language`, for all threads at once."""
+    return _interpreter if device.type == "cpu" else nullcontext()
 
 
 def compile_first(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

@@ -128,6 +128,7 @@ def _launch(
     if first:
         fit.compile_first(split, programs, *splitting, **constants, **options)
         fit.compile_first(combine, rows, *combining, **shared)
-    compiled = split[programs](*splitting, **constants, **options)
-    combine[rows](*combining, **shared)
+    with fit.alone(q.device):
+        compiled = split[programs](*splitting, **constants, **options)
+        combine[rows](*combining, **shared)
     return compiled

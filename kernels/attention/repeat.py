@@ -74,7 +74,8 @@ class Launch:
         except fit.Unavailable as error:
             self._failed = error.again()
             raise
-        compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
+        with fit.alone(tensors[0].device):
+            compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
         if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
             names = self.kernel.arg_names
             self._last = tuple(self.constants[name] for name in names[len(names) - len(self.constants) :])

@@ -248,6 +248,9 @@ def backward(
     return (None if dbias is None else dbias.sum(0)), [None if d is None else d.sum(0) for d in dv]
 
 
+MANY_CALLS = 4096
+"""Launches that are remembered; row counts that change at every call make new ones."""
+
 _launches: dict[Any, Launch] = {}
 _unfit: set[Any] = set()
 """Those of products for which a device has too little shared memory, or Triton an error."""
@@ -258,12 +261,15 @@ def _launch(
 ) -> Launch:
     """A launch for tensors laid out like this, made once."""
     key = (*key, tile, interpreting())
-    if key not in _launches:
+    found = _launches.get(key)
+    if found is None:
+        if len(_launches) >= MANY_CALLS:
+            _launches.clear()
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         if tile.registers is not None:
             options["maxnreg"] = tile.registers
-        _launches[key] = Launch(kernel(name, *program), programs, constants, options)
-    return _launches[key]
+        found = _launches[key] = Launch(kernel(name, *program), programs, constants, options)
+    return found
 
 
 def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor | None) -> dict[str, Any]:

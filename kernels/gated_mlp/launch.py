@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
-from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
+from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, alone, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
@@ -309,7 +309,7 @@ class _Described:
         rows, features = self.numbers[:2]
         count = -(-rows // t.block_m) * -(-features // t.block_n)
         programs = 2 if x.device.type == "cpu" else multiprocessors(x.device.index)
-        with _device(x):
+        with alone(x.device), _device(x):
             self.kernel[(min(count, programs), 1, 1)](
                 *described, *rest, *self.numbers, *free, **self.constants, **_options(t)
             )
