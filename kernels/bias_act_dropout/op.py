@@ -20,16 +20,17 @@ DEFINITION = "it is computed by its definition, in plain PyTorch"
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
+# Lists may be None: AOTInductor's packages (torch 2.13) hand that to an operator in place of an empty one.
 # formula: of one element, as `formula.text_of` writes it. bias [N] is added to x, vectors are [N], tensors have the
 # result's shape; seed: int64, one element, where something is dropped out, with probability p.
 LIBRARY.define(
-    "bias_act_dropout(Tensor x, Tensor? bias, Tensor[] vectors, Tensor[] tensors, Tensor? seed, int stream,"
+    "bias_act_dropout(Tensor x, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed, int stream,"
     " str formula, float p, ScalarType dtype) -> Tensor",
     tags=_TAGS,
 )
 # Of x @ weight.T, weight [N, K]. The second result is that product, where `save`, else empty.
 LIBRARY.define(
-    "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[] vectors, Tensor[] tensors, Tensor? seed,"
+    "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed,"
     " int stream, str formula, float p, ScalarType dtype, bool save) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -71,14 +72,15 @@ def _runs(x: Tensor, *others: Tensor) -> bool:
 def _forward(
     x: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
     p: float,
     dtype: torch.dtype,
 ) -> Tensor:
+    vectors, tensors = vectors or (), tensors or ()
     _check(x, x.shape[-1], bias, vectors, tensors)
     out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype)
     if _runs(x, *vectors, *tensors, out):
@@ -95,8 +97,8 @@ def _forward(
 def _forward_fake(
     x: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
@@ -110,8 +112,8 @@ def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
@@ -119,6 +121,7 @@ def _linear(
     dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
+    vectors, tensors = vectors or (), tensors or ()
     _check(x, weight.shape[0], bias, vectors, tensors)
     out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
     if _runs(x, weight, *vectors, *tensors, out) and out.numel() > 0:
@@ -140,8 +143,8 @@ def _linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
@@ -223,6 +226,7 @@ def saves(formula: str, vectors: int, tensors: int, of_vectors: bool) -> bool:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, vectors, tensors, seed, *call = inputs
+    ctx.listed, vectors, tensors = (vectors is not None, tensors is not None), vectors or (), tensors or ()
     needed = tuple(ctx.needs_input_grad[: 2 + len(vectors)])  # flat here: lists are not lists
     _keep(ctx, x, bias, vectors, tensors, seed, call, needed, x.dtype)
     ctx.save_for_backward(*ctx.pointwise)
@@ -282,14 +286,21 @@ def _added_gradients(ctx: Any, dout: Tensor, needs: Sequence[bool]) -> list[Tens
     ]
 
 
+def _listed(ctx: Any, dv: list[Any], dout: Tensor, needs: Any) -> tuple[list[Any] | None, list[Any] | None]:
+    """The gradients of vectors and of tensors, as lists where these were."""
+    vectors, tensors = ctx.listed
+    return dv if vectors else None, _added_gradients(ctx, dout, needs) if tensors else None
+
+
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     dx, dbias, dv = _pointwise_gradients(ctx, dout, ctx.saved_tensors)
-    added = _added_gradients(ctx, dout, ctx.needs_input_grad[3])
-    return dx, dbias, dv, added, None, None, None, None, None
+    lists = _listed(ctx, dv, dout, ctx.needs_input_grad[3])
+    return dx, dbias, *lists, None, None, None, None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, vectors, tensors, seed, *call = inputs
+    ctx.listed, vectors, tensors = (vectors is not None, tensors is not None), vectors or (), tensors or ()
     needs_x, needs_weight, *needs = ctx.needs_input_grad[: 3 + len(vectors)]
     _, pre = output
     ctx.mark_non_differentiable(pre)
@@ -309,8 +320,8 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
     dpre, dbias, dv = _pointwise_gradients(ctx, dout, saved)
     dx = None if weight is None else dpre @ weight
     dweight = None if x is None else dpre.flatten(0, -2).t() @ x.flatten(0, -2)
-    added = _added_gradients(ctx, dout, ctx.needs_input_grad[4])
-    return dx, dweight, dbias, dv, added, None, None, None, None, None, None
+    lists = _listed(ctx, dv, dout, ctx.needs_input_grad[4])
+    return dx, dweight, dbias, *lists, None, None, None, None, None, None
 
 
 LIBRARY.impl("bias_act_dropout", _forward, "CUDA")
