@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import fx
 
 from xfcompile import families
@@ -24,6 +23,7 @@ from xfcompile.search import Search
 from xfcompile.site import Miss
 from xfcompile.source import frames_of, source_of
 from xfcompile.subclass import subclass_at
+from xfcompile.telling import tell_kernels
 from xfcompile.tuning import Tuner
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
@@ -364,24 +364,11 @@ def _replaced(
     older = _holding(reading, reading.effects[node].writes)
     changes.instead |= {n: new for n in older if reading.time[n] < reading.time[node]}
     added = [n for n in graph.nodes if n not in before]
-    _tell_kernels(added, f"{family.title} at {_place(node)}", options.strict)
+    tell_kernels(added, f"{family.title} at {_place(node)}", options.strict)
     changes.inserted += added
     changes.done.append(candidate)
     log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)
     return candidate, False
-
-
-def _tell_kernels(added: Sequence[fx.Node], what: str, strict: bool) -> None:
-    """Kernels are compiled when they are launched first: an error then says what for, and is raised if `strict`."""
-    from xfcompile.kernels.asked import ask
-
-    for node in added:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "xfcompile":
-            names = [argument.name for argument in node.target._schema.arguments]
-            given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-            for name in ("kernel", "formula"):
-                if isinstance(given.get(name), str):
-                    ask(str(given[name]), what, strict)
 
 
 def _written_later(reading: Reading, node: fx.Node) -> bool:
