@@ -82,7 +82,7 @@ def run(
     split, combine = kernel("decode_split"), kernel("decode_combine")
 
     def launch(tiles: Tiles, first: bool = False) -> Any:
-        return _launch(split, combine, tensors, operands, numbers, constants, tiles, first)
+        return _launch(split, combine, tensors, operands, numbers, constants, tiles, first=first)
 
     if q.device.type == "cpu":
         launch(INTERPRETED_DECODING, first=True)
@@ -104,7 +104,8 @@ def _launch(
     numbers: Sequence[object],
     constants: Mapping[str, object],
     tiles: Tiles,
-    first: bool,
+    *,
+    first: bool = False,
 ) -> Any:
     """Both kernels; returns what Triton made of the first. first: such tensors have not been launched with yet."""
     q, k, v, out, lse = tensors

@@ -58,10 +58,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counted: list[int] = []
     launched = launch_decode._launch
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **more: Any) -> Any:
         q, k = args[2][:2]
         counted.append(launch_decode.splits(q, k, args[-1], launch_decode._multiprocessors(q.device)))
-        return launched(*args)
+        return launched(*args, **more)
 
     monkeypatch.setattr(launch_decode, "MANY_KEYS", 1)
     monkeypatch.setattr(launch_decode, "_launch", counting)
