@@ -14,6 +14,7 @@ from typing import Any
 
 import bias_jobs
 import gated_jobs
+import gemm_jobs
 import sympy
 import torch
 import triton
@@ -138,6 +139,9 @@ def jobs(all_programs: bool) -> Iterator[Job]:
                 yield Job(program, torch.bfloat16, dim, target, "decode_split")
             yield Job("plain", torch.bfloat16, dim, target, "decode_combine")
         yield from gated(target, all_programs)
+        if target == "sm_90":
+            for name in gemm_jobs.EPILOGUES if all_programs else ("SwiGLU", "gelu, dropout, saving"):
+                yield Job(name, torch.bfloat16, 0, target, "gemm")
         if not all_programs:
             continue
         for kernel in BACKWARD:
@@ -197,6 +201,10 @@ def compile_job(job: Job) -> Compiled | None:
         )
         t = gated_jobs.tiles_of(job.kernel, target, job.dtype, job.rows, job.training)
         return outcome(job, made, Tiles(t.block_m, t.block_n, t.num_warps, t.num_stages))
+    if job.kernel == "gemm":
+        wide = gemm_jobs.WIDE
+        made = gemm_jobs.compile_gemm(job.program, job.dtype, wide)
+        return outcome(job, made, Tiles(gemm_jobs.BLOCK_M, wide.columns, 4, wide.stages))
     if job.kernel in ("hopper", "tile_verdicts"):
         spec = mask_or_spec(job)
         compiled = compile_hopper(spec, job.dtype, job.dim) if job.kernel == "hopper" else compile_lists(spec, target)

@@ -348,6 +348,7 @@ def _site(
         floor=max(finite) if full is not None else None,
         rounding=rounding,
         leaks=not alive and any(added and fill.is_finite for fill, added in masked.fills),
+        one_fill=len(masked.fills) == 1 and masked.fills[0][1] and keep == sympy.true,
         call=call,
     )
 

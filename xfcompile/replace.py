@@ -355,6 +355,7 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
         floor=site.floor,
         coarse=site.product_dtype == torch.bfloat16,
         dropout=site.dropout,
+        leaks=candidate.training and site.leaks,
     )
     return spec, operands, ints
 

@@ -61,6 +61,8 @@ class ScoreSpec:
         masks, and the greatest of those numbers. Rows whose maximum is not above it have the softmax of `full`.
     coarse: whether the program itself rounds q·k to bf16, before anything else happens to it.
     dropout: the rate at which weights are dropped out, once they add up to 1.
+    leaks: whether rows without keys send gradients to their scores: a finite number was added to each, beside which
+        nothing is left of it, but whose derivative by it is 1.
     """
 
     score: sympy.Expr
@@ -75,6 +77,7 @@ class ScoreSpec:
     floor: sympy.Expr | None = None
     coarse: bool = False
     dropout: float = 0.0
+    leaks: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,8 @@ class AttentionSite:
     mask: str
     leaks: bool = False
     """Whether a row without keys would send gradients to its scores: a finite fill was added, not put there."""
+    one_fill: bool = False
+    """Whether all masked keys are masked by one number, which is added."""
     full: sympy.Expr | None = None
     floor: sympy.Expr | None = None
     rounding: torch.dtype | None = None

@@ -189,4 +189,5 @@ def parse(fields: Mapping[str, object]) -> ScoreSpec | MaskSpec:
         floor=expression(fields["floor"]),
         coarse=bool(fields["coarse"]),
         dropout=float(fields["dropout"]),  # type: ignore[arg-type]
+        leaks=bool(fields["leaks"]),
     )

@@ -260,6 +260,8 @@ class _Call:
             self._launch("dkdv", tensors, strided, flags, self.lk, "BLOCK_N", self.kv_heads, lists_of=1)
         if self.needs.v and self.program.spec.dead == "mean" and self.program.spec.sink is None:
             self._mean_rows(dv)
+        if self.program.spec.leaks:
+            self._leaking_rows(dq if self.needs.q else None, dk if self.needs.k else None)
         direct = {n: place for n, x in enumerate(found.loads) if (place := self._direct(x, doperands)) is not None}
         whole = {found.loads[n].load.operand for n in direct}
         for n, doperand in enumerate(doperands):
@@ -501,6 +503,29 @@ class _Call:
         dead = (self.lse == -math.inf).to(self.dout.dtype)
         back = (dead[:, :, None, :] @ self.dout).float()  # [B, Hq, 1, Dv]
         dv += (back.unflatten(1, (self.kv_heads, -1)).sum(2) / self.lk).to(dv.dtype)
+
+    def _leaking_rows(self, dq: Tensor | None, dk: Tensor | None) -> None:
+        """What rows without keys add to dq and dk: their scores s are all replaced by one number, with the derivative
+        of a sum. Their weights are 1/Lk, so that
+
+            ds_ij = c/Lk (dout_i·v_j - mean over j),  dq_i = c/Lk dout_i Σ_j (v_j - v̄)ᵀ(k_j - k̄),
+            dk_j = c/Lk (v_j - v̄) Σ_i dout_iᵀ q_i
+
+        where c is the score's derivative by q·k, a number. Keys and values are centred: their means cancel out.
+        """
+        slope = torch.as_tensor(self._evaluator()(self.program.made.gradients.slope), device=self.q.device).float()
+        dead = self.lse == -math.inf
+        dout = (
+            torch.where(dead[..., None], self.dout, 0.0).float().unflatten(1, (self.kv_heads, -1))
+        )  # [B, Hkv, g, i, Dv]
+        v = self.v.float() - self.v.float().mean(2, keepdim=True)  # [B, Hkv, j, Dv]
+        if dq is not None:
+            k = self.k.float() - self.k.float().mean(2, keepdim=True)
+            more = dout @ (v.mT @ k)[:, :, None] * (slope / self.lk)
+            dq += more.flatten(1, 2).to(dq.dtype)
+        if dk is not None:
+            q = self.q.float().unflatten(1, (self.kv_heads, -1))
+            dk += (v @ (dout.mT @ q).sum(2) * (slope / self.lk)).to(dk.dtype)
 
 
 def _summed(x: Tensor, axes: Sequence[sympy.Symbol]) -> Tensor:

@@ -55,6 +55,8 @@ def attention(
     if spec.sink is None and lk:
         empty = ~keep.any(-1, keepdim=True)
         weights = weights.masked_fill(empty, {"nan": math.nan, "mean": 1 / lk, "zero": 0.0}[spec.dead])
+        if spec.leaks:  # the number beside which nothing is left of a score has the derivative 1 by it
+            weights = torch.where(empty, (score - score.detach()).softmax(-1), weights)
         if spec.dead == "zero":  # SDPA counts a row of infinite scores as one without keys
             weights = weights.masked_fill(nothing, 0.0)
     if spec.dropout:
@@ -123,7 +125,7 @@ def backward(
 
     dq, dk, dv have the shapes of q, k, v; that of a load [B, H, Lq, Lk] (of a sink [B, H, Lq, 1]) with 1 for the axes
     that it has not. absolute: of a load, the sum of the sizes of what its gradient is the sum of. Rows that see no key
-    have none, but for v's where they get the mean of v.
+    have none, but for v's where they get the mean of v, and for q's and k's where the spec says `leaks`.
     """
     out, lse = attention(spec, q, k, v, operands, ints, floats, dtype, seed, stream)
     batch, heads, lq, _ = q.shape
@@ -147,6 +149,8 @@ def backward(
     if spec.dropout:
         dweights, kept = (_dropped(spec, x, seed, stream) for x in (dweights, weights))
     dscore = weights * (dweights - delta)
+    if spec.leaks:
+        dscore = torch.where(dead, (dweights - dweights.mean(-1, keepdim=True)) / max(lk, 1), dscore)
     ds = dscore * _full(evaluate(found.slope), shape, dtype, q.device)
     terms = []
     for x in found.loads:

@@ -95,10 +95,11 @@ class _Quick:
 
 
 def aligned_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides [B, H, L, D], but that of a dimension of size 1, which means nothing, is a multiple of 16 bytes."""
+    """The strides [.., L, D], but that of a dimension of size 1, which means nothing, is a multiple of 16 bytes where D
+    is."""
     sizes = x.shape
-    whole = sizes[2] * sizes[3]
-    return tuple(whole if n == 1 and d < 3 else s for d, (n, s) in enumerate(zip(sizes, x.stride(), strict=True)))
+    whole, last = sizes[-2] * sizes[-1], x.ndim - 1
+    return tuple(whole if n == 1 and d < last else s for d, (n, s) in enumerate(zip(sizes, x.stride(), strict=True)))
 
 
 def _descriptor(x: Tensor, strides: tuple[int, ...], block: Sequence[int]) -> Any:

@@ -335,6 +335,8 @@ def meaning(spec: ScoreSpec) -> str:
         lines.append("coarse the program itself rounds q·k to bf16")
     if spec.dropout:
         lines.append(f"drops  {spec.dropout} of the weights")
+    if spec.leaks:
+        lines.append("leaks  rows without keys send gradients to their scores")
     if spec.full is not None:
         lines.append(f"full   {spec.full}, for rows not above {spec.floor}")
     if spec.band != Band():
@@ -365,6 +367,7 @@ def fields(spec: ScoreSpec) -> dict[str, object]:
         "floor": text(spec.floor),
         "coarse": spec.coarse,
         "dropout": spec.dropout,
+        "leaks": spec.leaks,
     }
 
 

@@ -12,8 +12,15 @@ from xfcompile.bench.timing import Rounds, Times, interleaved
 def test_calls_take_turns() -> None:
     order: list[str] = []
     found = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, "cpu", Rounds(1, 2, 3, 9.0))
-    assert order == ["a", "b"] * 4
+    rounds = [order[i : i + 2] for i in range(0, 8, 2)]
+    assert len(order) == 8 and all(sorted(each) == ["a", "b"] for each in rounds)
     assert found["a"].rounds == found["b"].rounds == 3
+
+
+def test_no_call_comes_always_after_the_same() -> None:
+    order: list[str] = []
+    interleaved({name: lambda name=name: order.append(name) for name in "abc"}, "cpu", Rounds(0, 20, 20, 9.0))
+    assert {tuple(order[i : i + 3]) for i in range(0, 60, 3)} > {("a", "b", "c"), ("c", "b", "a")}
 
 
 def test_rounds_end_with_the_time_but_not_before_the_least() -> None:

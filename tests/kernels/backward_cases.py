@@ -69,8 +69,8 @@ def eager_errors(case: Case, x: Inputs, dout: Tensor, right: list[Tensor]) -> li
 
 
 def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
-    """Each gradient's error against fp64 is at most that of eager's autograd in the inputs' own dtype, and some
-    roundings of what it is the sum of."""
+    """Each gradient's error against fp64 is at most twice that of eager's autograd in the inputs' own dtype, and four
+    ulps of the largest number: two right orders of summation differ by as much."""
     dout = torch.randn(x.q.shape[:3] + x.v.shape[3:], generator=torch.Generator().manual_seed(1)).to(x.q)
     ours = kernels(case, x, dout)
     right = exact(case, x, dout, torch.float64)
@@ -84,5 +84,5 @@ def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
         magnitude = max(b.abs().max().item(), 4 * terms.get(name, 0.0))
         eps = max(torch.finfo(a.dtype).eps, torch.finfo(x.q.dtype).eps)
         # NaN where eager's own gradient overflows
-        allowed = (2 * theirs if math.isfinite(theirs) else 0.0) + slack * 2 * eps * magnitude
+        allowed = (2 * theirs if math.isfinite(theirs) else 0.0) + slack * 4 * eps * magnitude
         assert error(a, b) <= allowed, f"{case.name} {name}: {error(a, b):.3g} > {allowed:.3g} of {magnitude:.3g}"

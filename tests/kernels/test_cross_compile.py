@@ -89,6 +89,14 @@ def test_the_kernel_for_hopper_multiplies_with_wgmma(results: list[dict[str, Any
         assert r["shared"] <= 227 * 1024, r
 
 
+def test_the_product_for_hopper_fits_its_shared_memory_and_registers(results: list[dict[str, Any]]) -> None:
+    found = {r["program"]: r for r in results if r["kernel"] == "gemm"}
+    assert set(found) == {"SwiGLU", "gelu, dropout, saving"}
+    for r in found.values():
+        assert (r["target"], r["wgmma"], r["spills"]) == ("sm_90", True, 0), r
+        assert r["shared"] <= 227 * 1024, r
+
+
 def test_hopper_multiplies_with_wgmma(results: list[dict[str, Any]]) -> None:
     found = [r["wgmma"] for r in results if r["target"] == "sm_90" and r["kernel"] == "attention_forward"]
     assert found == [True, True]

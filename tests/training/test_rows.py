@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import sympy
 import torch
 import torch.nn.functional as F
-from step import ROUTE, check, compiled, doubled, judge, qkv, step
+from step import ROUTE, check, compiled, doubled, judge, numbers, qkv, step
 from torch import Tensor
 
 import xfcompile
@@ -88,6 +89,81 @@ def test_rows_whose_masks_were_added_are_left_to_inductor(route: str) -> None:
     (site,) = report.sites
     if site.route == "inductor":
         assert site.reason
+    judge(step(program, doubled(inputs)), step(program, inputs), ours, EPS)
+
+
+def added(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return (scores(q, k) + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
+def added_left(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Causal, over sequences that begin late: their first rows see nothing."""
+    j = torch.arange(k.shape[-2])
+    seen = keep.flip(-1)[:, None, None, :] & (j <= torch.arange(q.shape[-2])[:, None])
+    return (scores(q, k) * 0.5 + torch.zeros(seen.shape).masked_fill(~seen, LEAST)).softmax(-1) @ v
+
+
+def added_shared(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Two heads of queries share one of keys."""
+    k, v = (x[:, :1, None].expand(-1, -1, q.shape[1], -1, -1).flatten(1, 2) for x in (k, v))
+    return added(q, k, v, keep)
+
+
+@pytest.mark.parametrize("program", [added, added_left, added_shared], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("far", [0.0, 30.0], ids=["", "far"])
+def test_rows_whose_masks_were_added(route: str, program: Callable[..., Tensor], far: float) -> None:
+    """Gradients go through scores beside which finfo.min stands, as through all others. far: keys and values may have
+    means that are large beside what they differ by."""
+    q, k, v = qkv(batch=3)
+    k, v = (x.detach().add(far).requires_grad_() for x in (k, v))
+    inputs = [q, k, v, padding()]
+    assert step(program, inputs)["gradient 0"][1].abs().max() > 1e-4, "rows without keys send something"
+    check(program, inputs, route, "inductor" if route == "default" else "triton")
+
+
+@pytest.mark.parametrize("wanted", range(2), ids=["q", "k"])
+def test_rows_whose_masks_were_added_without_a_gradient(interpreter: None, wanted: int) -> None:
+    inputs = [*qkv(batch=3), padding()]
+    for n in {0, 1, 2} - {wanted}:
+        inputs[n].requires_grad_(False)
+    check(added, inputs, "kernel")
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    return ((scores(q, k) / 2).tanh() * 2 + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
+def masked_twice(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Of what is replaced by a number no gradient comes."""
+    late = torch.arange(k.shape[-2]) > 20
+    masked = scores(q, k).masked_fill(late, LEAST) + torch.where(keep[:, None, None, :], 0.0, LEAST)
+    return masked.softmax(-1) @ v
+
+
+def scaled_by_row(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    steep = scores(q, k) * (1 + torch.arange(q.shape[-2])[:, None])
+    return (steep + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
+def biased(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, bias: Tensor) -> Tensor:
+    return (scores(q, k) + bias + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    masked = scores(q, k) + torch.where(keep[:, None, None, :], 0.0, LEAST)
+    return F.dropout(masked.softmax(-1), 1e-30) @ v
+
+
+@pytest.mark.parametrize("program", [capped, masked_twice, scaled_by_row, biased, dropped], ids=lambda f: f.__name__)
+def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program: Callable[..., Tensor]) -> None:
+    inputs = [*qkv(batch=3), padding()]
+    if program is biased:
+        inputs.append(numbers(2, 19, 23, seed=4))
+    report = xfcompile.Report()
+    ours = step(compiled(program, route, report), inputs)
+    (site,) = report.sites
+    assert site.route == "inductor" and site.reason, site
+    assert program is masked_twice or "send gradients" in site.reason
     judge(step(program, doubled(inputs)), step(program, inputs), ours, EPS)
 
 

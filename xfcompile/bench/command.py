@@ -7,11 +7,14 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from xfcompile.bench.job import Row
 
 app = typer.Typer(
     help="Time this backend beside eager, Inductor, FlexAttention, SDPA and Liger, in one run on one machine.",
@@ -30,7 +33,8 @@ Backends = Annotated[
 Only = Annotated[
     list[str] | None,
     typer.Option(
-        "--only", help='Only rows whose title has all of these words ("causal forward D64"); may be repeated.'
+        "--only",
+        help='Only rows whose title has all of these words ("causal forward D64"); may be repeated, in that order.',
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the file of --json holds.")]
@@ -39,6 +43,9 @@ Limit = Annotated[float, typer.Option("--limit", help="Seconds that one column o
 Jobs = Annotated[
     int,
     typer.Option("--jobs", help="Rows that are compiled at once, each by a process; one at a time is timed, alone."),
+]
+Seconds = Annotated[
+    float | None, typer.Option("--seconds", help="How long the columns of a row are timed, in turns; 6 without it.")
 ]
 NoErrors = Annotated[bool, typer.Option("--no-errors", help="Time only; do not compare with fp64.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -66,13 +73,14 @@ class Asked:
     listing: bool = False
     in_process: bool = False
     jobs: int = 1
+    seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For a file of results."""
         named = {
             "quick": self.quick, "backends": list(self.backends) or "all", "only": list(self.only) or "all",
             "budget": self.budget if math.isfinite(self.budget) else None, "errors": self.errors, "device": self.device,
-            "limit": self.limit, "jobs": self.jobs,
+            "limit": self.limit, "jobs": self.jobs, "seconds": self.seconds,
         }  # fmt: skip
         return named
 
@@ -88,6 +96,7 @@ def _register(name: str, text: str) -> None:
         budget: Budget = math.inf,
         limit: Limit = LIMIT,
         jobs: Jobs = 1,
+        seconds: Seconds = None,
         no_errors: NoErrors = False,
         device: Device = "auto",
         listing: Listing = False,
@@ -95,7 +104,7 @@ def _register(name: str, text: str) -> None:
     ) -> None:
         asked = Asked(
             quick, json, plot, _several(backends), tuple(only or ()), resume, budget, limit, not no_errors, device,
-            listing, in_process, jobs,
+            listing, in_process, jobs, seconds,
         )  # fmt: skip
         _checked(asked)
         _benchmark(name, asked, begun=time.monotonic())
@@ -121,6 +130,7 @@ def everything(
     budget: Budget = math.inf,
     limit: Limit = LIMIT,
     jobs: Jobs = 1,
+    seconds: Seconds = None,
     no_errors: NoErrors = False,
     device: Device = "auto",
     in_process: InProcess = False,
@@ -140,7 +150,7 @@ def everything(
         there = out / f"{name}.json"
         asked = Asked(
             quick, there, out / f"{name}.png", chosen, tuple(only or ()), resume and there.exists(), budget, limit,
-            not no_errors, device, False, in_process, jobs,
+            not no_errors, device, False, in_process, jobs, seconds,
         )  # fmt: skip
         _checked(asked)
         _benchmark(name, asked, begun=begun, none_is_fine=bool(only), plot_is_needed=False)
@@ -189,7 +199,7 @@ def _benchmark(
     columns = [column for column in made.columns if not asked.backends or column in asked.backends]
     device = _device(asked.device)
     scale = "quick" if asked.quick else "gpu" if device == "cuda" else "cpu"
-    rows = [row for row in made.rows(scale) if _wanted(row.title, asked.only)]  # type: ignore[arg-type]
+    rows = _chosen(made.rows(scale), asked.only)  # type: ignore[arg-type]
     if not rows and none_is_fine:
         return
     if not rows:
@@ -210,7 +220,10 @@ def _benchmark(
             _refuse(str(error))
     results.runs.append(here)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    settings = Settings(Place(device, dtype, scale), QUICK if asked.quick else Rounds(), asked.errors)  # type: ignore[arg-type]
+    rounds = QUICK if asked.quick else Rounds()
+    if asked.seconds is not None:
+        rounds = replace(rounds, seconds=asked.seconds)
+    settings = Settings(Place(device, dtype, scale), rounds, asked.errors)  # type: ignore[arg-type]
     console.print(f"[bold]{made.title}[/]: {len(rows)} rows, {len(columns)} columns, {here['hardware']['device']}")
     measuring = _measuring(name, settings, asked)
     left = asked.budget - (time.monotonic() - begun)
@@ -272,9 +285,14 @@ def _several(given: list[str] | None) -> tuple[str, ...]:
     return tuple(name.strip() for text in given or () for name in text.split(",") if name.strip())
 
 
-def _wanted(title: str, only: Sequence[str]) -> bool:
-    words = title.lower()
-    return not only or any(all(word in words for word in text.lower().split()) for text in only)
+def _chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
+    """Those that `only` names, in its order; all of them where it is empty."""
+
+    def named(row: Row, text: str) -> bool:
+        return all(word in row.title.lower() for word in text.lower().split())
+
+    chosen = [row for text in only or ("",) for row in rows if named(row, text)]
+    return list(dict.fromkeys(chosen))
 
 
 def _known(option: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -292,8 +310,8 @@ def _checked(asked: Asked) -> None:
         _refuse("--resume goes on with the file of --json, and none was given: give --json FILE too")
     if asked.json is not None and asked.json.exists() and not asked.resume and not asked.listing:
         _set_aside(asked.json)
-    for option, seconds in (("--budget", asked.budget), ("--limit", asked.limit)):
-        if not seconds > 0:
+    for option, seconds in (("--budget", asked.budget), ("--limit", asked.limit), ("--seconds", asked.seconds)):
+        if seconds is not None and not seconds > 0:
             _refuse(f"{option} is a number of seconds above 0, not {seconds:g}")
     if asked.jobs < 1 or (asked.jobs > 1 and asked.in_process):
         _refuse(f"--jobs is a number of processes, at least 1, and more not with --in-process; not {asked.jobs}")

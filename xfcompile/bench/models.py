@@ -150,7 +150,8 @@ def _exact(model: nn.Module, arguments: Arguments, mode: str) -> list[Tensor]:
 
     def run() -> list[Tensor]:
         wide.zero_grad(set_to_none=True)
-        with InDouble():
+        # What checkpoints recompute is in fp64 too: the mode is this thread's, where the backward then runs as well.
+        with InDouble(), torch.autograd.set_multithreading_enabled(False):
             outcome = step(wide, wide, given, mode)()
         if mode == TRAIN:
             return [p.grad for p in wide.parameters() if p.grad is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -57,14 +58,17 @@ def interleaved(
 ) -> dict[str, Times]:
     """The times of each call, one after the other in each round, so that a slow moment of the machine meets all alike.
 
+    Each round has an order of its own: a chip that the call before has heated is slower for the next one.
+
     cold: empty the L2 cache before each call. failed: is told of a call that raises, which then takes no further part;
     without it the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     running = dict(calls)
+    order = random.Random(0)
 
     def attempt(step: Callable[[str, Call], None]) -> None:
-        for name, call in list(running.items()):
+        for name, call in order.sample(list(running.items()), len(running)):
             try:
                 step(name, call)
             except Exception as error:
