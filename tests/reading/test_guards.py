@@ -77,6 +77,23 @@ def moved_twice(x: Any, w: Any, b: Any) -> Any:
     return torch.tanh(F.linear(x, w, b).transpose(0, 1).transpose(0, 1).transpose(0, 1))
 
 
+def features_in_the_rows_scaled(x: Any, w: Any, c: Any) -> Any:
+    return F.gelu(F.linear(x, w).mT * c)
+
+
+def features_split_and_scaled(x: Any, w: Any, c: Any) -> Any:
+    return F.gelu(F.linear(x, w).reshape(4, 5, 2, 4) * c)
+
+
+def seen_in_two_orders_and_dtypes(x: Any, w: Any) -> Any:
+    h = F.linear(x.half(), w.half())
+    return F.gelu(h.float().transpose(0, 1)) + h
+
+
+def dropped_out_altogether(q: Any, k: Any, v: Any) -> Any:
+    return F.dropout((q @ k.mT).softmax(-1), 1.0) @ v
+
+
 def probability(x: Any) -> Any:
     """With a normal distribution that is spelt out, and one that is not."""
     return 0.5 * x * (2 + torch.erf(x / 2**0.5))
@@ -142,6 +159,24 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         (Q, K, V, (4, 4)),
     ),
     "a maximum over queries": (scored(lambda s, i, j: s - s.amax(-2, keepdim=True)), (Q, K, V)),
+    "no multiple of the scores": (scored(lambda s, i, j: s + 0.3 * s.abs()), (Q, K, V)),
+    "an added mask of rows without keys": (
+        scored(lambda s, i, j, m: s + torch.where(m > 0.9, 0.0, -1e9)),
+        (Q, K, V, (4, 4)),
+    ),
+    "the least number, added to rows without keys": (
+        scored(lambda s, i, j, m: s + torch.where(m > 0.9, 0.0, torch.finfo(torch.float32).min)),
+        (Q, K, V, (4, 4)),
+    ),
+    "two added masks of rows without keys": (
+        scored(lambda s, i, j, m: s + torch.where(m > 0.9, 0.0, -1e9) + torch.where(i >= j, 0.0, -1e9)),
+        (Q, K, V, (4, 4)),
+    ),
+    "a mask and a bias that may hide it": (
+        scored(lambda s, i, j, m, b: (s + 1e9 * b.detach()).masked_fill(m < 0.9, -1e9)),
+        (Q, K, V, (4, 4), (4, 4)),
+    ),
+    "weights that are dropped out altogether": (dropped_out_altogether, (Q, K, V)),
     "masks whose fills do not agree": (two_fills, (Q, K, V, (4, 4), (4, 4))),
     "keys of each query": (keys_of_each_query, (Q, (2, 3, 4, 4, 8), V)),
     "experts before one linear": (experts_before_one_linear, ((3, 5, 8), (3, 16, 8), (3, 16, 8), (8, 16))),
@@ -152,6 +187,9 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "a weight of one dimension": (a_weight_of_one_dimension, ((4, 5, 8), (8,))),
     "a product without rows": (a_product_without_an_axis, ((8,), (8, 5))),
     "a product of one feature": (a_product_without_an_axis, ((5, 8), (8, 1))),
+    "features in the rows, scaled": (features_in_the_rows_scaled, ((4, 5, 3), (8, 3), (1,))),
+    "features that are split and scaled": (features_split_and_scaled, ((4, 5, 3), (8, 3), (1,))),
+    "a projection in two orders and two dtypes": (seen_in_two_orders_and_dtypes, ((4, 4, 4), (4, 4))),
     "rows that are moved twice": (moved_twice, ((4, 5, 4), (4, 4), (4,))),
     "a column and a bias": (a_bias_of_two_axes, ((5, 1), (8,))),
     "nearly a normal distribution": (lambda x, w, b: probability(F.linear(x, w, b)), ((5, 8), (8, 8), (8,))),
@@ -223,3 +261,31 @@ def test_a_product_that_is_scaled_by_a_tensor_is_one_still(route: str, monkeypat
     routes = {"gated_mlp": "triton", "bias-act-dropout": route}
     outcome = check(program, *tensors((5, 8), (8, 8), (8, 8), (5, 8), grad=True), grad=True, routes=routes, family=ALL)
     assert [s.route for s in outcome.matched if s.family == "gated_mlp"] == ["triton"]
+
+
+RESULTS: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda out: out,
+    "seen otherwise": lambda out: out.transpose(1, 2),
+    "seen as one row": lambda out: out.view(2, -1),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_lies_in_memory_as_it_did(name: str, routes: dict[str, str] | None) -> None:
+    def program(q: Any, k: Any, v: Any) -> Any:
+        return RESULTS[name]((q @ k.mT).softmax(-1) @ v)
+
+    outcome = Outcome()
+    x = tensors(Q, K, V)
+    fn = torch.compile(program, backend=rewriting(outcome, routes, True, "attention", aot=False))
+    found, expected = fn(*x), program(*x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert found.stride() == expected.stride()
+    assert [s.route for s in outcome.matched] == ["sdpa" if routes is None else "triton"]
+
+
+def test_what_lies_outside_of_a_padded_tensor_is_not_loaded() -> None:
+    """Though a kernel would not use it."""
+    outcome = check(PROGRAMS["a bias that is padded"][0], *tensors(Q, K, V, (4, 3)), family="attention")
+    (site,) = outcome.matched
+    assert "Where" not in str(site.expression) and "- 1" not in str(site.expression), site.expression
