@@ -176,6 +176,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
         scored(lambda s, i, j, m, b: (s + 1e9 * b.detach()).masked_fill(m < 0.9, -1e9)),
         (Q, K, V, (4, 4), (4, 4)),
     ),
+    "queries times nothing": (lambda q, k, v: ((q * 0.0) @ k.mT).softmax(-1) @ v, (Q, K, V)),
     "weights that are dropped out altogether": (dropped_out_altogether, (Q, K, V)),
     "masks whose fills do not agree": (two_fills, (Q, K, V, (4, 4), (4, 4))),
     "keys of each query": (keys_of_each_query, (Q, (2, 3, 4, 4, 8), V)),
@@ -237,6 +238,24 @@ def test_what_is_not_below_a_number_may_be_nan(routes: dict[str, str] | None) ->
     q, k, v, m = tensors(Q, K, V, (4, 4))
     m = m.masked_fill(torch.eye(4, dtype=torch.bool), 1.0).index_fill(1, torch.tensor([2]), float("nan"))
     check(attended(lambda i, j, m: ~(m < 0.5)), q, k, v, m, routes=routes, family=ALL)
+
+
+def test_queries_times_infinity_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By our kernel. SDPA's own on CPUs has 0 for a row of NaN, whoever calls it (torch 2.13)."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def program(q: Any, k: Any, v: Any) -> Any:
+        return ((q * float("inf")) @ k.mT).softmax(-1) @ v
+
+    check(program, *tensors(Q, K, V, grad=True), grad=True, routes={"attention": "triton"}, family="attention")
+
+
+def test_operands_are_read_after_they_are_rounded(routes: dict[str, str] | None) -> None:
+    def program(q: Any, k: Any, v: Any) -> Any:
+        return (q.float() @ k.float().mT).softmax(-1) @ v.float()
+
+    outcome = check(program, *[x.double() for x in tensors(Q, K, V)], routes=routes, family=ALL)
+    assert [s.route for s in outcome.matched] == ["sdpa" if routes is None else "triton"]
 
 
 def test_an_input_that_is_activated_in_place_is_changed(routes: dict[str, str] | None) -> None:
