@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import xfcompile
+from xfcompile import Options, identity, unchanged
 
 # Runs programs, compiled, and with `train` their gradients. Says of each whether our operators ran, by how much results
 # are larger than eager's, and what was found in AOTAutograd's cache and in Inductor's.
@@ -172,6 +173,15 @@ def test_another_version_of_the_package_is_served_nothing(family: str, tmp_path:
     assert [is_new(x) for x in found] == [True, False, True, True, True]
 
 
+def test_after_its_sources_have_changed_a_process_caches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = identity.identified({}, Options().fingerprint())[identity.FIELD].uuid()
+    assert known is not None
+    monkeypatch.setattr(unchanged, "BEGAN", 0.0)  # all were written since
+    assert Options().fingerprint() is None
+    assert identity.identified({}, Options().fingerprint())[identity.FIELD].uuid() is None
+
+
+@pytest.mark.slow
 def test_a_package_that_changes_while_it_runs_stores_nothing(tmp_path: Path) -> None:
     """What an older version compiles would else be found under the hash of the newer sources."""
     package, step = copied(tmp_path / "packages"), ("attention", True, KERNELS)
