@@ -16,7 +16,6 @@ def forget() -> None:
     more = (lists._kernels, bias_launch.source_of_kernel, cache._private_directory, cache._warn_of_a_change)
     for cached in (*made, *more):
         cached.cache_clear()
-    bias_launch._launches.clear()
-    bias_launch._unfit.clear()
+    bias_launch._calls.clear()
     cache._sources.clear()
     asked._asked.clear()

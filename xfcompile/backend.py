@@ -34,11 +34,13 @@ def xformers(
     # Inductor takes seconds to import; it is here already when torch.compile calls.
     from torch._inductor.compile_fx import compile_fx
 
+    from xfcompile.direct import lower
     from xfcompile.identity import identified
 
     ours, patches = Options.parse(mode, options)
     before = _snapshot(gm)
     report, verification = _rewritten(gm, example_inputs, ours, before, patches)
+    lower()
 
     # Callable for any graph module; its other results are those of ahead-of-time compilation.
     def compiled() -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from xfcompile.kernels.attention import (
     template,
 )
 from xfcompile.kernels.attention.blocks import Summary, summary
-from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Program:
     """A generated kernel in this process: its spec, its file, what lists of tiles it takes (of the mask that
-    `lists.program(mask)` has), what was learned about tiles that fit, and the calls that were made, by the layout of
-    their tensors."""
+    `lists.program(mask)` has), what was learned about tiles that fit, the calls that were made, by the layout of
+    their tensors, and what Triton made for several of these (see `Launch`)."""
 
     key: str
     spec: ScoreSpec
@@ -55,6 +55,7 @@ class Program:
     integers: tuple[bool, ...]
     fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
     calls: dict[object, Call] = field(default_factory=dict)
+    made: dict[object, dict[object, Any]] = field(default_factory=dict)
 
     def kernel(self, interpreted: bool, name: str = "attention_forward") -> Any:
         """The Triton function, compiled or interpreted: which one `triton.jit` decides when the file is imported."""
@@ -63,6 +64,12 @@ class Program:
     def scalars(self, ints: Sequence[Any], floats: Sequence[Any]) -> list[Any]:
         whole, real = iter(ints), iter(floats)
         return [next(whole) if integer else next(real) for integer in self.integers]
+
+    def numbers(self, ints: Sequence[int], floats: Sequence[float]) -> list[int | float]:
+        """Scalars, as kernels are compiled for them: generated code may have written 2.0 as 2."""
+        if not self.integers:
+            return []
+        return self.scalars(ints, [float(x) for x in floats])
 
 
 _programs: dict[str, Program] = {}
@@ -176,20 +183,25 @@ def run(
     block_m: int = 0,
     block_n: int = 0,
     heads_first: bool = False,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[..., None] = lambda *tensors: None,
     seed: Tensor | None = None,
     stream: int = 0,
+    tiles_by_key: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors."""
-    prepared = program(key)
-    random = random_of(prepared.spec, seed, stream)
-    scalars = prepared.scalars(ints, floats)
-    layout = (heads_first, *layout_of(q, k, v, operands, tiles, block_m, block_n))
+    """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors.
+
+    All that is found out from tensors' layouts is found out once: this function is most of what a call costs its
+    thread (examples/bench_host.py).
+    """
+    prepared = _programs.get(key) or program(key)
+    random = random_of(prepared.spec, seed, stream) if prepared.spec.dropout else ()
+    scalars = prepared.numbers(ints, floats)
+    layout = layout_of(q, k, v, operands, tiles, block_m, block_n, heads_first)
     call = prepared.calls.get(layout)
     if call is None:
         if len(prepared.calls) >= MANY_CALLS:
             prepared.calls.clear()
-        check()
+        check(q, k, v, operands, key, tiles, block_m, block_n, tiles_by_key)
         call = prepared.calls[layout] = _call(
             prepared, q, k, v, operands, tiles is not None, (block_m, block_n), heads_first
         )
@@ -202,7 +214,7 @@ def run(
 
 
 def _by_definition(spec: ScoreSpec, heads_first: bool) -> Call:
-    """For what no tiles fit."""
+    """For what no kernel can be launched for."""
 
     def call(
         q: Tensor,
@@ -242,15 +254,27 @@ def random_of(spec: ScoreSpec, seed: Tensor | None, stream: int) -> tuple[Tensor
 
 
 def layout_of(
-    q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], tiles: Tensor | None, block_m: int, block_n: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: Sequence[Tensor],
+    tiles: Tensor | None,
+    block_m: int,
+    block_n: int,
+    heads_first: bool,
 ) -> tuple[object, ...]:
     """All that a call depends on but for where its tensors are, as long as they start at multiples of 16 bytes or do
     not, and what scalars it has. That is the user's setting of fp32 products too."""
+    dtype = q.dtype
     return (
-        q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16,
-        q.shape, k.shape, v.shape, tiles if tiles is None else (tiles.shape, tiles.dtype), block_m, block_n,
-        precision(q.dtype),
-        *[(x.dtype, x.device, x.stride()) for x in (q, k, v, *operands)],
+        q.shape, q.stride(), dtype, q.device,
+        k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device,
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
+        heads_first, block_m, block_n,
+        None if tiles is None else (tiles.shape, tiles.stride(), tiles.dtype, tiles.device),
+        dtype is torch.float32 and precision(dtype),
+        *[(x.dtype, x.device, x.stride()) for x in operands],
     )  # fmt: skip
 
 
@@ -285,13 +309,23 @@ def _call(
         # The interpreter's dot reads bf16 as integers.
         "UPCAST": interpreted and q.dtype == torch.bfloat16,
         "HEADS_FIRST": heads_first,
-        "UNIT": template.unit(spec, q.dtype),
+        "UNIT": _unit(prepared.key, q.dtype),
     }
     kernel = prepared.kernel(interpreted)
     if "FAST" in kernel.arg_names:
         constants["FAST"] = speed(spec, q)
+    blank_out, blank_lse = (Blank.like(x) for x in outputs(q, v, heads_first))
     if launch_decode.wanted(spec, q, k):
-        return _decoding(prepared, strides, constants, interpreted, heads_first)
+        decoding = launch_decode.Decoding(prepared, constants, interpreted)
+
+        def decode(
+            q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
+            out, lse = blank_out(), blank_lse()
+            decoding(q, k, v, out, lse, operands, scalars)
+            return out, lse
+
+        return decode
 
     key, mask = prepared.key, prepared.mask
     block_m, block_n = sizes if listed else tile_sizes(key, q.device, q.dtype, dq, dv, lq)
@@ -301,7 +335,10 @@ def _call(
 
     def for_any_hardware() -> _Blocks:
         numbers = [*q.stride(), *k.stride(), *v.stride(), heads, heads // kv_heads, lq, lk, *strides]
-        return _Blocks(prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, q, dv)
+        types = (q.device, q.dtype, *[x.dtype for x in operands])
+        return _Blocks(
+            prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, types, q, dv
+        )
 
     launch: Callable[..., None]
     if fast:
@@ -320,7 +357,7 @@ def _call(
         tiles: Tensor | None,
         *random: Any,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(q, v, heads_first)
+        out, lse = blank_out(), blank_lse()
         if made:
             assert mask is not None
             tiles = lists.run(q, *mask_values(prepared, operands, scalars), shape, block_m, block_n, mask)
@@ -335,41 +372,31 @@ def _filled(made: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return made
 
 
-def _decoding(
-    prepared: Program, strides: Sequence[int], constants: dict[str, Any], interpreted: bool, heads_first: bool
-) -> Call:
-    named = functools.partial(prepared.kernel, interpreted)
-
-    def call(
-        q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], scalars: Sequence[Any], tiles: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = outputs(q, v, heads_first)
-        launch_decode.run(named, (q, k, v, out, lse), operands, [*strides, *scalars], constants, prepared.fitting)
-        return out, lse
-
-    return call
-
-
 class FirstThatRuns:
     """A launch, and another one in its place if it fails the first time: what it is made with may not be there, or has
     too little of something."""
 
     def __init__(self, first: Callable[..., None], other: Callable[[], Callable[..., None]]) -> None:
-        self.launch, self.other = first, other
+        self.launch = first
+        self.other: Callable[[], Callable[..., None]] | None = other
         self.settled = self.replaced = False
 
     def __call__(self, *arguments: Any) -> None:
-        if self.settled or self.replaced:
+        if self.settled or self.replaced:  # what the other one raises is raised: nothing else is left
             self.launch(*arguments)
             return
         try:
             self.launch(*arguments)
-            self.settled = True
         except Exception as error:
-            log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
-            self.launch = self.other()
-            self.replaced = True
+            other = self.other
+            if other is not None:  # no other thread was here meanwhile
+                log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
+                self.launch = other()
+                self.replaced = True
+                self.other = None
             self.launch(*arguments)
+        self.settled = True
+        self.other = None  # which may hold tensors
 
 
 class _Blocks:
@@ -382,14 +409,16 @@ class _Blocks:
         numbers: Sequence[int],
         constants: dict[str, Any],
         listed: tuple[int, int] | None,
+        types: tuple[object, ...],
         q: Tensor,
         dv: int,
     ) -> None:
         self.prepared, self.kernel, self.numbers = prepared, kernel, numbers
-        self.constants, self.listed, self.dv = constants, listed, dv
+        self.constants, self.listed, self.types, self.dv = constants, listed, types, dv
+        self.masked = prepared.mask is not None
         self.batch, self.heads, self.lq = q.shape[:3]
         self.launches: dict[Tiles, Launch] = {}
-        self.tiles: Tiles | None = None
+        self.launch: Launch | None = None
 
     def __call__(
         self,
@@ -403,31 +432,34 @@ class _Blocks:
         tiles: Tensor | None,
         *random: Any,
     ) -> None:
-        tensors, free = [q, k, v, out, lse, *operands], list(scalars)
-        if self.prepared.mask is not None:
+        tensors, free = [q, k, v, out, lse, *operands], scalars
+        if self.masked:
             tensors.append(q if tiles is None else tiles)  # a pointer that is not looked at, where there are none
-            free += lists.steps(tiles)
-        tensors += random[:1]
-        free += random[1:]
+            free = [*free, *lists.steps(tiles)]
+        if random:
+            tensors.append(random[0])
+            free = [*free, random[1]]
+        if self.launch is not None:
+            self.launch(tensors, free)
+            return
 
         def launch(sizes: Tiles) -> Any:
             if sizes not in self.launches:
                 self.launches[sizes] = self._launch(sizes)
-            return self.launches[sizes](tensors, self.numbers, free)
+            return self.launches[sizes](tensors, free)
 
-        if self.tiles is not None:
-            launch(self.tiles)
-        elif q.device.type == "cpu":
-            wanted = INTERPRETED
+        if q.device.type == "cpu":
+            chosen = INTERPRETED
             if self.listed is not None:
-                wanted = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
-            launch(wanted)
+                chosen = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
+            launch(chosen)
         else:
-            self.tiles = _fitting(self.prepared, q, self.dv, launch, self.listed)
+            chosen = _fitting(self.prepared, q, self.dv, launch, self.listed)
+        self.launch = self.launches[chosen]
 
     def _launch(self, sizes: Tiles) -> Launch:
         constants = {**self.constants, "BLOCK_M": sizes.block_m, "BLOCK_N": sizes.block_n}
-        if self.prepared.mask is not None:
+        if self.masked:
             m, n = self.listed or (sizes.block_m, sizes.block_n)
             constants |= {
                 "LISTED": self.listed is not None,
@@ -437,7 +469,9 @@ class _Blocks:
         options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
         names = self.kernel.arg_names
         ordered = {name: constants[name] for name in names if name in constants}
-        return Launch(self.kernel, self.batch * self.heads * -(-self.lq // sizes.block_m), ordered, options)
+        made = self.prepared.made.setdefault(("blocks", sizes, *ordered.items(), *self.types), {})
+        programs = self.batch * self.heads * -(-self.lq // sizes.block_m)
+        return Launch(self.kernel, programs, self.numbers, ordered, options, made=made)
 
 
 def _fitting(
@@ -487,6 +521,11 @@ def no_keys(
         ints, floats = split(spec, scalars)
         lse.copy_(reference.attention(spec, q, k, v, operands, ints, floats)[1])
     return out.zero_(), lse
+
+
+@functools.cache
+def _unit(key: str, dtype: torch.dtype) -> float:
+    return template.unit(program(key).spec, dtype)
 
 
 def speed(spec: ScoreSpec, q: Tensor) -> int:

@@ -19,8 +19,9 @@ from xfcompile.evaluate import Evaluator
 from xfcompile.kernels.attention import backward, cache, fit, launch, lists, reference
 from xfcompile.kernels.attention.backward import Backward
 from xfcompile.kernels.attention.blocks import DISTANCE, along_diagonal
+from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient, gradients
-from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
@@ -40,14 +41,16 @@ DEFINITION = "its gradients are computed by their definition, in plain PyTorch"
 @dataclass(frozen=True)
 class Program:
     """A generated backward in this process. forward: the key of the kernel that it is the backward of. needed: the
-    operands that it has gradients for."""
+    operands that it has gradients for. fitting: tiles that were found to fit. layouts: of tensors that there were.
+    compiled: what Triton made for several of these (see `Launch`)."""
 
     key: str
     forward: str
     needed: tuple[int, ...]
     made: Backward
     fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
-    launches: dict[object, Launch] = field(default_factory=dict)
+    layouts: dict[object, Layout] = field(default_factory=dict)
+    compiled: dict[object, dict[object, Any]] = field(default_factory=dict)
 
     @property
     def spec(self) -> ScoreSpec:
@@ -89,8 +92,13 @@ class Needs:
     @staticmethod
     def of(flags: Sequence[bool]) -> Needs:
         """From a flag for each of q, k, v and the operands."""
-        q, k, v, *rest = flags
-        return Needs(q, k, v, tuple(n for n, needed in enumerate(rest) if needed))
+        return _needs(tuple(flags))
+
+
+@functools.cache
+def _needs(flags: tuple[bool, ...]) -> Needs:
+    q, k, v, *rest = flags
+    return Needs(q, k, v, tuple(n for n, needed in enumerate(rest) if needed))
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
@@ -137,17 +145,21 @@ def run(
         log.debug("making the text of a backward failed", exc_info=error)
         fit.give_way(fit.DoesNotCompile(f"{type(error).__name__}: {error}"), forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
-    made = outputs(q, k, v, operands, needs)
-    if q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0:
+    layout = _layout(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
+    made = layout.outputs()
+    if layout.empty:
         for x in (*made[:3], *made[3]):
             x.zero_()
         return made
     random = launch.random_of(program.spec, seed, stream)
-    call = _Call(program, needs, dout, q, k, v, out, lse, operands, ints, floats, random)
+    call = _Call(program, layout, needs, dout, q, k, v, out, lse, operands, ints, floats, random)
     call.listed(tiles, tiles_by_key, block_m, block_n)
     try:
+        if layout.unavailable is not None:
+            raise layout.unavailable.again()
         call.fill(made)
     except fit.Unavailable as error:
+        layout.unavailable = error.again()
         fit.give_way(error, forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
     return made
@@ -186,12 +198,101 @@ def by_definition(
     return made
 
 
+def _layout(
+    program: Program,
+    needs: Needs,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    tiles: Tensor | None,
+    tiles_by_key: Tensor | None,
+    block_m: int,
+    block_n: int,
+) -> Layout:
+    """What is remembered of tensors like these: of all that launches depend on, but where tensors are."""
+    key = (
+        needs, block_m, block_n, launch.precision(q.dtype) if q.dtype is torch.float32 else None,
+        *[(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, dout, lse, *operands)],
+        *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (tiles, tiles_by_key)],
+    )  # fmt: skip
+    found = program.layouts.get(key)
+    if found is None:
+        if len(program.layouts) >= launch.MANY_CALLS:
+            program.layouts.clear()
+        found = program.layouts[key] = Layout(program, needs, q, k, v, lse, operands)
+    return found
+
+
+class Layout:
+    """What a backward's calls with tensors of one layout have in common, found out at the first of them.
+
+    launches: of its kernels by their names, with tiles that fit. totals: of a kernel for a load the memory that it
+    writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
+    """
+
+    def __init__(
+        self, program: Program, needs: Needs, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, operands: Sequence[Tensor]
+    ) -> None:
+        dq, dk, dv, doperands = outputs(q, k, v, operands, needs)
+        self.own = [Blank.like(x) for x in (dq, dk, dv)]
+        self.of_operands = [Blank.like(x) for x in doperands]
+        self.empty = q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0
+        self.exact = q.dtype == torch.float32 or program.made.exact
+        self.pair = Blank((*lse.shape, 2), lse.dtype, lse.device)
+        self.inverse = Blank(lse.shape, lse.dtype, lse.device)
+        self.row = Blank(q.shape[:3], torch.float32, q.device)
+        self.column = Blank((*q.shape[:2], k.shape[2]), torch.float32, q.device)
+        found = program.made.gradients
+        self.rows = [n for n, _ in found.of("rows")]
+        self.columns = [n for n, _ in found.of("columns")]
+        shape = (*q.shape[:3], k.shape[2])
+        self.direct = {
+            n: place for n, x in enumerate(found.loads) if (place := _direct(found, x, doperands, shape)) is not None
+        }
+        whole = {found.loads[n].load.operand for n in self.direct}
+        self.added_to = [n for n in range(len(doperands)) if n not in whole]
+        self.launches: dict[str, Launch] = {}
+        self.unavailable: fit.Unavailable | None = None
+        self.totals: dict[str, Blank] = {}
+
+    def outputs(self) -> Gradients:
+        """As the function of this name makes them."""
+        dq, dk, dv = self.own
+        return dq(), dk(), dv(), [blank() for blank in self.of_operands]
+
+
+Place = tuple[list[int], list[int]]
+"""Sizes and strides."""
+
+
+def _direct(found: Found, x: LoadGradient, doperands: Sequence[Tensor], shape: Sequence[int]) -> Place | None:
+    """The gradient of an operand as [b, h, i, j], where a kernel can write it as it is: each element is read once, and
+    that by one load."""
+    of_operand = [y for y in found.loads if y.load.operand == x.load.operand]
+    if x.kind != "dense" or len(of_operand) > 1 or not all(i == 0 or i in x.axes for i in x.load.indices):
+        return None
+    doperand = doperands[x.load.operand]
+    sizes = dict(zip(POSITION, shape, strict=True))
+    if doperand.shape != tuple(sizes.get(i, 1) for i in x.load.indices):
+        return None
+    steps = {i: d for d, i in enumerate(x.load.indices) if i != 0}
+    if len(steps) != len(x.axes):
+        return None
+    strides = [doperand.stride(steps[p]) if p in steps else 0 for p in POSITION]
+    return [sizes[p] if p in steps else 1 for p in POSITION], strides
+
+
 class _Call:
     """One backward: its tensors, and what its kernels have in common."""
 
     def __init__(
         self,
         program: Program,
+        layout: Layout,
         needs: Needs,
         dout: Tensor,
         q: Tensor,
@@ -205,20 +306,20 @@ class _Call:
         random: tuple[Any, ...],
     ) -> None:
         self.random = random
-        self.program, self.needs = program, needs
+        self.program, self.layout, self.needs = program, layout, needs
         self.dout, self.q, self.k, self.v, self.out, self.lse = dout, q, k, v, out, lse
         self.operands = operands
         self.forward = launch.program(program.forward)
-        self.scalars = self.forward.scalars(ints, floats)
+        self.scalars = self.forward.numbers(ints, floats)
         self.ints, self.floats = ints, floats
         self.batch, self.heads, self.lq, self.dq = q.shape
         self.kv_heads, self.lk, self.dv = k.shape[1], k.shape[2], v.shape[3]
         self.interpreted = q.device.type == "cpu"
-        self.exact = q.dtype == torch.float32 or program.made.exact
+        self.exact = layout.exact
         # Of each row what its weights are made of, its maximum (and, in `inverse`, one over its sum) or its
         # log-sum-exp; and delta.
-        self.pair = lse.new_empty((*lse.shape, 2))
-        self.inverse = lse.new_empty(lse.shape) if self.exact else lse
+        self.pair = layout.pair()
+        self.inverse = layout.inverse() if self.exact else lse
         self.lists: tuple[Tensor, Tensor] | None = None
         self.sizes: tuple[int, int] | None = None
 
@@ -242,79 +343,66 @@ class _Call:
     def fill(self, made: Gradients) -> None:
         """Launches the kernels, which write the gradients."""
         dq, dk, dv, doperands = made
-        found = self.program.made.gradients
-        rows = {n: self._vector(self.lq) for n, _ in found.of("rows")}
-        columns_ = {n: self._vector(self.lk) for n, _ in found.of("columns")}
-        flags = {"NEED_DQ": self.needs.q, "LOOP": self.needs.q or bool(rows)}
-        flags["ALWAYS"] = self.q.dtype == torch.float32
-        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.pair, self.inverse]
-        own.append(dq if self.needs.q else self.q)
-        strided = [self.q, self.k, self.v, self.out, self.dout, own[-1]]
-        self._launch("dq", [*own, *rows.values()], strided, flags, self.lq, "BLOCK_M", self.heads, lists_of=0)
-        if self.needs.k or self.needs.v or columns_:
-            flags = {"NEED_DX": self.needs.k or bool(columns_), "NEED_DK": self.needs.k, "NEED_DV": self.needs.v}
-            own = [self.q, self.k, self.v, self.dout, self.pair, self.inverse]
-            own += [dk if self.needs.k else self.k, dv if self.needs.v else self.v]
-            strided = [self.q, self.k, self.v, self.dout, *own[-2:]]
-            tensors = [*own, *columns_.values()]
-            self._launch("dkdv", tensors, strided, flags, self.lk, "BLOCK_N", self.kv_heads, lists_of=1)
-        if self.needs.v and self.program.spec.dead == "mean" and self.program.spec.sink is None:
+        needs, layout = self.needs, self.layout
+        rows = {n: layout.row() for n in layout.rows}
+        columns_ = {n: layout.column() for n in layout.columns}
+        dq = dq if needs.q else self.q
+        own = [self.q, self.k, self.v, self.out, self.dout, self.lse, self.pair, self.inverse, dq]
+        self._launch("dq", [*own, *rows.values()], (dq,))
+        if needs.k or needs.v or columns_:
+            outer = (dk if needs.k else self.k, dv if needs.v else self.v)
+            own = [self.q, self.k, self.v, self.dout, self.pair, self.inverse, *outer]
+            self._launch("dkdv", [*own, *columns_.values()], outer)
+        if needs.v and self.program.spec.dead == "mean" and self.program.spec.sink is None:
             self._mean_rows(dv)
         if self.program.spec.leaks:
-            self._leaking_rows(dq if self.needs.q else None, dk if self.needs.k else None)
-        direct = {n: place for n, x in enumerate(found.loads) if (place := self._direct(x, doperands)) is not None}
-        whole = {found.loads[n].load.operand for n in direct}
-        for n, doperand in enumerate(doperands):
-            if n not in whole:
-                doperand.zero_()
-        for n, x in enumerate(found.loads):
-            if n in direct:
-                self._launch_load(n, direct[n])
+            self._leaking_rows(dq if needs.q else None, dk if needs.k else None)
+        for n in layout.added_to:
+            doperands[n].zero_()
+        for n, x in enumerate(self.program.made.gradients.loads):
+            if n in layout.direct:
+                self._launch_load(n, doperands[x.load.operand].as_strided(*layout.direct[n]))
             else:
                 self._deposit(x, self._of_load(n, x, rows, columns_), doperands)
 
-    def _direct(self, x: LoadGradient, doperands: Sequence[Tensor]) -> Tensor | None:
-        """The gradient of an operand as [b, h, i, j], where a kernel can write it as it is: each element is read once,
-        and that by one load."""
-        of_operand = [y for y in self.program.made.gradients.loads if y.load.operand == x.load.operand]
-        if x.kind != "dense" or len(of_operand) > 1 or not all(i == 0 or i in x.axes for i in x.load.indices):
-            return None
-        doperand = doperands[x.load.operand]
-        sizes = dict(zip(POSITION, (self.batch, self.heads, self.lq, self.lk), strict=True))
-        if doperand.shape != tuple(sizes.get(i, 1) for i in x.load.indices):
-            return None
-        steps = {i: d for d, i in enumerate(x.load.indices) if i != 0}
-        if len(steps) != len(x.axes):
-            return None
-        shape = [sizes[p] if p in steps else 1 for p in POSITION]
-        return doperand.as_strided(shape, [doperand.stride(steps[p]) if p in steps else 0 for p in POSITION])
-
-    def _vector(self, length: int) -> Tensor:
-        return self.q.new_empty((self.batch, self.heads, length), dtype=torch.float32)
-
     # -- launches ----------------------------------------------------------------------------------------------
 
-    def _launch(
-        self,
-        name: str,
-        tensors: Sequence[Tensor],
-        strided: Sequence[Tensor],
-        flags: dict[str, Any],
-        length: int,
-        block: str,
-        heads: int,
-        lists_of: int,
-    ) -> None:
-        """One of the two main kernels: programs for blocks of `length`, of each batch and head."""
-        kernel = self.program.kernel(name, self.interpreted)
+    def _launch(self, name: str, tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """One of the two main kernels. made: what it writes to and has strides of."""
         tensors = [*tensors, *self.operands]
-        free = list(self.scalars)
+        free = self.scalars
         if self.program.made.listed:
-            given = None if self.lists is None else self.lists[lists_of]
+            given = None if self.lists is None else self.lists[0 if name == "dq" else 1]
             tensors.append(self.q if given is None else given)
-            free += lists.steps(given)
-        tensors += self.random[:1]
-        free += self.random[1:]
+            free = [*free, *lists.steps(given)]
+        if self.random:
+            tensors.append(self.random[0])
+            free = [*free, self.random[1]]
+        ready = self.layout.launches.get(name)
+        if ready is None:
+            self._first(name, tensors, free, made)
+        else:
+            ready(tensors, free)
+
+    def _first(self, name: str, tensors: Sequence[Tensor], free: Sequence[Any], made: Sequence[Tensor]) -> None:
+        """Programs for blocks of queries or of keys, of each batch and head."""
+        flags: dict[str, Any]
+        if name == "dq":
+            flags = {
+                "NEED_DQ": self.needs.q,
+                "LOOP": self.needs.q or bool(self.layout.rows),
+                "ALWAYS": self.q.dtype == torch.float32,
+            }
+            strided = [self.q, self.k, self.v, self.out, self.dout, *made]
+            length, heads = self.lq, self.heads
+        else:
+            flags = {
+                "NEED_DX": self.needs.k or bool(self.layout.columns),
+                "NEED_DK": self.needs.k,
+                "NEED_DV": self.needs.v,
+            }
+            strided = [self.q, self.k, self.v, self.dout, *made]
+            length, heads = self.lk, self.kv_heads
         numbers = [stride for x in strided for stride in x.stride()]
         numbers += [self.heads, self.heads // self.kv_heads, self.lq, self.lk]
         numbers += [stride for x in self.operands for stride in x.stride()]
@@ -328,10 +416,10 @@ class _Call:
                     "PARTS_M": m // sizes.block_m,
                     "PARTS_N": n // sizes.block_n,
                 }
-            programs = self.batch * heads * -(-length // getattr(sizes, block.lower()))
-            return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, free)
+            programs = self.batch * heads * -(-length // (sizes.block_m if name == "dq" else sizes.block_n))
+            return self._made(name, programs, numbers, constants, sizes, tensors)
 
-        self._fitting(name, with_tiles)
+        self._fitting(name, with_tiles, tensors, free)
 
     def _constants(self, sizes: Tiles) -> dict[str, Any]:
         wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted)
@@ -350,37 +438,41 @@ class _Call:
             "BLOCK_N": sizes.block_n,
         }
 
-    def _repeat(
+    def _made(
         self,
         name: str,
-        kernel: Any,
         programs: int,
+        numbers: Sequence[int],
         constants: dict[str, Any],
         sizes: Tiles,
         tensors: Sequence[Tensor],
-        numbers: Sequence[Any],
-        free: Sequence[Any],
-    ) -> Any:
+    ) -> Launch:
+        kernel = self.program.kernel(name, self.interpreted)
         ordered = {x: constants[x] for x in kernel.arg_names if x in constants}
-        described = tuple((x.dtype, x.device) for x in tensors)
-        key = (name, programs, tuple(ordered.items()), sizes, tuple(numbers), described)
-        found = self.program.launches.get(key)
-        if found is None:
-            if len(self.program.launches) >= launch.MANY_CALLS:
-                self.program.launches.clear()
-            options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
-            found = self.program.launches[key] = Launch(kernel, programs, ordered, options)
-        return found(tensors, numbers, free)
+        options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+        kind = (name, *ordered.items(), sizes, self.q.device, *[x.dtype for x in tensors])
+        compiled = self.program.compiled.setdefault(kind, {})
+        return Launch(kernel, programs, numbers, ordered, options, made=compiled)
 
-    def _fitting(self, name: str, launch_with: Callable[[Tiles], Any]) -> None:
-        """Launches with the tiles that were found to fit; at first, finds them by launching."""
-        if self.interpreted:
-            wanted = INTERPRETED
-            if self.sizes is not None and name in ("dq", "dkdv"):
-                wanted = replace(wanted, block_m=self.sizes[0], block_n=self.sizes[1])
-            launch_with(wanted)
-            return
+    def _fitting(
+        self, name: str, make: Callable[[Tiles], Launch], tensors: Sequence[Tensor], free: Sequence[Any]
+    ) -> None:
+        """Launches with the tiles that were found to fit, and remembers that launch; at first, finds them by
+        launching."""
+        made: dict[Tiles, Launch] = {}
+
+        def launch_with(tiles: Tiles) -> Any:
+            made[tiles] = make(tiles)
+            return made[tiles](tensors, free)
+
+        self.layout.launches[name] = made[self._tiles(name, launch_with)]
+
+    def _tiles(self, name: str, launch_with: Callable[[Tiles], Any]) -> Tiles:
         listed = self.sizes if name in ("dq", "dkdv") else None
+        if self.interpreted:
+            wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
+            launch_with(wanted)
+            return wanted
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
 
         def find() -> Tiles:
@@ -392,7 +484,7 @@ class _Call:
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
             return fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
 
-        fit.remembered(self.program.fitting, kind, launch_with, find)
+        return fit.remembered(self.program.fitting, kind, launch_with, find)
 
     # -- loads -------------------------------------------------------------------------------------------------
 
@@ -418,35 +510,41 @@ class _Call:
     def _launch_load(self, n: int, dense: Tensor | None = None, own: tuple[int, int] = (1, 1)) -> Tensor:
         """The kernel of a load writes its gradient as [b, h, i, j] to `dense`; without, that of a diagonal is returned:
         [b, h, diagonals of tiles, T, T], where `own` are the first two sizes."""
+        from triton.runtime.errors import OutOfResources
+
         name = f"load{n}"
-        kernel = self.program.kernel(name, self.interpreted)
+        before, after = [self.q, self.k, self.v, self.dout, self.pair, self.inverse], [*self.operands, *self.random[:1]]
+        free = [*self.scalars, *self.random[1:]]
+        ready = self.layout.launches.get(name)
+        if ready is not None:
+            total = self.layout.totals[name]() if dense is None else dense
+            ready([*before, total, *after], free)
+            return total
+
         numbers = [stride for x in (self.q, self.k, self.v, self.dout) for stride in x.stride()]
         numbers += () if dense is None else dense.stride()
         numbers += [self.batch, self.heads, self.heads // self.kv_heads, self.lq, self.lk]
         numbers += [stride for x in self.operands for stride in x.stride()]
+        made: dict[Tiles, tuple[Launch, Tensor]] = {}
 
-        free = [*self.scalars, *self.random[1:]]
-        written: list[Tensor] = []
-
-        from triton.runtime.errors import OutOfResources
-
-        def with_tiles(sizes: Tiles) -> Any:
+        def launch_with(sizes: Tiles) -> Any:
             rows, tiles = -(-self.lq // sizes.block_m), -(-self.lk // sizes.block_n)
             blocks, total = rows * tiles, dense
             if total is None:
                 if sizes.block_m != sizes.block_n:  # as if it did not fit: the next one may be square
                     raise OutOfResources(sizes.block_m, sizes.block_n, "square tiles")
                 blocks = rows + tiles - 1
-                total = self.q.new_empty((*own, blocks, sizes.block_m, sizes.block_n), dtype=torch.float32)
-            written.append(total)
-            tensors = [self.q, self.k, self.v, self.dout, self.pair, self.inverse, total]
-            tensors += [*self.operands, *self.random[:1]]
+                total = Blank((*own, blocks, sizes.block_m, sizes.block_n), torch.float32, self.q.device)()
+            tensors = [*before, total, *after]
             programs = total.shape[0] * total.shape[1] * blocks
-            constants = self._constants(sizes)
-            return self._repeat(name, kernel, programs, constants, sizes, tensors, numbers, free)
+            one = self._made(name, programs, numbers, self._constants(sizes), sizes, tensors)
+            made[sizes] = one, total
+            return one(tensors, free)
 
-        self._fitting(name, with_tiles)
-        return written[-1]
+        chosen, total = made[self._tiles(name, launch_with)]
+        self.layout.totals[name] = Blank.like(total)
+        self.layout.launches[name] = chosen
+        return total
 
     def _of_diagonal(self, n: int, own: tuple[int, int]) -> Tensor:
         """[b, h, Lq + Lk - 1]: what scores at distances 1 - Lq ... Lk - 1 have together.

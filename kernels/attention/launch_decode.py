@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import decode, fit
+from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED_DECODING,
     Tiles,
@@ -19,6 +21,9 @@ from xfcompile.kernels.attention.tiles import (
     smaller,
 )
 from xfcompile.site import ScoreSpec
+
+if TYPE_CHECKING:
+    from xfcompile.kernels.attention.launch import Program
 
 FEW_ROWS = 64
 """Query rows that share a head of k and v, up to which one tile holds them all: k and v are then read once."""
@@ -65,71 +70,99 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def run(
-    kernel: Callable[[str], Any],
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    operands: Sequence[Tensor],
-    numbers: Sequence[object],
-    constants: Mapping[str, object],
-    fitting: dict[Any, Tiles | fit.Unavailable],
-) -> None:
-    """Writes out and lse.
+@dataclass(frozen=True)
+class Pair:
+    """Launches of both kernels, with so many splits, and the memory between them: of each split of a row a weighted sum
+    of values (acc), and its greatest score and its sum of weights (a `row` each)."""
 
-    kernel: by its name in the generated module. tensors: q, k, v, out, lse. numbers: strides of operands, and scalars.
-    constants: as the other kernel has them. fitting: what is known of tiles that fit, and is learned here.
-    """
-    q, k, v = tensors[:3]
-    split, combine = kernel("decode_split"), kernel("decode_combine")
+    splits: int
+    split: Launch
+    combine: Launch
+    acc: Blank
+    row: Blank
 
-    def launch(tiles: Tiles, first: bool = False) -> Any:
-        return _launch(split, combine, tensors, operands, numbers, constants, tiles, first=first)
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+    ) -> Any:
+        """Writes out and lse; returns what Triton made of the first kernel."""
+        acc, m, l = self.acc(), self.row(), self.row()
+        compiled = self.split([q, k, v, acc, m, l, *operands], scalars)
+        self.combine([acc, m, l, v, out, lse, *operands], scalars)
+        return compiled
 
-    if q.device.type == "cpu":
-        launch(INTERPRETED_DECODING, first=True)
-        return
-    rows = q.shape[1] // k.shape[1] * q.shape[2]
-    first = choose_decoding(device_generation(q.device), q.dtype, q.shape[3], v.shape[3], rows)
-    kind = ("decode", q.device.index, q.dtype, constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
-    with torch.cuda.device(q.device):
+
+class Decoding:
+    """Calls with tensors of one layout. constants: as the other kernel has them."""
+
+    def __init__(self, prepared: Program, constants: Mapping[str, object], interpreted: bool) -> None:
+        self.prepared, self.constants = prepared, constants
+        self.kernels = prepared.kernel(interpreted, "decode_split"), prepared.kernel(interpreted, "decode_combine")
+        self.pair: Pair | None = None
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
+        scalars: Sequence[Any],
+    ) -> None:
+        """Writes out and lse."""
+        if self.pair is not None:
+            self.pair(q, k, v, out, lse, operands, scalars)
+            return
+        pairs: dict[Tiles, Pair] = {}
+
+        def launch(tiles: Tiles) -> Any:
+            pairs[tiles] = self._pair(tiles, q, k, v, operands)
+            return pairs[tiles](q, k, v, out, lse, operands, scalars)
+
+        self.pair = pairs[self._fitting(launch, q, k, v)]
+
+    def _fitting(self, launch: Callable[[Tiles], Any], q: Tensor, k: Tensor, v: Tensor) -> Tiles:
+        """Launches with the tiles that fit, and returns them; at first, finds them by launching."""
+        if q.device.type == "cpu":
+            launch(INTERPRETED_DECODING)
+            return INTERPRETED_DECODING
+        rows, fitting = q.shape[1] // k.shape[1] * q.shape[2], self.prepared.fitting
+        first = choose_decoding(device_generation(q.device), q.dtype, q.shape[3], v.shape[3], rows)
+        kind = ("decode", q.device.index, q.dtype, self.constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
         candidates = decoding_alternatives(first), smaller(first)
-        first_launch = functools.partial(launch, first=True)
-        fit.remembered(fitting, kind, launch, lambda: fit.launch(first_launch, candidates, q, v.shape[3]))
+        return fit.remembered(fitting, kind, launch, lambda: fit.launch(launch, candidates, q, v.shape[3]))
 
+    def _pair(self, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor]) -> Pair:
+        batch, heads, lq, _ = q.shape
+        kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
+        group, rows = heads // kv_heads, batch * heads * lq
+        parts = splits(q, k, tiles, _multiprocessors(q.device))
+        sizes = [heads, group, lq, lk, parts, *[stride for x in operands for stride in x.stride()]]
+        blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": COMBINED}
+        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        types = (q.device, q.dtype, *[x.dtype for x in operands])
 
-def _launch(
-    split: Any,
-    combine: Any,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    operands: Sequence[Tensor],
-    numbers: Sequence[object],
-    constants: Mapping[str, object],
-    tiles: Tiles,
-    *,
-    first: bool = False,
-) -> Any:
-    """Both kernels; returns what Triton made of the first. first: such tensors have not been launched with yet."""
-    q, k, v, out, lse = tensors
-    batch, heads, lq, _ = q.shape
-    kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
-    group = heads // kv_heads
-    parts = splits(q, k, tiles, _multiprocessors(q.device))
-    # What each split has of a row: a weighted sum of values, the greatest score and the sum of weights.
-    acc = q.new_empty((batch, heads, lq, parts, dv), dtype=torch.float32)
-    # Both start at multiples of 16 bytes at any number of splits: Triton compiles anew where that changes.
-    m, l = q.new_empty((2, -(-batch * heads * lq * parts // 4) * 4), dtype=torch.float32)
-    sizes = (heads, group, lq, lk, parts)
-    shared = {name: constants[name] for name in combine.arg_names if name in constants}
-    constants = {name: x for name, x in constants.items() if name in split.arg_names}
-    splitting = (q, k, v, acc, m, l, *operands, *q.stride(), *k.stride(), *v.stride(), *sizes, *numbers)
-    constants |= {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    combining = (acc, m, l, v, out, lse, *operands, *v.stride(), *sizes, *numbers)
-    shared |= {"BLOCK_N": tiles.block_n, "BLOCK_S": COMBINED}
-    programs, rows = (batch * kv_heads * parts * -(-group * lq // tiles.block_m),), (batch * heads * lq,)
-    if first:
-        fit.compile_first(split, programs, *splitting, **constants, **options)
-        fit.compile_first(combine, rows, *combining, **shared)
-    with fit.alone(q.device):
-        compiled = split[programs](*splitting, **constants, **options)
-        combine[rows](*combining, **shared)
-    return compiled
+        def launch(kernel: Any, programs: int, strided: Sequence[Tensor], options: dict[str, int]) -> Launch:
+            known = {**self.constants, **blocks}
+            constants = {name: known[name] for name in kernel.arg_names if name in known}
+            # With each token there is one key more, and another layout: what Triton makes is the same.
+            kind = ("decode", kernel, *constants.items(), *options.items(), *types)
+            made = self.prepared.made.setdefault(kind, {})
+            numbers = [*[stride for x in strided for stride in x.stride()], *sizes]
+            return Launch(kernel, programs, numbers, constants, options, made=made)
+
+        split, combine = self.kernels
+        return Pair(
+            parts,
+            launch(split, batch * kv_heads * parts * -(-group * lq // tiles.block_m), (q, k, v), options),
+            launch(combine, rows, (v,), {}),
+            Blank((rows * parts * dv,), torch.float32, q.device),
+            Blank((rows * parts,), torch.float32, q.device),
+        )

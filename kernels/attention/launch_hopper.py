@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import cache, codegen, hopper, lists
-from xfcompile.kernels.attention.repeat import Launch, aligned_strides
+from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.site import ScoreSpec
 
@@ -96,14 +96,15 @@ class Hopper:
         columns = hopper.columns(dq)
         constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
         constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
-        self.numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
-        shapes = [[1, 1, hopper.ROWS // 2, columns], *[[1, 1, hopper.KEYS, columns]] * 2]
-        self.launch = Launch(module.attention_forward, total, constants, {"num_warps": 4}, shapes)
+        numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
+        loaded = [[1, 1, rows, columns] for rows in (hopper.ROWS // 2, hopper.KEYS, hopper.KEYS)]
+        described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
+        self.launch = Launch(module.attention_forward, total, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
             sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64, "HEADS_FIRST": heads_first}
-            self.fill = Launch(module.fill_dead_rows, batch * heads * -(-lq // 64), sizes, {"num_warps": 4})
-            self.fill_numbers = [*v.stride(), heads, heads // kv_heads, lq, lk]
+            numbers = [*v.stride(), heads, heads // kv_heads, lq, lk]
+            self.fill = Launch(module.fill_dead_rows, batch * heads * -(-lq // 64), numbers, sizes, {"num_warps": 4})
 
     def __repr__(self) -> str:
         return "the attention kernel for Hopper"
@@ -119,10 +120,10 @@ class Hopper:
         scalars: Sequence[Any],
         tiles: Tensor | None,
     ) -> None:
-        tensors, free = [q, k, v, out, lse, *operands], list(scalars)
+        tensors, free = [q, k, v, out, lse, *operands], scalars
         if tiles is not None:
             tensors.append(tiles)
-            free += lists.steps(tiles)
-        self.launch(tensors, self.numbers, free)
+            free = [*free, *lists.steps(tiles)]
+        self.launch(tensors, free)
         if self.fill is not None:
-            self.fill([out, lse, v], self.fill_numbers)
+            self.fill([out, lse, v])

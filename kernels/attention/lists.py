@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import blocks, cache, fit, reference
-from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.score import B, H
 from xfcompile.site import MaskSpec
 
@@ -34,7 +34,7 @@ class MaskProgram:
     by_batch: bool
     by_head: bool
     single: bool
-    launches: dict[object, tuple[Launch, Launch, list[int], list[int]]] = field(default_factory=dict)
+    launches: dict[object, tuple[Launch, Launch, Blank, Blank]] = field(default_factory=dict)
 
 
 def _program(key: str, mask: MaskSpec, source: str) -> MaskProgram:
@@ -115,21 +115,24 @@ def run(
     by_key: bool = False,
 ) -> Tensor:
     """The lists, on the device of `like`, by the kernels: on a GPU, or interpreted on a CPU."""
-    prepared = program(key)
-    made = output(like, prepared, shape, block_m, block_n, by_key)
-    if made.numel() == 0 or 0 in (shape[2], shape[3]):
-        return made.zero_()
-    layout = (tuple(shape), block_m, block_n, by_key, like.device, *[(x.dtype, x.stride()) for x in operands])
+    prepared = _programs.get(key) or program(key)
+    layout = (tuple(shape), block_m, block_n, by_key, like.device, *[(x.dtype, x.device, x.stride()) for x in operands])
     launches = prepared.launches.get(layout)
     if launches is None:
+        made = output(like, prepared, shape, block_m, block_n, by_key)
+        if made.numel() == 0 or 0 in (shape[2], shape[3]):
+            return made.zero_()
         if len(prepared.launches) >= MANY_LAYOUTS:
             prepared.launches.clear()
         launches = prepared.launches[layout] = _launches(prepared, made, operands, shape, block_m, block_n, by_key)
-    verdicts = made.new_empty(made.numel(), dtype=torch.int8)  # a few more than there are tiles
-    scalars = reference.bind(prepared.mask.scalars, ints, floats)
+    verdict, listing, like_verdicts, like_made = launches
+    made, verdicts = like_made(), like_verdicts()
+    scalars: list[Any] = []
+    if prepared.mask.scalars:
+        scalars += reference.bind(prepared.mask.scalars, ints, [float(x) for x in floats]).values()
     try:
-        launches[0]([verdicts, *operands], launches[2], list(scalars.values()))
-        launches[1]([made, verdicts], launches[3])
+        verdict([verdicts, *operands], scalars)
+        listing([made, verdicts])
     except fit.Unavailable as error:
         fit.give_way(error, key, "all tiles are visited")
         return blocks.every_tile(made)
@@ -152,8 +155,8 @@ def _launches(
     block_m: int,
     block_n: int,
     by_key: bool,
-) -> tuple[Launch, Launch, list[int], list[int]]:
-    """The launch for verdicts and the one for lists, and the numbers that each of them is given."""
+) -> tuple[Launch, Launch, Blank, Blank]:
+    """The launch for verdicts and the one for lists, and the memory of both."""
     batch, heads = made.shape[:2]
     rows, tiles = -(-shape[2] // block_m), -(-shape[3] // block_n)
     strides = [stride for operand in operands for stride in operand.stride()]
@@ -162,15 +165,16 @@ def _launches(
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": together, "SPAN": _power(block_m + block_n)}
     programs = batch * heads * rows
     warps = 8 if prepared.single and block_m * block_n > MANY_ELEMENTS else 4
-    verdict = Launch(kernels.tile_verdicts, programs * -(-tiles // together), sizes, {"num_warps": warps})
-    listing = Launch(kernels.tile_lists, programs, {"CHUNK": min(256, _power(tiles))}, {"num_warps": 1})
     numbers = [heads, *shape[2:], *strides]
+    verdict = Launch(kernels.tile_verdicts, programs * -(-tiles // together), numbers, sizes, {"num_warps": warps})
     if by_key:
-        listing = Launch(
-            kernels.tile_lists_by_key, batch * heads * tiles, {"CHUNK": min(256, _power(rows))}, {"num_warps": 1}
-        )
-        return verdict, listing, numbers, [rows, tiles]
-    return verdict, listing, numbers, [tiles]
+        chunk = {"CHUNK": min(256, _power(rows))}
+        listing = Launch(kernels.tile_lists_by_key, batch * heads * tiles, [rows, tiles], chunk, {"num_warps": 1})
+    else:
+        chunk = {"CHUNK": min(256, _power(tiles))}
+        listing = Launch(kernels.tile_lists, programs, [tiles], chunk, {"num_warps": 1})
+    verdicts = Blank((made.numel(),), torch.int8, made.device)  # a few more than there are tiles
+    return verdict, listing, verdicts, Blank.like(made)
 
 
 def tightest(

@@ -11,7 +11,7 @@ from torch import Tensor
 from xfcompile.kernels.attention import launch, launch_backward, lists, reference
 from xfcompile.kernels.attention.launch import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
-from xfcompile.kernels.double_backward import refuse
+from xfcompile.kernels.registration import refused, register
 
 __all__ = ["attention", "attention_tiles", "prepare"]
 
@@ -94,6 +94,13 @@ def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int
         raise ValueError(f"xfcompile::attention: lists of tiles must be on {q.device}, not on {tiles.device}")
 
 
+def _checked(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> None:
+    check(q, k, v, *others)
+    reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
+    if reason is not None:
+        raise NotImplementedError(f"xfcompile::attention: {reason}")
+
+
 def _attention_cuda(
     q: Tensor,
     k: Tensor,
@@ -111,15 +118,22 @@ def _attention_cuda(
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
     operands, ints, floats = operands or (), ints or (), floats or ()
-
-    def checked() -> None:
-        check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
-        reason = supports(q.device, q.dtype, q.shape[3], v.shape[3])
-        if reason is not None:
-            raise NotImplementedError(f"xfcompile::attention: {reason}")
-
     return launch.run(
-        q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, checked, seed, stream
+        q,
+        k,
+        v,
+        operands,
+        ints,
+        floats,
+        kernel,
+        tiles,
+        block_m,
+        block_n,
+        heads_first,
+        _checked,
+        seed,
+        stream,
+        tiles_by_key,
     )
 
 
@@ -320,17 +334,11 @@ def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any,
     return *made[:3], None if of_operands is None else made[3:], *others
 
 
-LIBRARY.impl("attention", _attention_cuda, "CUDA")
-LIBRARY.impl("attention", _attention_cpu, "CPU")
-torch.library.register_fake("xfcompile::attention", _attention_fake, lib=LIBRARY)
-torch.library.register_autograd("xfcompile::attention", _gradients, setup_context=_save, lib=LIBRARY)
-LIBRARY.impl("attention_backward", _backward_cuda, "CUDA")
-LIBRARY.impl("attention_backward", _backward_cpu, "CPU")
-torch.library.register_fake("xfcompile::attention_backward", _backward_fake, lib=LIBRARY)
-refuse(LIBRARY, "attention", "attention")
-LIBRARY.impl("attention_tiles", _tiles_cuda, "CUDA")
-LIBRARY.impl("attention_tiles", _tiles_cpu, "CPU")
-torch.library.register_fake("xfcompile::attention_tiles", _tiles_fake, lib=LIBRARY)
+register(LIBRARY, "attention", _attention_cuda, _attention_cpu, _attention_fake, (_gradients, _save))
+register(
+    LIBRARY, "attention_backward", _backward_cuda, _backward_cpu, _backward_fake, refused("attention", "attention")
+)
+register(LIBRARY, "attention_tiles", _tiles_cuda, _tiles_cpu, _tiles_fake)
 
 attention = torch.ops.xfcompile.attention
 attention_tiles = torch.ops.xfcompile.attention_tiles

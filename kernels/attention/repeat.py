@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,60 +16,101 @@ from xfcompile.kernels.attention import fit
 LARGEST = 2**31 - 1
 """Integers beyond this have another type in a kernel."""
 
+ALIGNED = 16
+"""Bytes: of pointers and integers Triton's kernels know whether they are a multiple of this, and nothing else."""
+
+# What torch.cuda.current_device and Triton's driver call, and as Inductor's launches do.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: -1)
+_empty_strided_cuda: Callable[..., Tensor] | None = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+_data_ptr = Tensor.data_ptr
+
+
+@dataclass(frozen=True)
+class Described:
+    """A tensor that a kernel is given as a TMA descriptor: what of it there is to see. make: the descriptor as Triton
+    checks it."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    make: Callable[[Tensor], Any]
+
 
 class Launch:
-    """Launches of a kernel with tensors that are laid out alike, and numbers that are the same but for `free` ones.
+    """Launches of a kernel with tensors that are laid out alike, on one device, and numbers that are the same but for
+    `free` ones.
 
-    programs: how many. constants: compile-time arguments, which are a kernel's last. options: Triton's own. blocks: of
-    each tensor that is given as a TMA descriptor (the first ones), the block that is loaded.
+    programs: how many. numbers: arguments after the tensors. constants: compile-time arguments, which are a kernel's
+    last. options: Triton's own. described: the first tensors, where they are given as TMA descriptors. made: kernels
+    that launches with other numbers have in common, if these differ in numbers and programs only.
 
     The compiled kernel is called by itself wherever Triton would come to the same one: where the same tensors as before
-    start at multiples of 16 bytes, and free integers need no more bits.
+    start at multiples of 16 bytes, and free integers need no more bits. Of numbers Triton asks whether they are 1, how
+    many bits they need, and whether they are multiples of 16.
     """
 
     def __init__(
         self,
         kernel: Any,
         programs: int,
+        numbers: Sequence[Any],
         constants: Mapping[str, Any],
         options: Mapping[str, Any],
-        blocks: Sequence[Sequence[int]] = (),
+        described: Sequence[Described] = (),
+        made: dict[object, Any] | None = None,
     ) -> None:
         self.kernel = kernel
         self.grid = (programs, 1, 1)
+        self.numbers = tuple(numbers)
         self.constants = constants
         self.options = options
-        self.blocks = blocks
-        self._runners: dict[tuple[bool, ...], Any] = {}
+        self.described = described
+        self._made: dict[object, Any] = {} if made is None else made
+        self._device = -1
         self._last: tuple[Any, ...] = ()
-        self._strides: list[tuple[int, ...]] = []
+        # By which of the pointers are aligned; and, asked first, where all are.
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._usual: Any = None
         self._failed: fit.Unavailable | None = None
 
-    def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[Any], free: Sequence[Any] = ()) -> Any:
-        """Returns the compiled kernel where Triton was asked for it, else None. Raises `fit.DoesNotCompile`."""
-        device = tensors[0].device
-        if device.type == "cuda" and torch.cuda.current_device() != device.index:
-            with torch.cuda.device(device):
-                return self(tensors, numbers, free)
-        aligned = tuple([x.data_ptr() % 16 == 0 for x in tensors])
-        runner = self._runners.get(aligned)
-        if runner is None or any(type(x) is int and not -LARGEST <= x <= LARGEST for x in free):
-            return self._first(tensors, numbers, free, aligned)
-        n = len(self.blocks)
-        described = [_Quick(x, strides) for x, strides in zip(tensors, self._strides, strict=False)]
-        runner(*described, *tensors[n:], *numbers, *free, *self._last)
-        return None
+    def __call__(self, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> Any:
+        """Returns the compiled kernel; of the interpreter, nothing that means anything. Raises `fit.DoesNotCompile`."""
+        pointers = [*map(_data_ptr, tensors)]
+        compiled = self.repeat(pointers, free)
+        return self._first(tensors, pointers, free) if compiled is None else compiled
 
-    def _first(
-        self, tensors: Sequence[Tensor], numbers: Sequence[Any], free: Sequence[Any], aligned: tuple[bool, ...]
-    ) -> Any:
-        n = len(self.blocks)
-        self._strides = [aligned_strides(x) for x in tensors[:n]]
-        described = [
-            _descriptor(x, strides, block)
-            for x, strides, block in zip(tensors, self._strides, self.blocks, strict=False)
-        ]
-        arguments = (*described, *tensors[n:], *numbers, *free)
+    def repeat(self, pointers: Sequence[int], free: Sequence[Any] = ()) -> Any:
+        """Launches the kernel at these addresses, and returns it, if it was compiled for such before; else None."""
+        if functools.reduce(operator.or_, pointers) % ALIGNED == 0:
+            compiled = self._usual
+        else:
+            compiled = self._compiled.get(_aligned(pointers))
+        if compiled is None or _current_device() != self._device or (free and not _ordinary(free)):
+            return None
+        if _hooked():  # they are told of tensors, by Triton
+            return None
+        arguments: Sequence[Any] = pointers
+        if self.described:
+            n = len(self.described)
+            arguments = [*map(_Quick, pointers[:n], self.described), *pointers[n:]]
+        compiled.run(
+            *self.grid, _stream(self._device), compiled.function, compiled.packed_metadata, None, None, None,
+            *arguments, *self.numbers, *free, *self._last,
+        )  # fmt: skip
+        return compiled
+
+    def _first(self, tensors: Sequence[Tensor], pointers: Sequence[int], free: Sequence[Any]) -> Any:
+        device = tensors[0].device
+        if device.type == "cuda" and _current_device() != device.index:
+            with torch.cuda.device(device):
+                return self(tensors, free)
+        ordinary = _ordinary(free)
+        key = (device, _aligned(pointers), *map(_class_of, self.numbers), *_sizes(tensors))
+        if ordinary and not _hooked() and key in self._made:
+            self._remember(device, pointers, self._made[key])
+            return self.repeat(pointers, free)
+        n = len(self.described)
+        described = [d.make(x) for x, d in zip(tensors, self.described, strict=False)]
+        arguments = (*described, *tensors[n:], *self.numbers, *free)
         if self._failed is not None:
             raise self._failed.again()
         try:
@@ -74,24 +118,80 @@ class Launch:
         except fit.Unavailable as error:
             self._failed = error.again()
             raise
-        with fit.alone(tensors[0].device):
+        with fit.alone(device):
             compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
-        if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
-            names = self.kernel.arg_names
-            self._last = tuple(self.constants[name] for name in names[len(names) - len(self.constants) :])
-            self._runners[aligned] = compiled[self.grid]
+        if ordinary and hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
+            self._made[key] = compiled
+            self._remember(device, pointers, compiled)
         return compiled
+
+    def _remember(self, device: torch.device, pointers: Sequence[int], compiled: Any) -> None:
+        names = self.kernel.arg_names
+        self._last = tuple(self.constants[name] for name in names[len(names) - len(self.constants) :])
+        self._device = -1 if device.index is None else device.index
+        aligned = _aligned(pointers)
+        self._compiled[aligned] = compiled
+        if all(aligned):
+            self._usual = compiled
+
+
+def _aligned(pointers: Sequence[int]) -> tuple[bool, ...]:
+    return tuple([x % ALIGNED == 0 for x in pointers])
+
+
+def _ordinary(free: Sequence[Any]) -> bool:
+    """Whether no integer has another type than most."""
+    for x in free:  # noqa: SIM110 (a generator takes twice the time)
+        if type(x) is int and not -LARGEST <= x <= LARGEST:
+            return False
+    return True
+
+
+def _class_of(x: Any) -> object:
+    """What a compiled kernel knows of a number: one that is of the same class, it computes with as well."""
+    if type(x) is not int:
+        return type(x)
+    return x if x == 1 else (x % ALIGNED == 0, -LARGEST <= x <= LARGEST, x < 2**63)
+
+
+def _sizes(tensors: Sequence[Tensor]) -> tuple[bool, ...]:
+    """On AMD's GPUs Triton asks besides which tensors are in memory of less than 2 GiB."""
+    if torch.version.hip is None:
+        return ()
+    return tuple(x.untyped_storage().nbytes() <= LARGEST for x in tensors)
+
+
+def _hooked() -> bool:
+    """Whether a profiler of Triton's wants to know of launches."""
+    runtime = _runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # An empty chain is none; older versions of Triton have no chains, and None.
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+@functools.cache
+def _runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def _stream(device: int) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 class _Quick:
-    """A tensor as Triton's launcher reads descriptors, without what it checks of a new one."""
+    """A tensor as Triton's launcher reads descriptors, without what it checks of a new one. It is its own base."""
 
-    __slots__ = ("base", "shape", "strides")
+    __slots__ = ("base", "pointer", "shape", "strides")
     padding = "zero"
     round_f32_to_tf32 = False
 
-    def __init__(self, x: Tensor, strides: tuple[int, ...]) -> None:
-        self.base, self.shape, self.strides = x, x.shape, strides
+    def __init__(self, pointer: int, like: Described) -> None:
+        self.base, self.pointer, self.shape, self.strides = self, pointer, like.shape, like.strides
+
+    def data_ptr(self) -> int:
+        return self.pointer
 
 
 def aligned_strides(x: Tensor) -> tuple[int, ...]:
@@ -102,10 +202,38 @@ def aligned_strides(x: Tensor) -> tuple[int, ...]:
     return tuple(whole if n == 1 and d < last else s for d, (n, s) in enumerate(zip(sizes, x.stride(), strict=True)))
 
 
-def _descriptor(x: Tensor, strides: tuple[int, ...], block: Sequence[int]) -> Any:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+def described_for_gluon(x: Tensor, block: Sequence[int]) -> Described:
+    """A tensor of 16 bits an element, of which such blocks are loaded or stored."""
+    shape, strides, itemsize = tuple(x.shape), aligned_strides(x), x.dtype.itemsize
 
-    dtype = {2: gl.bfloat16}[x.dtype.itemsize]  # of the layout, for which the number of bits is all that counts
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
-    return TensorDescriptor(x, list(x.shape), list(strides), list(block), layout)
+    def make(x: Tensor) -> Any:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        dtype = {2: gl.bfloat16}[itemsize]  # of the layout, for which the number of bits is all that counts
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+        return TensorDescriptor(x, list(shape), list(strides), list(block), layout)
+
+    return Described(shape, strides, make)
+
+
+class Blank:
+    """Memory for tensors of one layout, without what PyTorch's functions do to find that layout out."""
+
+    __slots__ = ("device", "dtype", "index", "shape", "strides")
+
+    def __init__(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, strides: Sequence[int] | None = None
+    ) -> None:
+        self.shape, self.dtype, self.device = tuple(shape), dtype, device
+        self.strides = tuple(torch.empty(self.shape, device="meta").stride() if strides is None else strides)
+        self.index = device.index if device.type == "cuda" and _empty_strided_cuda is not None else None
+
+    @staticmethod
+    def like(x: Tensor) -> Blank:
+        return Blank(x.shape, x.dtype, x.device, x.stride())
+
+    def __call__(self) -> Tensor:
+        if self.index is not None and self.index == _current_device():
+            return _empty_strided_cuda(self.shape, self.strides, self.dtype)  # type: ignore[misc]
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfcompile.kernels.attention import cache, fit
-from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import interpreting
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.template import module
@@ -83,12 +83,19 @@ def kernel(name: str, text: str, vectors: int, tensors: int, p: float) -> Any:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tensors [.., N] as rows: `inner` rows to a group, and of each tensor the strides of groups, rows and columns."""
+    """Tensors [.., N] as rows: `inner` rows to a group, and of each tensor whether it is a copy, and the strides of
+    groups, rows and columns."""
 
     tensors: tuple[Tensor, ...]
+    copies: tuple[bool, ...]
     count: int
     inner: int
     strides: tuple[tuple[int, int, int], ...]
+
+    @property
+    def copied(self) -> tuple[bool, ...]:
+        """Empty where none is a copy."""
+        return self.copies if any(self.copies) else ()
 
     @property
     def split(self) -> bool:
@@ -107,7 +114,8 @@ def rows_of(*tensors: Tensor) -> Rows:
     best = min(range(max(len(lead), 1)), key=lambda d: (at(d).count(None), -d))
     taken = tuple(x if s is not None else x.contiguous() for x, s in zip(tensors, at(best), strict=True))
     strides = tuple(s for x in taken if (s := _strides(x, best)) is not None)
-    return Rows(taken, count, max(lead[best:].numel(), 1), strides)
+    copies = tuple(s is None for s in at(best))
+    return Rows(taken, copies, count, max(lead[best:].numel(), 1), strides)
 
 
 def _strides(x: Tensor, d: int) -> tuple[int, int, int] | None:
@@ -131,9 +139,34 @@ def _merged(x: Tensor, start: int, end: int) -> int | None:
 
 # -- launches -----------------------------------------------------------------------------------------------------
 
+MANY_CALLS = 4096
+"""Layouts that are remembered; sizes that change at every call make new ones."""
+
+_calls: dict[object, Callable[..., Any] | None] = {}
+"""What runs tensors of one layout; None where the kernels do not."""
+
+
+def _remembered(key: object, make: Callable[[], Callable[..., Any] | None]) -> Callable[..., Any] | None:
+    call = _calls.get(key, key)
+    if call is key:
+        if len(_calls) >= MANY_CALLS:
+            _calls.clear()
+        call = _calls[key] = make()
+    return call  # type: ignore[return-value]
+
+
+def _layout_of(x: Tensor | None) -> object:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
+
+
+def _setting(x: Tensor) -> object:
+    """What may change between calls besides their tensors: whether Triton interprets, and products in fp32."""
+    if x.device.type == "cpu":
+        return interpreting()
+    return x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
 
 def forward(
-    out: Tensor,
     x: Tensor,
     bias: Tensor | None,
     vectors: Sequence[Tensor],
@@ -142,22 +175,62 @@ def forward(
     stream: int,
     text: str,
     p: float,
-) -> None:
-    """Into `out`, contiguous. Raises `fit.Unavailable`."""
+    dtype: torch.dtype,
+    check: Callable[..., bool],
+) -> Tensor | None:
+    """The result, contiguous; None where the kernels do not run. Raises `fit.Unavailable`.
+
+    check: whether they do, for tensors, the first of all that are laid out like these.
+    """
+    given = (x, bias, *vectors, *tensors)
+    key = ("forward", text, p, dtype, len(vectors), seed is None, _setting(x), *map(_layout_of, given))
+
+    def make() -> Callable[..., Tensor] | None:
+        if not check(x, x.shape[-1], bias, vectors, tensors, dtype):
+            return None
+        return _forward(x, bias, vectors, tensors, text, p, dtype)
+
+    call = _remembered(key, make)
+    return None if call is None else call(x, bias, vectors, tensors, seed, stream)
+
+
+def _forward(
+    x: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    text: str,
+    p: float,
+    dtype: torch.dtype,
+) -> Callable[..., Tensor]:
     rows = rows_of(x, *tensors)
     n = x.shape[-1]
     tile = pointwise(n, "forward")
-    given = [out, rows.tensors[0], _or(bias, out), *map(_dense, vectors), *rows.tensors[1:], _or(seed, out)]
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
     constants = _constants(n, tile, rows, x.dtype, bias)
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
-    key = ("forward", text, p, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "forward", (text, len(vectors), len(tensors), p), programs, constants, tile)(given, numbers, [stream])
+    launch = _launch("forward", (text, len(vectors), len(tensors), p), programs, numbers, constants, tile)
+    blank = Blank(x.shape, dtype, x.device)
+    copied = rows.copied
+
+    def call(
+        x: Tensor,
+        bias: Tensor | None,
+        vectors: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        seed: Tensor | None,
+        stream: int,
+    ) -> Tensor:
+        out = blank()
+        if copied:
+            x, *tensors = _taken((x, *tensors), copied)
+        launch([out, x, _or(bias, out), *map(_dense, vectors), *tensors, _or(seed, out)], [stream])
+        return out
+
+    return call
 
 
 def linear(
-    out: Tensor,
-    pre: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -167,45 +240,94 @@ def linear(
     stream: int,
     text: str,
     p: float,
-) -> None:
-    """x [.., K], weight [N, K]; into `out` [.., N] and, where it is there, `pre`: the product without its bias."""
+    dtype: torch.dtype,
+    save: bool,
+    check: Callable[..., bool],
+) -> tuple[Tensor, Tensor] | None:
+    """x [.., K], weight [N, K]; the result [.., N] and, where it is saved, the product without its bias, else nothing.
+    None where the kernels do not run. check: as that of `forward`."""
+    given = (x, weight, bias, *vectors, *tensors)
+    key = ("linear", text, p, dtype, save, len(vectors), seed is None, _setting(x), *map(_layout_of, given))
+
+    def make() -> Callable[..., tuple[Tensor, Tensor]] | None:
+        n = weight.shape[0]
+        if not check(x, n, bias, vectors, tensors, dtype, weight) or n == 0:
+            return None
+        return _linear(x, weight, bias, vectors, tensors, text, p, dtype, save, check)
+
+    call = _remembered(key, make)
+    return None if call is None else call(x, weight, bias, vectors, tensors, seed, stream)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    text: str,
+    p: float,
+    dtype: torch.dtype,
+    save: bool,
+    check: Callable[..., bool],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    from triton.runtime.errors import OutOfResources
+
     rows = rows_of(x, *tensors)
     n, k = weight.shape
     tile = INTERPRETED if x.device.type == "cpu" else PRODUCT[x.dtype.itemsize].value
-    given = [out, _or(pre, out), rows.tensors[0], weight, _or(bias, out), *map(_dense, vectors), *rows.tensors[1:]]
-    given.append(_or(seed, out))
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0], *weight.stride(), k]
     tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     constants = _constants(n, tile, rows, x.dtype, bias) | {
         "BLOCK_K": tile.block_k,
         "GROUP": GROUP,
         "EVEN_K": k % tile.block_k == 0,
-        "SAVE": pre is not None,
+        "SAVE": save,
         "PRECISION": "tf32" if tf32 else "ieee",
         "UPCAST": interpreting() and x.dtype in HALF,
     }
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
-    key = ("linear", text, p, programs, *_signature(given), *numbers, *constants.values())
-    launch = _launch(key, "linear", (text, len(vectors), len(tensors), p), programs, constants, tile)
-    if key not in _unfit:
-        from triton.runtime.errors import OutOfResources
+    launch = _launch("linear", (text, len(vectors), len(tensors), p), programs, numbers, constants, tile)
+    shape = (*x.shape[:-1], n)
+    blank_out, blank_pre = Blank(shape, dtype, x.device), Blank(shape if save else (0,), x.dtype, x.device)
+    copied = rows.copied
+    fits = True
 
-        try:
-            launch(given, numbers, [stream])
-            return
-        except (OutOfResources, fit.Unavailable) as error:
-            _unfit.add(key)
-            where = f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error})"
-            why = error if isinstance(error, fit.Unavailable) else fit.NoTilesFit(where)
-            fit.give_way(why, text, "it is computed by PyTorch's product and a kernel after it")
-    product = F.linear(x, weight)
-    if pre is not None:
-        pre.copy_(product)
-    forward(out, product, bias, vectors, tensors, seed, stream, text, p)
+    def call(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        vectors: Sequence[Tensor],
+        tensors: Sequence[Tensor],
+        seed: Tensor | None,
+        stream: int,
+    ) -> tuple[Tensor, Tensor]:
+        nonlocal fits
+        if fits:
+            out, pre = blank_out(), blank_pre()
+            left, *added = _taken((x, *tensors), copied) if copied else (x, *tensors)
+            given = [out, pre if save else out, left, weight, _or(bias, out), *map(_dense, vectors), *added]
+            try:
+                launch([*given, _or(seed, out)], [stream])
+                return out, pre
+            except (OutOfResources, fit.Unavailable) as error:
+                fits = False
+                where = f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error})"
+                why = error if isinstance(error, fit.Unavailable) else fit.NoTilesFit(where)
+                fit.give_way(why, text, "it is computed by PyTorch's product and a kernel after it")
+        product = F.linear(x, weight)
+        made = forward(product, bias, vectors, tensors, seed, stream, text, p, dtype, check)
+        assert made is not None
+        return made, product if save else blank_pre()
+
+    return call
+
+
+Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None]]
+"""Of x, of the bias and of vectors; None where none is wanted."""
 
 
 def backward(
-    dx: Tensor | None,
     dout: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
@@ -215,11 +337,47 @@ def backward(
     text: str,
     p: float,
     tensors: int,
-    needs_bias: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Into `dx`, contiguous, where it is there; the sums over rows for the bias, and for each vector that needs one.
-    Raises `fit.Unavailable`."""
+    needed: Sequence[bool],
+    dtype: torch.dtype,
+    runs: Callable[..., bool],
+) -> Gradients | None:
+    """The gradient of x, contiguous, in `dtype`; and in fp32 those of the bias and of the vectors, which are sums over
+    rows. needed: of x, the bias and each vector. None where the kernels do not run, which `runs` says of tensors."""
+    given = (dout, x, bias, *vectors)
+    key = (
+        "backward",
+        text,
+        p,
+        dtype,
+        tensors,
+        *needed,
+        seed is None,
+        PROGRAMS,
+        _setting(dout),
+        *map(_layout_of, given),
+    )
+
+    def make() -> Callable[..., Gradients] | None:
+        if not runs(*[t for t in given if t is not None]):
+            return None
+        return _backward(dout, x, bias, vectors, text, p, tensors, needed, dtype)
+
+    call = _remembered(key, make)
+    return None if call is None else call(dout, x, bias, vectors, seed, stream)
+
+
+def _backward(
+    dout: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    text: str,
+    p: float,
+    tensors: int,
+    needed: Sequence[bool],
+    dtype: torch.dtype,
+) -> Callable[..., Gradients]:
+    needs_x, needs_bias, *needs = needed
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
     tile = pointwise(n, "backward")
@@ -227,49 +385,57 @@ def backward(
     steps = max(1, count * -(-n // tile.block_n) // PROGRAMS)
     steps = 1 << (steps - 1).bit_length()  # few kernels
     parts = -(-count // steps)
-
-    def partial(needed: bool) -> Tensor | None:
-        return dout.new_empty((parts, n), dtype=torch.float32) if needed else None
-
-    dbias, dv = partial(needs_bias), [partial(needed) for needed in needs]
-    given = [_or(dx, dout), _or(dbias, dout), *(_or(d, dout) for d in dv), rows.tensors[0], _or(rows.tensors[-1], dout)]
-    given += [_or(bias, dout), *map(_dense, vectors), _or(seed, dout)]
     numbers = [rows.count, rows.inner, *rows.strides[0], *rows.strides[-1]]
-    dtype = dout.dtype if x is None else x.dtype
-    constants = _constants(n, tile, rows, dtype, bias) | {
+    constants = _constants(n, tile, rows, dout.dtype if x is None else x.dtype, bias) | {
         "ROWS": steps * tile.block_m,
-        "NEED_X": dx is not None,
+        "NEED_X": needs_x,
         "NEED_BIAS": needs_bias,
-        **{f"NEED_V{k}": needed for k, needed in enumerate(needs)},
+        **{f"NEED_V{k}": yes for k, yes in enumerate(needs)},
     }
     programs = parts * -(-n // tile.block_n)
-    key = ("backward", text, p, programs, *_signature(given), *numbers, *constants.values())
-    _launch(key, "backward", (text, len(vectors), tensors, p), programs, constants, tile)(given, numbers, [stream])
-    return (None if dbias is None else dbias.sum(0)), [None if d is None else d.sum(0) for d in dv]
+    launch = _launch("backward", (text, len(vectors), tensors, p), programs, numbers, constants, tile)
+    blank = Blank(dout.shape, dtype, dout.device)
+    part = Blank((parts, n), torch.float32, dout.device)
+    copied = rows.copied
+
+    def call(
+        dout: Tensor,
+        x: Tensor | None,
+        bias: Tensor | None,
+        vectors: Sequence[Tensor],
+        seed: Tensor | None,
+        stream: int,
+    ) -> Gradients:
+        dx = blank() if needs_x else None
+        sums = [part() if yes else None for yes in (needs_bias, *needs)]
+        laid: tuple[Tensor, ...] = (dout,) if x is None else (dout, x)
+        if copied:
+            laid = _taken(laid, copied)
+        dout = laid[0]
+        given = [_or(dx, dout), *[dout if d is None else d for d in sums], dout, laid[-1]]
+        launch([*given, _or(bias, dout), *map(_dense, vectors), _or(seed, dout)], [stream])
+        dbias, *dv = [None if d is None else d.sum(0) for d in sums]
+        return dx, dbias, dv
+
+    return call
 
 
-MANY_CALLS = 4096
-"""Launches that are remembered; row counts that change at every call make new ones."""
-
-_launches: dict[Any, Launch] = {}
-_unfit: set[Any] = set()
-"""Those of products for which a device has too little shared memory, or Triton an error."""
+def _taken(tensors: tuple[Tensor, ...], copied: tuple[bool, ...]) -> tuple[Tensor, ...]:
+    return tuple([x.contiguous() if yes else x for x, yes in zip(tensors, copied, strict=True)])
 
 
 def _launch(
-    key: Any, name: str, program: tuple[str, int, int, float], programs: int, constants: dict[str, Any], tile: Tile
+    name: str,
+    program: tuple[str, int, int, float],
+    programs: int,
+    numbers: Sequence[int],
+    constants: dict[str, Any],
+    tile: Tile,
 ) -> Launch:
-    """A launch for tensors laid out like this, made once."""
-    key = (*key, tile, interpreting())
-    found = _launches.get(key)
-    if found is None:
-        if len(_launches) >= MANY_CALLS:
-            _launches.clear()
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if tile.registers is not None:
-            options["maxnreg"] = tile.registers
-        found = _launches[key] = Launch(kernel(name, *program), programs, constants, options)
-    return found
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    if tile.registers is not None:
+        options["maxnreg"] = tile.registers
+    return Launch(kernel(name, *program), programs, numbers, constants, options)
 
 
 def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor | None) -> dict[str, Any]:
@@ -298,10 +464,6 @@ def fast(dtype: torch.dtype) -> int:
     if dtype not in HALF:
         return 0
     return 1 if interpreting() or torch.version.hip is not None else 2
-
-
-def _signature(tensors: Sequence[Tensor]) -> list[Any]:
-    return [(x.dtype, x.device) for x in tensors]
 
 
 def _dense(v: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import runs
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
-from xfcompile.kernels.double_backward import refuse
+from xfcompile.kernels.registration import refused, register
 
 DEFINITION = "it is computed by its definition, in plain PyTorch"
 
@@ -63,10 +63,28 @@ def _check(x: Tensor, n: int, bias: Tensor | None, vectors: Sequence[Tensor], te
 
 def _runs(x: Tensor, *others: Tensor) -> bool:
     """Whether the Triton kernel is to run; on a CPU plain PyTorch does else."""
-    reason = supports(x.device, [t.dtype for t in (x, *others)])
+    return _runs_in(x, [t.dtype for t in others])
+
+
+def _runs_in(x: Tensor, dtypes: Sequence[torch.dtype]) -> bool:
+    reason = supports(x.device, [x.dtype, *dtypes])
     if reason is not None and x.device.type != "cpu":
         raise NotImplementedError(f"xfcompile::bias_act_dropout: {reason}")
     return reason is None and x.numel() > 0
+
+
+def _checked(
+    x: Tensor,
+    n: int,
+    bias: Tensor | None,
+    vectors: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    *weight: Tensor,
+) -> bool:
+    """Whether the kernels run; raises where what they are given does not go together."""
+    _check(x, n, bias, vectors, tensors)
+    return _runs_in(x, [*[t.dtype for t in (*weight, *vectors, *tensors)], dtype])
 
 
 def _forward(
@@ -81,14 +99,13 @@ def _forward(
     dtype: torch.dtype,
 ) -> Tensor:
     vectors, tensors = vectors or (), tensors or ()
-    _check(x, x.shape[-1], bias, vectors, tensors)
+    try:
+        made = launch.forward(x, bias, vectors, tensors, seed, stream, formula, p, dtype, _checked)
+        if made is not None:
+            return made
+    except fit.Unavailable as error:
+        fit.give_way(error, formula, DEFINITION)
     out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype)
-    if _runs(x, *vectors, *tensors, out):
-        try:
-            launch.forward(out, x, bias, vectors, tensors, seed, stream, formula, p)
-            return out
-        except fit.Unavailable as error:
-            fit.give_way(error, formula, DEFINITION)
     wide = torch.promote_types(x.dtype, torch.float32)
     parsed = parse(formula, len(vectors), len(tensors))
     return out.copy_(reference.forward(parsed, x, bias, vectors, tensors, seed, stream, p, wide))
@@ -122,15 +139,13 @@ def _linear(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     vectors, tensors = vectors or (), tensors or ()
-    _check(x, weight.shape[0], bias, vectors, tensors)
+    try:
+        made = launch.linear(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save, _checked)
+        if made is not None:
+            return made
+    except fit.Unavailable as error:
+        fit.give_way(error, formula, DEFINITION)
     out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
-    if _runs(x, weight, *vectors, *tensors, out) and out.numel() > 0:
-        kept = pre if save else None
-        try:
-            launch.linear(out, kept, x, weight, bias, vectors, tensors, seed, stream, formula, p)
-            return out, pre
-        except fit.Unavailable as error:
-            fit.give_way(error, formula, DEFINITION)
     wide = torch.promote_types(x.dtype, torch.float32)
     product = x.to(wide) @ weight.to(wide).t()
     if save:
@@ -170,29 +185,22 @@ def _backward(
     needed: Sequence[bool],
     dtypes: Sequence[str],
 ) -> list[Tensor]:
-    needs_x, needs_bias, *needs = needed
-    given = [dout, *vectors, *(t for t in (x, bias) if t is not None)]
-    rows = list(_backward_fake(dout, x, bias, vectors, seed, stream, formula, p, tensors, needed, dtypes))
-    dx = rows[0] if needs_x else None
-    sums_of: tuple[Tensor | None, list[Tensor | None]] | None = None
-    if _runs(*given):
-        try:
-            sums_of = launch.backward(dx, dout, x, bias, vectors, seed, stream, formula, p, tensors, needs_bias, needs)
-        except fit.Unavailable as error:
-            fit.give_way(error, formula, "its gradients are computed by their definition, in plain PyTorch")
-    if sums_of is not None:
-        dbias, dv = sums_of
-    else:
+    of_x, *others = [getattr(torch, x) for x in dtypes]
+    call = (dout, x, bias, vectors, seed, stream, formula, p)
+    found: launch.Gradients | None = None
+    try:
+        found = launch.backward(*call, tensors, needed, of_x, _runs)
+    except fit.Unavailable as error:
+        fit.give_way(error, formula, "its gradients are computed by their definition, in plain PyTorch")
+    if found is None:
         wide = torch.promote_types(dout.dtype if x is None else x.dtype, torch.float32)
         parsed = parse(formula, len(vectors), tensors)
-        gradient, dv = reference.gradients(parsed, dout, x, bias, vectors, seed, stream, p, wide)  # type: ignore
-        dbias = reference.total(gradient)
-        if dx is not None:
-            dx.copy_(gradient)
-    sums = [total for total, yes in zip((dbias, *dv), (needs_bias, *needs), strict=True) if yes and total is not None]
-    for result, total in zip(rows[int(needs_x) :], sums, strict=True):
-        result.copy_(total)
-    return rows
+        gradient, dv = reference.gradients(parsed, dout, x, bias, vectors, seed, stream, p, wide)
+        dx = torch.empty(dout.shape, dtype=of_x, device=dout.device).copy_(gradient)
+        found = dx, reference.total(gradient), [*dv]
+    of_rows, *sums = found[0], found[1], *found[2]
+    made = [x.to(dtype) for x, dtype, yes in zip(sums, others, needed[1:], strict=True) if yes and x is not None]
+    return [of_rows, *made] if needed[0] and of_rows is not None else made
 
 
 def _backward_fake(
@@ -324,20 +332,10 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
     return dx, dweight, dbias, *lists, None, None, None, None, None, None
 
 
-LIBRARY.impl("bias_act_dropout", _forward, "CUDA")
-LIBRARY.impl("bias_act_dropout", _forward, "CPU")
-LIBRARY.impl("linear_act_dropout", _linear, "CUDA")
-LIBRARY.impl("linear_act_dropout", _linear, "CPU")
-LIBRARY.impl("bias_act_dropout_backward", _backward, "CUDA")
-LIBRARY.impl("bias_act_dropout_backward", _backward, "CPU")
-torch.library.register_fake("xfcompile::bias_act_dropout", _forward_fake, lib=LIBRARY)
-torch.library.register_fake("xfcompile::linear_act_dropout", _linear_fake, lib=LIBRARY)
-torch.library.register_fake("xfcompile::bias_act_dropout_backward", _backward_fake, lib=LIBRARY)
-torch.library.register_autograd("xfcompile::bias_act_dropout", _gradients, setup_context=_setup, lib=LIBRARY)
-torch.library.register_autograd(
-    "xfcompile::linear_act_dropout", _linear_gradients, setup_context=_setup_linear, lib=LIBRARY
-)
-refuse(LIBRARY, "bias_act_dropout", "bias-act-dropout")
+_refused = refused("bias_act_dropout", "bias-act-dropout")
+register(LIBRARY, "bias_act_dropout", _forward, _forward, _forward_fake, (_gradients, _setup))
+register(LIBRARY, "linear_act_dropout", _linear, _linear, _linear_fake, (_linear_gradients, _setup_linear))
+register(LIBRARY, "bias_act_dropout_backward", _backward, _backward, _backward_fake, _refused)
 
 bias_act_dropout = torch.ops.xfcompile.bias_act_dropout
 linear_act_dropout = torch.ops.xfcompile.linear_act_dropout

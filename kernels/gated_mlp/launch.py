@@ -15,9 +15,9 @@ from torch import Tensor
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
-from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, alone, name_of
+from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
-from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.repeat import Blank, Described, Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import codegen, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
@@ -36,7 +36,7 @@ class Program:
     key: str
     formula: sympy.Expr
     source: str
-    calls: dict[object, Callable[..., None]] = field(default_factory=dict)
+    calls: dict[object, Callable[..., Any]] = field(default_factory=dict)
 
     def kernel(self, name: str, interpreted: bool) -> Any:
         """The Triton function, compiled or interpreted: which one `triton.jit` decides when the file is imported."""
@@ -112,7 +112,7 @@ MANY_CALLS = 1024
 """Layouts that are remembered of a kernel; row counts that change at every call make new ones."""
 
 
-def _remembered(program: Program, layout: object, make: Callable[[], Callable[..., None]]) -> Callable[..., None]:
+def _remembered(program: Program, layout: object, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
     call = program.calls.get(layout)
     if call is None:
         if len(program.calls) >= MANY_CALLS:
@@ -131,32 +131,143 @@ def starts(layout: Layout, features: int) -> tuple[int, int, int]:
     return (gate, up, 2) if reference.interleaved(layout) else (gate * features, up * features, 1)
 
 
+def three(x: Tensor) -> Tensor:
+    """[M, K] to [1, M, K]; what has experts is that already."""
+    return x if x.ndim == 3 else x.unsqueeze(0)
+
+
+def operands_of(
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    layout: Layout,
+) -> Operands:
+    """Views of the op's arguments."""
+    gate, up = (weight, up_weight) if up_weight is not None else reference.parts(weight, layout, -2)
+    biases = [b if b is None or x.ndim == 3 else b.unsqueeze(0) for b in (gate_bias, up_bias)]
+    return Operands(three(x), three(gate), three(up), biases[0], biases[1])
+
+
+def outputs(
+    x: Tensor, weight: Tensor, up_weight: Tensor | None, save: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """out [.., M, N] and, if they are kept, both projections [.., M, 2 N], else nothing."""
+    features = weight.shape[-2] // (1 if up_weight is not None else 2)
+    out = x.new_empty((*x.shape[:-1], features), dtype=dtype)
+    return out, x.new_empty((*x.shape[:-1], 2 * features) if save else (0,))
+
+
 def forward(
     key: str,
-    operands: Operands,
+    x: Tensor,
+    weight: Tensor,
+    up_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
     layout: Layout,
-    dropout: Dropout,
-    out: Tensor,
-    saved: Tensor | None,
+    save: bool,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    p: float,
     check: Callable[[], None],
-) -> None:
-    """Fills out [E, M, N] and, if there is one, saved [E, M, 2 N] with both projections.
+) -> tuple[Tensor, Tensor]:
+    """What `outputs` says, filled.
 
     check: called at the first of all calls with such tensors. Raises `Unavailable` where no kernel can be launched.
     """
-    prepared = program(key)
-    if out.numel() == 0:
-        return
-    tensors = [operands.x, operands.gate, operands.up, out, saved, operands.gate_bias, operands.up_bias, dropout.seed]
-    described = ("forward", layout, dropout.p, precision(operands.x.dtype), *map(_layout_of, tensors))
+    prepared = _programs.get(key) or program(key)
+    seed = seed if p != 0.0 else None
+    given = (x, weight, up_weight, gate_bias, up_bias, seed)
+    setting = x.dtype is torch.float32 and precision(x.dtype)
+    described = ("forward", layout, save, dtype, p, setting, *map(_layout_of, given))
 
-    def make() -> Callable[..., None]:
+    def make() -> Callable[..., tuple[Tensor, Tensor]]:
         check()
-        return _forward(prepared, operands, layout, dropout, out, saved is not None)
+        return _Forward(prepared, x, weight, up_weight, gate_bias, up_bias, layout, save, dtype, Dropout(seed, p))
 
-    call = _remembered(prepared, described, make)
-    # Pointers that are not looked at, where there is no such tensor.
-    call([operands.x if t is None else t for t in tensors], dropout.numbers)
+    return _remembered(prepared, described, make)(*given)
+
+
+class _Forward:
+    """Calls of the dual GEMM with tensors of one layout."""
+
+    def __init__(
+        self,
+        prepared: Program,
+        x: Tensor,
+        weight: Tensor,
+        up_weight: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        layout: Layout,
+        save: bool,
+        dtype: torch.dtype,
+        dropout: Dropout,
+    ) -> None:
+        self.layout, self.save, self.free = layout, save, dropout.numbers
+        out, saved = outputs(x, weight, up_weight, save, dtype)
+        self.out, self.saved = Blank.like(out), Blank.like(saved)
+        self.ready: Launch | None = None
+        self.empty = out.numel() == 0
+        if self.empty:
+            return
+        operands = operands_of(x, weight, up_weight, gate_bias, up_bias, layout)
+        self.launch = _forward(prepared, operands, layout, dropout, three(out), save)
+        # Gate and up start so many bytes after what they are views of.
+        self.to_gate = operands.gate.data_ptr() - weight.data_ptr()
+        self.to_up = operands.up.data_ptr() - (weight if up_weight is None else up_weight).data_ptr()
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        up_weight: Tensor | None,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, saved = self.out(), self.saved()
+        if self.empty:
+            return out, saved
+        ready = self.ready
+        if ready is not None:
+            # In place of what is not there, pointers that are not looked at.
+            start, gate = x.data_ptr(), weight.data_ptr()
+            pointers = [
+                start,
+                gate + self.to_gate,
+                (gate if up_weight is None else up_weight.data_ptr()) + self.to_up,
+                out.data_ptr(),
+                saved.data_ptr() if self.save else start,
+                start if gate_bias is None else gate_bias.data_ptr(),
+                start if up_bias is None else up_bias.data_ptr(),
+                start if seed is None else seed.data_ptr(),
+            ]
+            if ready.repeat(pointers, self.free) is not None:
+                return out, saved
+        at = operands_of(x, weight, up_weight, gate_bias, up_bias, self.layout)
+        tensors = [
+            at.x,
+            at.gate,
+            at.up,
+            three(out),
+            three(saved) if self.save else None,
+            at.gate_bias,
+            at.up_bias,
+            seed,
+        ]
+        self.launch([at.x if t is None else t for t in tensors], self.free)
+        self.ready = _come_to(self.launch)
+        return out, saved
+
+
+def _come_to(runner: Any) -> Launch:
+    """The launch that a runner has come to."""
+    while not hasattr(runner, "repeat"):
+        runner = runner.launch
+    return runner
 
 
 def _forward(
@@ -198,7 +309,7 @@ def _forward(
     if not _described(operands, kind):
         return for_any_layout()
     sizes = [rows, features, inner, *bias_strides, gate_start, up_start]
-    through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), first, sizes, constants)
+    through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), operands, first, sizes, constants)
     return through_tma if interpreted else FirstThatRuns(through_tma, for_any_layout)
 
 
@@ -234,7 +345,7 @@ class _Fitting:
 
     def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
         if self.launch is not None:
-            self.launch(tensors, self.numbers, free)
+            self.launch(tensors, free)
             return
         if self.unfit is not None:
             raise self.unfit.again()
@@ -245,13 +356,13 @@ class _Fitting:
             raise
 
     def _fitted(self, tensors: list[Tensor], free: list[Any]) -> Launch:
-        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors, self.numbers, free)
+        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors, free)
 
     def _made(self, t: Tiles) -> Launch:
         known = {**self.constants, **_sizes(t), "EVEN_K": self.inner % t.block_k == 0}
         names = self.kernel.arg_names
         ordered = {name: known[name] for name in names if name in known}
-        return Launch(self.kernel, self.programs(t), ordered, _options(t))
+        return Launch(self.kernel, self.programs(t), self.numbers, ordered, _options(t))
 
 
 def _sizes(t: Tiles) -> dict[str, Any]:
@@ -267,7 +378,6 @@ def _first_that_fits(
     candidates: Iterable[Tiles],
     make: Callable[[Tiles], Launch],
     tensors: list[Tensor],
-    numbers: list[Any],
     free: list[Any],
 ) -> Launch:
     from triton.runtime.errors import OutOfResources
@@ -276,7 +386,7 @@ def _first_that_fits(
     for t in candidates:
         launch = make(t)
         try:
-            launch(tensors, numbers, free)
+            launch(tensors, free)
         except OutOfResources as error:
             log.debug("%s does not fit: %s", t, error)
         except DoesNotCompile as error:
@@ -292,33 +402,33 @@ def _first_that_fits(
 class _Described:
     """Launches of the kernel that reads through descriptors, as many programs as there are multiprocessors."""
 
-    def __init__(self, kernel: Any, first: Tiles, numbers: list[Any], constants: dict[str, Any]) -> None:
-        self.kernel, self.tiles, self.numbers = kernel, first, numbers
-        known = {**constants, **_sizes(first)}
-        self.constants = {name: known[name] for name in kernel.arg_names if name in known}
+    def __init__(
+        self, kernel: Any, operands: Operands, t: Tiles, numbers: list[Any], constants: dict[str, Any]
+    ) -> None:
+        known = {**constants, **_sizes(t)}
+        ordered = {name: known[name] for name in kernel.arg_names if name in known}
+        rows, features = numbers[:2]
+        count = -(-rows // t.block_m) * -(-features // t.block_n)
+        device = operands.x.device
+        programs = 2 if device.type == "cpu" else multiprocessors(device.index)
+        blocks = ((operands.x, t.block_m), (operands.gate, t.block_n), (operands.up, t.block_n))
+        described = [_descriptor(v, [block, t.block_k]) for v, block in blocks]
+        self.launch = Launch(kernel, min(count, programs), numbers, ordered, _options(t), described)
 
     def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
+        self.launch(tensors, free)
+
+
+def _descriptor(x: Tensor, block: list[int]) -> Described:
+    """Of the one matrix of [1, M, K], of which such blocks are loaded."""
+    shape, strides = tuple(x.shape[1:]), x.stride()[1:]
+
+    def make(x: Tensor) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        x, gate, up, *rest = tensors
-        t = self.tiles
-        described = [
-            TensorDescriptor(v[0], list(v.shape[1:]), list(v.stride()[1:]), [block, t.block_k])
-            for v, block in ((x, t.block_m), (gate, t.block_n), (up, t.block_n))
-        ]
-        rows, features = self.numbers[:2]
-        count = -(-rows // t.block_m) * -(-features // t.block_n)
-        programs = 2 if x.device.type == "cpu" else multiprocessors(x.device.index)
-        with alone(x.device), _device(x):
-            self.kernel[(min(count, programs), 1, 1)](
-                *described, *rest, *self.numbers, *free, **self.constants, **_options(t)
-            )
+        return TensorDescriptor(x[0], list(shape), list(strides), block)
 
-
-def _device(x: Tensor) -> Any:
-    import contextlib
-
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return Described(shape, strides, make)
 
 
 @functools.cache
@@ -327,8 +437,8 @@ def multiprocessors(index: int | None) -> int:
 
 
 def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tensor) -> None:
-    """Fills out [E, M, N] from saved [E, M, 2 N]. Raises `Unavailable`."""
-    prepared = program(key)
+    """Fills out [.., M, N] from saved [.., M, 2 N]."""
+    prepared = _programs.get(key) or program(key)
     if out.numel() == 0:
         return
     features = out.shape[-1]
@@ -340,28 +450,48 @@ def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tens
         return _pointwise(prepared, "gated_product", out, numbers, layout, dropout, {})
 
     call = _remembered(prepared, described, make)
-    call([saved if t is None else t for t in tensors], dropout.numbers)
+    call([saved if t is None else t for t in tensors])
 
 
 def backward(
-    key: str, dout: Tensor, saved: Tensor, layout: Layout, dropout: Dropout, grad: Tensor, made: Tensor | None
-) -> None:
-    """Fills grad [E, M, 2 N], laid out as saved, from dout [E, M, N]; and made [E, M, N] with the product. Raises
-    `Unavailable`."""
-    prepared = program(key)
+    key: str, dout: Tensor, saved: Tensor, layout: Layout, seed: Tensor | None, p: float, product: bool
+) -> tuple[Tensor, Tensor]:
+    """grad [.., M, 2 N], laid out as saved, from dout [.., M, N]; and the product [.., M, N] if it is wanted, else
+    nothing."""
+    prepared = _programs.get(key) or program(key)
+    seed = seed if p != 0.0 else None
+    tensors = (dout, saved, seed)
+    described = ("backward", layout, p, product, *map(_layout_of, tensors))
+
+    def make() -> Callable[..., tuple[Tensor, Tensor]]:
+        return _backward(prepared, dout, saved, layout, Dropout(seed, p), product)
+
+    return _remembered(prepared, described, make)(*tensors)
+
+
+def backward_outputs(dout: Tensor, saved: Tensor, product: bool) -> tuple[Tensor, Tensor]:
+    """Memory for what `backward` returns."""
+    return torch.empty_like(saved), dout.new_empty(dout.shape if product else (0,))
+
+
+def _backward(
+    prepared: Program, dout: Tensor, saved: Tensor, layout: Layout, dropout: Dropout, product: bool
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    blank_grad, blank_made = (Blank.like(x) for x in backward_outputs(dout, saved, product))
     if dout.numel() == 0:
-        return
+        return lambda *tensors: (blank_grad(), blank_made())
     features = dout.shape[-1]
-    tensors = [dout, saved, grad, made, dropout.seed]
-    described = ("backward", layout, dropout.p, *map(_layout_of, tensors))
+    whole = three(dout)
+    sizes = [dout.numel() // features, features, whole.shape[1], *whole.stride()]
+    numbers = [*sizes, *starts(layout, features)[:2]]
+    launch = _pointwise(prepared, "gated_backward", dout, numbers, layout, dropout, {"PRODUCT": product})
 
-    def make() -> Callable[..., None]:
-        sizes = [dout.numel() // features, features, dout.shape[1], *dout.stride()]
-        numbers = [*sizes, *starts(layout, features)[:2]]
-        return _pointwise(prepared, "gated_backward", dout, numbers, layout, dropout, {"PRODUCT": made is not None})
+    def call(dout: Tensor, saved: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad, made = blank_grad(), blank_made()
+        launch([dout, saved, grad, made if product else saved, saved if seed is None else seed])
+        return grad, made
 
-    call = _remembered(prepared, described, make)
-    call([saved if t is None else t for t in tensors], dropout.numbers)
+    return call
 
 
 def _pointwise(
@@ -386,5 +516,6 @@ def _pointwise(
     }
     kernel = prepared.kernel(name, interpreted)
     ordered = {n: known[n] for n in kernel.arg_names if n in known}
-    launch = Launch(kernel, -(-rows // block_m) * -(-features // block_n), ordered, {"num_warps": warps})
-    return lambda tensors, free: launch(tensors, numbers, free)
+    programs = -(-rows // block_m) * -(-features // block_n)
+    launch, free = Launch(kernel, programs, numbers, ordered, {"num_warps": warps}), dropout.numbers
+    return lambda tensors: launch(tensors, free)

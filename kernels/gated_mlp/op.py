@@ -9,9 +9,9 @@ from torch import Tensor
 
 from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import interpreting, runs
-from xfcompile.kernels.double_backward import refuse
 from xfcompile.kernels.gated_mlp import launch, reference
-from xfcompile.kernels.gated_mlp.launch import Dropout, Operands
+from xfcompile.kernels.gated_mlp.launch import Dropout
+from xfcompile.kernels.registration import refused, register
 from xfcompile.site import Layout
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
@@ -75,32 +75,6 @@ def check(
         raise _error(name, "dropout takes a seed, one int64")
 
 
-def _outputs(
-    x: Tensor, weight: Tensor, up_weight: Tensor | None, save: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    features = weight.shape[-2] // (1 if up_weight is not None else 2)
-    out = x.new_empty((*x.shape[:-1], features), dtype=dtype)
-    return out, x.new_empty((*x.shape[:-1], 2 * features) if save else (0,))
-
-
-def _three(x: Tensor) -> Tensor:
-    """[M, K] to [1, M, K]; what has experts is that already."""
-    return x if x.ndim == 3 else x.unsqueeze(0)
-
-
-def _operands(
-    x: Tensor,
-    weight: Tensor,
-    up_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    layout: Layout,
-) -> Operands:
-    gate, up = (weight, up_weight) if up_weight is not None else reference.parts(weight, layout, -2)
-    biases = [b if b is None or x.ndim == 3 else b.unsqueeze(0) for b in (gate_bias, up_bias)]
-    return Operands(_three(x), _three(gate), _three(up), biases[0], biases[1])
-
-
 def project(
     x: Tensor,
     weight: Tensor,
@@ -147,25 +121,25 @@ def _gated_mlp(
             raise NotImplementedError(f"xfcompile::gated_mlp: {reason}")
 
     known = cast(Layout, layout)
-    if form == "packed" or x.device.type == "cpu":
+    on_cpu = x.device.type == "cpu"
+    if form == "packed" or on_cpu:
         checked()
-    out, saved = _outputs(x, weight, up_weight, save, dtype)
-    if x.device.type == "cpu" and not interpreting():
+    if on_cpu and not interpreting():
+        out, saved = launch.outputs(x, weight, up_weight, save, dtype)
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
-    dropout = Dropout(seed if p != 0.0 else None, p)
     if form == "dual":
-        operands = _operands(x, weight, up_weight, gate_bias, up_bias, known)
+        about = (known, save, dtype, seed, p)
         try:
-            launch.forward(kernel, operands, known, dropout, _three(out), _three(saved) if save else None, checked)
+            return launch.forward(kernel, x, weight, up_weight, gate_bias, up_bias, *about, checked)
         except fit.Unavailable as error:
             fit.give_way(error, kernel, "it is computed by PyTorch's products and a kernel after them")
-        else:
-            return out, saved
+    out, saved = launch.outputs(x, weight, up_weight, False, dtype)
     both = project(x, weight, up_weight, gate_bias, up_bias, known)
     try:
-        launch.product(kernel, _three(both), known, dropout, _three(out))
+        launch.product(kernel, both, known, Dropout(seed if p != 0.0 else None, p), out)
     except fit.Unavailable as error:
         fit.give_way(error, kernel, "it is computed by its definition, in plain PyTorch")
+        out, saved = launch.outputs(x, weight, up_weight, save, dtype)
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     return out, both if save else saved
 
@@ -216,7 +190,7 @@ def _gated_mlp_fake(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
-    return _outputs(x, weight, up_weight, save, dtype)
+    return launch.outputs(x, weight, up_weight, save, dtype)
 
 
 def _gated_mlp_down(
@@ -256,7 +230,7 @@ def _gated_mlp_down_fake(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
-    product, saved = _outputs(x, weight, up_weight, save, dtype)
+    product, saved = launch.outputs(x, weight, up_weight, save, dtype)
     if x.ndim != 2 or down_weight.ndim != 2 or down_weight.shape[1] != product.shape[1] or down_weight.dtype != dtype:
         found = f"product {list(product.shape)} of {dtype}, weight {list(down_weight.shape)} of {down_weight.dtype}"
         raise _error("gated_mlp_down", f"the second linear does not go with the product: {found}")
@@ -272,16 +246,14 @@ def _backward(
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    grad, made = _backward_fake(dout, projections, kernel, layout, product, seed, p)
+    _check_backward(dout, projections)
     known = cast(Layout, layout)
     if projections.device.type != "cpu" or interpreting():
-        dropout = Dropout(seed if p != 0.0 else None, p)
-        target = _three(made) if product else None
         try:
-            launch.backward(kernel, _three(dout), _three(projections), known, dropout, _three(grad), target)
-            return grad, made
+            return launch.backward(kernel, dout, projections, known, seed, p, product)
         except fit.Unavailable as error:
             fit.give_way(error, kernel, "its gradients are computed by their definition, in plain PyTorch")
+    grad, made = launch.backward_outputs(dout, projections, product)
     dtype = torch.promote_types(projections.dtype, torch.float32)
     gate, up = (t.to(dtype) for t in reference.parts(projections, known))
     d_gate, d_up, value = reference.backward(launch.program(kernel).formula, dout, gate, up, seed, p)
@@ -298,22 +270,16 @@ def _backward_fake(
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
+    _check_backward(dout, projections)
+    return launch.backward_outputs(dout, projections, product)
+
+
+def _check_backward(dout: Tensor, projections: Tensor) -> None:
     if projections.shape != (*dout.shape[:-1], 2 * dout.shape[-1]) or not projections.is_contiguous():
         found = f"{list(dout.shape)} and {list(projections.shape)}"
         raise _error(
             "gated_mlp_backward", f"dout is [.., M, N] and projections [.., M, 2 N], contiguous; found {found}"
         )
-    return torch.empty_like(projections), dout.new_empty(dout.shape if product else (0,))
-
-
-for _name, _run, _fake in (
-    ("gated_mlp", _gated_mlp, _gated_mlp_fake),
-    ("gated_mlp_down", _gated_mlp_down, _gated_mlp_down_fake),
-    ("gated_mlp_backward", _backward, _backward_fake),
-):
-    LIBRARY.impl(_name, _run, "CUDA")
-    LIBRARY.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"xfcompile::{_name}", _fake, lib=LIBRARY)
 
 
 # -- autograd -----------------------------------------------------------------------------------------------------
@@ -385,9 +351,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return (x.mT @ grad).mT if weight.stride(-2) == 1 and weight.shape[-1] != 1 else grad.mT @ x
 
 
-for _name in ("gated_mlp", "gated_mlp_down"):
-    torch.library.register_autograd(f"xfcompile::{_name}", _gradients, setup_context=_setup, lib=LIBRARY)
-refuse(LIBRARY, "gated_mlp", "gated_mlp")
+register(LIBRARY, "gated_mlp", _gated_mlp, _gated_mlp, _gated_mlp_fake, (_gradients, _setup))
+register(LIBRARY, "gated_mlp_down", _gated_mlp_down, _gated_mlp_down, _gated_mlp_down_fake, (_gradients, _setup))
+register(LIBRARY, "gated_mlp_backward", _backward, _backward, _backward_fake, refused("gated_mlp", "gated_mlp"))
 
 gated_mlp = torch.ops.xfcompile.gated_mlp
 gated_mlp_down = torch.ops.xfcompile.gated_mlp_down

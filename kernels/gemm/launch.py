@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import cache
-from xfcompile.kernels.attention.repeat import Launch, aligned_strides
+from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.tiles import BLOCK_M, ROWS, Tile
@@ -62,7 +62,7 @@ class Gemm:
         tiles_m, tiles_n = -(-rows // BLOCK_M), -(-features // block_n)
         written = epilogue.stores + epilogue.tensors  # or read where it will be written
         part, buffers = tile.stored(len(weights))
-        constants: dict[str, Any] = {
+        self.constants: dict[str, Any] = {
             "STAGES": tile.stages,
             "PART": part,
             "BUFFERS": buffers,
@@ -71,11 +71,12 @@ class Gemm:
             "REGISTERS": tile.registers,
         }
         given = [b is not None for b in biases]
-        constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
+        self.constants |= dict(zip(hopper.flags(epilogue), given, strict=True))
         self.numbers = [rows, features, -(-inner // tile.block_k), tiles_m, tiles_n]
-        blocks = [[ROWS, tile.block_k], *[[block_n, tile.block_k]] * len(weights), *[[ROWS, part]] * written]
-        programs = min(multiprocessors, tiles_m * tiles_n)
-        self.launch = Launch(kernel(epilogue), programs, constants, {"num_warps": 4}, blocks)
+        self.blocks = [[ROWS, tile.block_k], *[[block_n, tile.block_k]] * len(weights), *[[ROWS, part]] * written]
+        self.programs = min(multiprocessors, tiles_m * tiles_n)
+        self.kernel = kernel(epilogue)
+        self.launch: Launch | None = None
 
     def __repr__(self) -> str:
         return "the product of matrices for Hopper"
@@ -93,8 +94,13 @@ class Gemm:
     ) -> Any:
         """outs: the result, and what is saved of each product. dropout: threshold, scale and stream.
 
-        Returns the compiled kernel where Triton was asked for it, else None.
+        Returns the compiled kernel.
         """
         there = [x if b is None else b for b in biases]
         seeds = [] if seed is None else [seed]
-        return self.launch([x, *weights, *outs, *tensors, *there, *vectors, *seeds], self.numbers, dropout)
+        given = [x, *weights, *outs, *tensors, *there, *vectors, *seeds]
+        if self.launch is None:
+            described = [described_for_gluon(y, block) for y, block in zip(given, self.blocks, strict=False)]
+            options = {"num_warps": 4}
+            self.launch = Launch(self.kernel, self.programs, self.numbers, self.constants, options, described)
+        return self.launch(given, dropout)

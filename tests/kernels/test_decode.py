@@ -27,6 +27,7 @@ from torch import Tensor
 
 import xfcompile
 from xfcompile.kernels.attention import codegen, decode, launch, launch_decode, prepare, reference
+from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.kernels.attention.tiles import INTERPRETED_DECODING
 from xfcompile.score import J, S
 from xfcompile.site import Band, ScoreSpec
@@ -43,28 +44,27 @@ TILE = INTERPRETED_DECODING.block_n
 @pytest.fixture
 def uninitialised(monkeypatch: pytest.MonkeyPatch) -> None:
     """New memory is full of NaN: what splits leave unwritten shows where it is read, and outputs where they are not."""
-    new_empty = torch.Tensor.new_empty
+    blank = Blank.__call__
 
-    def poisoned(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        made = new_empty(x, *args, **kwargs)
+    def poisoned(self: Blank) -> Tensor:
+        made = blank(self)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(Blank, "__call__", poisoned)
 
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many splits each launch had; keys are as many as it takes."""
     counted: list[int] = []
-    launched = launch_decode._launch
+    launched = launch_decode.Pair.__call__
 
-    def counting(*args: Any, **more: Any) -> Any:
-        q, k = args[2][:2]
-        counted.append(launch_decode.splits(q, k, args[-1], launch_decode._multiprocessors(q.device)))
-        return launched(*args, **more)
+    def counting(self: launch_decode.Pair, *args: Any) -> Any:
+        counted.append(self.splits)
+        return launched(self, *args)
 
     monkeypatch.setattr(launch_decode, "MANY_KEYS", 1)
-    monkeypatch.setattr(launch_decode, "_launch", counting)
+    monkeypatch.setattr(launch_decode.Pair, "__call__", counting)
     return counted
 
 
@@ -218,20 +218,20 @@ def test_every_program_has_its_share_of_a_cache_that_is_hardly_filled(monkeypatc
     """Eight splits of 64 tiles, of which the first eight are live: one each, not all of them for one program."""
     multiprocessors(monkeypatch, 8)
     weights: list[Tensor] = []
-    new_empty = torch.Tensor.new_empty
+    blank = Blank.__call__
 
-    def keeping(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        made = new_empty(x, *args, **kwargs)
-        weights.extend([made] if made.dim() == 2 else [])
+    def keeping(self: Blank) -> Tensor:
+        made = blank(self)
+        weights.extend([made] if made.dim() == 1 else [])
         return made
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", keeping)
+    monkeypatch.setattr(Blank, "__call__", keeping)
     cache = CACHES[0]
     case = Case("filled", cache.spec, lambda z: [cache.tensor(filled(8 * TILE, z.lk).expand(z.batch, -1), z.lq)])
     check(case, inputs(case, torch.float32, sizes=replace(MANY_KEYS, lk=64 * TILE)))
-    (m_and_l,) = weights
-    assert m_and_l.shape[1] == 2 * 4 * 2 * 8
-    assert (m_and_l[1] >= 1).all()
+    _, m, l = weights
+    assert m.shape == l.shape == (2 * 4 * 2 * 8,)
+    assert (l >= 1).all()
 
 
 def test_rows_without_keys_have_the_mean_of_tiles_that_were_skipped() -> None:

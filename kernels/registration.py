@@ -1,0 +1,84 @@
+"""How an op is registered with torch: its kernels, its gradients, and calls that need none, spared the way to these."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+log = logging.getLogger(__name__)
+
+Gradients = tuple[Callable[..., Any], Callable[..., None] | None]
+"""A backward and a setup_context, as `torch.library.register_autograd` takes them."""
+
+
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {}
+"""Of each op the functions that are registered for "cuda" and "cpu"."""
+
+
+def register(
+    library: torch.library.Library,
+    op: str,
+    cuda: Callable[..., Any],
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradients: Gradients | None = None,
+) -> None:
+    """Registers `xfcompile::<op>`, which `library` defines.
+
+    Compiled code calls ops with gradients disabled, and yet torch's kernel for autograd, which is Python, stands before
+    that of the device: 4 of 7 us (examples/bench_host.py). With gradients disabled, and nothing between autograd and
+    the device that wants to see the call (a mode, a subclass, functorch, a bit of a tensor), the kernel is called
+    directly.
+    """
+    kernels = {"CUDA": cuda, "CPU": cpu}
+    KERNELS[op] = {device.lower(): kernel for device, kernel in kernels.items()}
+    for device, kernel in kernels.items():
+        library.impl(op, kernel, device)
+    torch.library.register_fake(f"xfcompile::{op}", fake, lib=library)
+    if gradients is None:
+        return
+    backward, setup = gradients
+    torch.library.register_autograd(f"xfcompile::{op}", backward, setup_context=setup, lib=library)
+    try:
+        from torch._library.autograd import Info, make_autograd_impl
+
+        usual = make_autograd_impl(getattr(torch.ops.xfcompile, op).default, Info(backward, setup))
+        below = torch._C._after_autograd_keyset
+    except (ImportError, AttributeError, TypeError) as error:  # private to torch: what is registered does without
+        log.debug("calls of %s go through torch's kernel for autograd: %s", op, error)
+        return
+    for device, kernel in kernels.items():
+        library.impl(op, _without(kernel, usual, below, device), f"Autograd{device}", with_keyset=True)
+
+
+def _without(
+    kernel: Callable[..., Any], usual: Callable[..., Any], below: torch._C.DispatchKeySet, device: str
+) -> Callable[..., Any]:
+    plain: dict[int, bool] = {}  # of sets of dispatch keys, whether the device's comes next
+    own = getattr(torch._C.DispatchKey, device)
+
+    def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            return usual(keys, *arguments)
+        number = keys.raw_repr()
+        if number not in plain:
+            plain[number] = (keys & below).highestPriorityTypeId() == own
+        return kernel(*arguments) if plain[number] else usual(keys, *arguments)
+
+    return call
+
+
+def refused(op: str, family: str) -> Gradients:
+    """Makes a gradient of what `xfcompile::<op>_backward` returns, a second derivative, an error that says what to do:
+    none of our ops has one. family: whose routes a user would set."""
+
+    def second(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"xfcompile::{op} has no second derivative: a gradient of its gradients was asked for (double backward); "
+            f'leave it to Inductor there (options={{"routes": {{"{family}": "inductor"}}}})'
+        )
+
+    return second, None

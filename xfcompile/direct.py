@@ -1,0 +1,79 @@
+"""Calls of our ops in the code that Inductor generates: of the device's function itself, past torch's dispatcher.
+
+The dispatcher costs 4 of the 10 us of a small attention's call (examples/bench_host.py): it makes C++ of Python's
+arguments, and Python of these. At that place nothing is left for it to find out: devices are known, gradients disabled.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xfcompile.kernels.registration import KERNELS
+
+log = logging.getLogger(__name__)
+
+
+_known: set[str] = set()
+"""Ops that Inductor was told of; those of a family are there from its first site on."""
+
+
+def lower() -> None:
+    """Tells Inductor how our ops are called. What it does of itself, a call of the op, is as right: where this version
+    of Inductor has other internals than it takes, that is left."""
+    for op in KERNELS.keys() - _known:
+        _known.add(op)
+        try:
+            _lower(getattr(torch.ops.xfcompile, op).default)
+        except Exception as error:
+            log.debug("calls of %s go through torch's dispatcher: %s", op, error)
+
+
+def _lower(target: torch._ops.OpOverload) -> None:
+    from torch._inductor import lowering
+
+    constraint = lowering.tag_to_layout_constraint(torch.Tag.needs_exact_strides)
+    lowering.make_fallback(target, layout_constraint=constraint, warn=False)
+    lowering.register_lowering(target, type_promotion_kind=None)(_lowered(target))
+
+
+def _lowered(target: torch._ops.OpOverload) -> Callable[..., Any]:
+    from torch._inductor.ir import IRNode, TensorBox
+    from torch.utils import _pytree as pytree
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        made = _direct().create(target, *args, **kwargs)
+        return pytree.tree_map(lambda x: TensorBox.create(x) if isinstance(x, IRNode) else x, made)
+
+    call._is_fallback_handler = True  # type: ignore[attr-defined]
+    return call
+
+
+@functools.cache
+def _direct() -> Any:
+    from torch._inductor.ir import FallbackKernel
+    from torch._inductor.virtualized import V
+
+    class Direct(FallbackKernel):
+        """A call of an op, in Python the call of its function."""
+
+        def codegen(self, wrapper: Any) -> None:
+            if not V.graph.cpp_wrapper and not getattr(V.graph, "fx_wrapper", False):
+                self.python_kernel_name = _imported(self.op_overload, self.get_device(), wrapper)
+            super().codegen(wrapper)
+
+    return Direct
+
+
+def _imported(op: Any, device: Any, wrapper: Any) -> str:
+    """The name of the function in a generated module, which imports it."""
+    name = op._opname
+    function = KERNELS[name][device.type]
+    alias = f"xfcompile_{name}_{device.type}"
+    root = wrapper.get_root_graph() if hasattr(wrapper, "get_root_graph") else wrapper
+    root.add_import_once(f"from {function.__module__} import {function.__name__} as {alias}")
+    return alias
