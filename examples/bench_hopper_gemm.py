@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gemm_jobs import EPILOGUES, NAMES
+from gemm_jobs import DROPPING_VARIANTS, EPILOGUES, NAMES, VARIANTS, WIDE
 from torch import Tensor
 
 from xfcompile.activation import KEEP, tensor, vector
@@ -38,7 +38,7 @@ from xfcompile.evaluate import Evaluator
 from xfcompile.kernels import philox
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.launch import Gemm
-from xfcompile.kernels.gemm.tiles import VARIANTS, Tile
+from xfcompile.kernels.gemm.tiles import Tile
 
 Item = dict[str, Any]
 
@@ -51,12 +51,12 @@ SIZES = (
 )  # fmt: skip
 """M, K, N: tiles with and without ends in them, one step and many, one tile a program and several."""
 
-GATED = ((256, 4096, 11008), (4096, 4096, 11008), (16384, 4096, 14336), (16384, 1024, 2816))
-LINEAR = ((16384, 1024, 4096), (16384, 768, 3072), (16384, 4096, 16384))
+GATED = ((256, 4096, 11008), (1024, 4096, 11008), (4096, 4096, 11008), (16384, 4096, 14336), (16384, 1024, 2816))
+LINEAR = ((4096, 1024, 4096), (16384, 1024, 4096), (16384, 768, 3072), (4096, 4096, 16384))
 P, STREAM = 0.1, 3
 """Of dropout."""
 NAMED = ("result", "saved", "saved")
-CHECKED = ("wide", "3 stages", "narrow")
+CHECKED = ("wide", "narrow", "joined")
 ROUNDS = Rounds(warmup=3, least=5, most=40, seconds=3.0)
 
 
@@ -90,6 +90,9 @@ class Case:
         width = len(self.epilogue.sums) * n
         return list(torch.full((m, width), 77.0, device="cuda", dtype=self.x.dtype).split(n, 1))
 
+    def variants(self) -> dict[str, Tile]:
+        return DROPPING_VARIANTS if self.epilogue.drops else VARIANTS
+
     def gemm(self, tile: Tile) -> Callable[[], Any]:
         count = torch.cuda.get_device_properties(0).multi_processor_count
         made = Gemm(self.epilogue, tile, self.x, self.weights, self.biases, count)
@@ -97,6 +100,13 @@ class Case:
         return lambda: made(
             self.x, self.weights, outs, self.biases, self.vectors, self.tensors, self.seed, self.dropout
         )
+
+    def across(self) -> Callable[[], Any]:
+        """With the weight [K, N]."""
+        count = torch.cuda.get_device_properties(0).multi_processor_count
+        weights = [w.T.contiguous() for w in self.weights]
+        made = Gemm(self.epilogue, WIDE, self.x, weights, self.biases, count, across=True)
+        return lambda: made(self.x, weights, [self.out], self.biases)
 
     def expected(self) -> list[Tensor]:
         """In fp64: the result, and what is saved."""
@@ -120,7 +130,7 @@ def check(item: Item) -> Item:
     problems: list[str] = []
     for size in SIZES:
         case = Case(EPILOGUES[item["epilogue"]], dtype, size, item["biased"])
-        run = case.gemm(VARIANTS[item["tile"]])
+        run = case.gemm(case.variants()[item["tile"]])
         run()
         torch.cuda.synchronize()
         for name, made, exact in zip(NAMED, [case.out, *case.saved], case.expected(), strict=False):
@@ -158,8 +168,8 @@ def prepare(item: Item) -> Item:
 def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
     """What is timed, each called once."""
     case = Case(EPILOGUES["SwiGLU" if form == "gated" else "gelu"], torch.bfloat16, size, form == "linear")
-    trained = "SwiGLU, saving" if form == "gated" else "gelu, dropout, saving"
-    training = Case(EPILOGUES[trained], torch.bfloat16, size, form == "linear")
+    names = ("SwiGLU, saving", "SwiGLU, dropout, saving") if form == "gated" else ("gelu, dropout, saving", "identity")
+    others = {name: Case(EPILOGUES[name], torch.bfloat16, size, form == "linear") for name in names}
     x, weights, (m, _, n) = case.x, case.weights, size
     packed = torch.cat(weights)
     made = torch.empty(m, len(weights) * n, device="cuda", dtype=torch.bfloat16)
@@ -180,35 +190,77 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
         def swiglu(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
             return F.silu(F.linear(x, w)) * F.linear(x, v)
 
-        compiled = torch.compile(swiglu, dynamic=False)
+        def of_both(x: Tensor, w: Tensor) -> Tensor:
+            gate, up = F.linear(x, w).chunk(2, -1)
+            return F.silu(gate) * up
+
+        def dropped(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+            return F.dropout(swiglu(x, w, v), P)
+
+        compiled, compiled_packed = (torch.compile(fn, dynamic=False) for fn in (swiglu, of_both))
         calls |= {
             "two mm": two,
             "inductor": lambda: compiled(x, *weights),
-            "triton": lambda: gated_mlp(
+            "inductor, packed": lambda: compiled_packed(x, packed),
+            "op": lambda: gated_mlp(
                 x, weights[0], weights[1], None, None, key, "separate", "dual", False, torch.bfloat16
             ),
         }
     else:
         from xfcompile.activation import X, gelu
-        from xfcompile.kernels.bias_act_dropout import launch, text_of
+        from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 
-        bias, out, text = case.biases[0], torch.empty_like(case.out), text_of(gelu(X, "none"))
+        bias, text = case.biases[0], text_of(gelu(X, "none"))
 
         def activated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
             return F.gelu(F.linear(x, w, b))
 
+        def dropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+            return F.dropout(activated(x, w, b), P)
+
         linear = torch.compile(activated, dynamic=False)
+        drops = others[names[0]]
+        pointwise = text_of(drops.epilogue.value)
+
+        def two_kernels() -> Tensor:
+            torch.mm(x, weights[0].T, out=made)
+            return bias_act_dropout(made, bias, [], [], drops.seed, STREAM, pointwise, P, torch.bfloat16)
+
         calls |= {
             "inductor": lambda: linear(x, weights[0], bias),
-            "triton": lambda: launch.linear(out, None, x, weights[0], bias, [], [], None, 0, text, 0.0),
+            "op": lambda: linear_act_dropout(x, weights[0], bias, [], [], None, 0, text, 0.0, torch.bfloat16, False),
+            "mm, triton: gelu, dropout, saving": two_kernels,
         }
     calls |= {f"gluon {name}": case.gemm(tile) for name, tile in VARIANTS.items()}
-    calls |= {f"gluon wide: {trained}": training.gemm(VARIANTS["wide"])}
+    if form == "linear":
+        calls["gluon wide, weight [K, N]"] = case.across()
+    for name, other in others.items():
+        calls |= {f"gluon {tile}: {name}": other.gemm(sizes) for tile, sizes in other.variants().items()}
+    calls |= inductors_training(
+        {"saving": swiglu, "dropout, saving": dropped} if form == "gated" else {"dropout, saving": dropped},
+        (x, *weights, *case.biases),
+    )
     with torch.no_grad():
         for call in calls.values():
             call()
     torch.cuda.synchronize()
     return calls
+
+
+def inductors_training(
+    programs: dict[str, Callable[..., Tensor]], given: Sequence[Tensor | None]
+) -> dict[str, Callable[[], Any]]:
+    """The forwards of programs of which gradients are needed: with what Inductor saves for the backward."""
+    leaves = [t.detach().requires_grad_() for t in given if t is not None]
+
+    def forward(compiled: Callable[..., Tensor]) -> Callable[[], Any]:
+        def run() -> Tensor:
+            with torch.enable_grad():
+                return compiled(*leaves).detach()
+
+        return run
+
+    return {f"inductor: {name}": forward(torch.compile(fn, dynamic=False)) for name, fn in programs.items()}
 
 
 def measure(item: Item) -> Item:
@@ -364,7 +416,7 @@ def show(results: Sequence[Item]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("check", "time"))
-    parser.add_argument("--seconds", type=float, default=140, help="begin nothing later than this")
+    parser.add_argument("--seconds", type=float, default=80, help="begin nothing later than this")
     parser.add_argument("--json", type=Path, help="write the results there")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -202,7 +202,7 @@ def compile_job(job: Job) -> Compiled | None:
         t = gated_jobs.tiles_of(job.kernel, target, job.dtype, job.rows, job.training)
         return outcome(job, made, Tiles(t.block_m, t.block_n, t.num_warps, t.num_stages))
     if job.kernel == "gemm":
-        wide = gemm_jobs.WIDE
+        wide = gemm_jobs.WIDE.dropping if gemm_jobs.EPILOGUES[job.program].drops else gemm_jobs.WIDE
         made = gemm_jobs.compile_gemm(job.program, job.dtype, wide)
         return outcome(job, made, Tiles(gemm_jobs.BLOCK_M, wide.columns, 4, wide.stages))
     if job.kernel in ("hopper", "tile_verdicts"):

@@ -13,9 +13,9 @@ from xfcompile import activation
 from xfcompile.activation import GATE, KEEP, UP, Sigmoid, X, tensor, vector
 from xfcompile.kernels.gemm import hopper, launch
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.tiles import BLOCK_M, ROWS, VARIANTS, WIDE, Tile
+from xfcompile.kernels.gemm.tiles import BLOCK_M, DROPPING_VARIANTS, ROWS, VARIANTS, WIDE, Tile
 
-__all__ = ["BLOCK_M", "EPILOGUES", "NAMES", "VARIANTS", "WIDE", "compile_gemm"]
+__all__ = ["BLOCK_M", "DROPPING_VARIANTS", "EPILOGUES", "NAMES", "VARIANTS", "WIDE", "compile_gemm"]
 
 EPILOGUES: dict[str, Epilogue] = {
     "identity": hopper.single(X),
@@ -36,7 +36,7 @@ EPILOGUES: dict[str, Epilogue] = {
 }
 
 
-def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True) -> Any:
+def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True, across: bool = False) -> Any:
     """With contiguous, aligned tensors."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -54,14 +54,15 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True)
         "STAGES": tile.stages, "PART": part, "BUFFERS": buffers,
         "GROUP": tile.group, "SKEW": tile.skew, "REGISTERS": tile.registers,
     }  # fmt: skip
-    constants |= dict.fromkeys(hopper.flags(epilogue), biased)
-    types = {"x_desc": descriptor(ROWS, tile.block_k), "out_desc": descriptor(ROWS, part)}
-    types |= {f"{n}_out_desc": descriptor(ROWS, part) for n in epilogue.names}
-    types |= {"seed_ptr": "*i64", "scale": "fp32", "r0_desc": descriptor(ROWS, part)}
+    constants |= dict.fromkeys(hopper.flags(epilogue), biased) | {"ACROSS": across}
+    rows = BLOCK_M if tile.joined else ROWS
+    types = {"x_desc": descriptor(rows, tile.block_k), "out_desc": descriptor(rows, part)}
+    types |= {f"{n}_out_desc": descriptor(rows, part) for n in epilogue.names}
+    types |= {"seed_ptr": "*i64", "scale": "fp32", "r0_desc": descriptor(rows, part)}
     columns = tile.columns // len(epilogue.sums)
     types |= {f"{n}_desc": descriptor(columns, tile.block_k) for n in epilogue.names if n != "x"}
     if epilogue.names == ["x"]:
-        types["weight_desc"] = descriptor(columns, tile.block_k)
+        types["weight_desc"] = descriptor(*((tile.block_k, columns) if across else (columns, tile.block_k)))
     signature, attributes = {}, {}
     for position, argument in enumerate(kernel.arg_names):
         pointer = f"*{kind}" if argument.endswith("_ptr") else "i32"
@@ -69,4 +70,4 @@ def compile_gemm(name: str, dtype: torch.dtype, tile: Tile, biased: bool = True)
         if argument.endswith("_ptr"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": rows // 16})

@@ -29,9 +29,9 @@ def register(
     """Registers `xfcompile::<op>`, which `library` defines.
 
     Compiled code calls ops with gradients disabled, and yet torch's kernel for autograd, which is Python, stands before
-    that of the device: 4 of 7 us (examples/bench_host.py). With gradients disabled, and nothing between autograd and
-    the device that wants to see the call (a mode, a subclass, functorch, a bit of a tensor), the kernel is called
-    directly.
+    that of the device, and costs as much as the rest of the way there. With gradients disabled, and nothing between
+    autograd and the device that wants to see the call (a mode, a subclass, functorch, a bit of a tensor), the kernel is
+    called directly.
     """
     kernels = {"CUDA": cuda, "CPU": cpu}
     KERNELS[op] = {device.lower(): kernel for device, kernel in kernels.items()}

@@ -120,7 +120,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
 
 def test_generated_code_calls_functions(program: Callable[..., Tensor]) -> None:
     x = tensors()
-    (out, grads), codes = run_and_get_code(_trained, torch.compile(program), x)
+    (out, grads), codes = run_and_get_code(_trained, torch.compile(program, backend="xformers"), x)
     for name in ("attention", "attention_backward"):
         assert sum(f"= xfcompile_{name}_cpu(" in code for code in codes) == 1
     assert not any("= torch.ops.xfcompile" in code for code in codes)
@@ -135,7 +135,7 @@ def _trained(program: Callable[..., Tensor], x: list[Tensor]) -> tuple[Tensor, t
 
 
 def test_lengths_that_change_and_calls_in_a_branch(program: Callable[..., Tensor]) -> None:
-    @torch.compile(dynamic=True)
+    @torch.compile(dynamic=True, backend="xformers")
     def branched(flag: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.cond(flag, lambda q, k, v: program(q, k, v).contiguous(), lambda q, k, v: q * 3, (q, k, v))  # type: ignore
 
@@ -149,6 +149,14 @@ def test_lengths_that_change_and_calls_in_a_branch(program: Callable[..., Tensor
         generated = [*generated, *codes]
     assert any("= xfcompile_attention_cpu(" in code for code in generated)
     assert not any("= torch.ops.xfcompile" in code for code in generated)
+
+
+def test_what_inductor_compiles_without_us_calls_the_op(program: Callable[..., Tensor]) -> None:
+    x = tensors(6, requires_grad=False)
+    with torch.no_grad():
+        out, codes = run_and_get_code(torch.compile(program), *x)
+    torch.testing.assert_close(out, eager(*x) * 2)
+    assert any("= torch.ops.xfcompile.attention" in code for code in codes)
 
 
 def test_an_inductor_with_other_internals_calls_the_op(monkeypatch: pytest.MonkeyPatch) -> None:

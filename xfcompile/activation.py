@@ -38,6 +38,12 @@ def tensor(n: int) -> sympy.Symbol:
     return sympy.Symbol(f"r{n}", real=True)
 
 
+def separate(formula: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """A formula as a function of gate times one of up; None if it is no such product."""
+    of_gate, of_up = sympy.sympify(formula).as_independent(UP, as_Add=False)
+    return None if GATE in of_up.free_symbols else (of_gate, of_up)
+
+
 LARGEST_NUMBER = 1e30
 """Beyond it products of a formula overflow in fp32 at other places than eager's do."""
 

@@ -1,7 +1,8 @@
 """Calls of our ops in the code that Inductor generates: of the device's function itself, past torch's dispatcher.
 
-The dispatcher costs 4 of the 10 us of a small attention's call (examples/bench_host.py): it makes C++ of Python's
-arguments, and Python of these. At that place nothing is left for it to find out: devices are known, gradients disabled.
+The dispatcher makes C++ of Python's arguments, and Python of these, which costs as much as an op of ours has to do
+until its kernel is launched (examples/bench_host.py). Here nothing is left for it to find out: devices are known,
+gradients disabled.
 """
 
 from __future__ import annotations
@@ -58,11 +59,14 @@ def _direct() -> Any:
     from torch._inductor.ir import FallbackKernel
     from torch._inductor.virtualized import V
 
+    from xfcompile.identity import ours
+
     class Direct(FallbackKernel):
         """A call of an op, in Python the call of its function."""
 
         def codegen(self, wrapper: Any) -> None:
-            if not V.graph.cpp_wrapper and not getattr(V.graph, "fx_wrapper", False):
+            other = V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False)
+            if not other and ours():  # else a cache's key may not say which version of us has these functions
                 self.python_kernel_name = _imported(self.op_overload, self.get_device(), wrapper)
             super().codegen(wrapper)
 

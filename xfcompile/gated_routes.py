@@ -32,15 +32,22 @@ _MEASURED = Measured(
     "examples/results/gated_h200.json",
 )
 
+_PRODUCT = Measured(
+    "examples/bench_hopper_gemm.py",
+    "2026-11-28",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/hopper_gemm_h200.json",
+)
+
 _HOPPER: Mapping[tuple[str, str, str], Fact[str]] = {
     ("inference", "separate", "one row"): Fact("inductor", _MEASURED),
     ("inference", "separate", "few rows"): Fact("inductor", _MEASURED),
     ("inference", "separate", "some rows"): Fact("inductor", _MEASURED),
-    ("inference", "separate", "many rows"): Fact("inductor", _MEASURED),
+    ("inference", "separate", "many rows"): Fact("triton", _PRODUCT),
     ("inference", "packed", "one row"): Fact("inductor", _MEASURED),
     ("inference", "packed", "few rows"): Fact("inductor", _MEASURED),
     ("inference", "packed", "some rows"): Fact("inductor", _MEASURED),
-    ("inference", "packed", "many rows"): Fact("inductor", _MEASURED),
+    ("inference", "packed", "many rows"): Fact("triton", _PRODUCT),
     ("training", "separate", "some rows"): Fact("inductor", _MEASURED),
     ("training", "separate", "many rows"): Fact("inductor", _MEASURED),
     ("training", "packed", "some rows"): Fact("inductor", _MEASURED),
@@ -49,7 +56,7 @@ _HOPPER: Mapping[tuple[str, str, str], Fact[str]] = {
 
 USUAL: dict[tuple[str, str, str, str], Fact[str]] = {
     **{(SM_90, *place): fact for place, fact in _HOPPER.items()},
-    **{(kind, *place): Fact(fact.value) for kind in (SM_80, SM_100, GFX942) for place, fact in _HOPPER.items()},
+    **{(kind, *place): Fact("inductor") for kind in (SM_80, SM_100, GFX942) for place in _HOPPER},
 }
 """The usual route of 16-bit numbers: by hardware, what is differentiated, how many weights there are, and the class of
 the number of rows. What is not in the table is left to Inductor. `python -m xfcompile bench gated-mlp` measures all of
@@ -90,6 +97,10 @@ def choose(site: GatedMLPSite, *, training: bool, forced: str | None) -> Route:
     reason = _why_not(site, name)
     if reason is not None:
         return Route("inductor", reason)
+    if forced is None and name == "triton" and hardware_of(device) == SM_90:
+        reason = _why_not_for_hopper(site)
+        if reason is not None:
+            return Route("inductor", f"left to Inductor: {reason}")
     return Route(name, "asked for" if forced else None)
 
 
@@ -114,3 +125,25 @@ def _why_not(site: GatedMLPSite, name: str) -> str | None:
     except Unsupported as error:
         return str(error)
     return None
+
+
+SHORTEST = 512
+"""Features, of the input and of the product, from which on the kernel for Hopper was measured, about."""
+
+
+def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
+    """Why the product of matrices for Hopper, which is what was measured, does not compute a site; None if it does, as
+    far as is known at compile time."""
+    from xfcompile.kernels.gated_mlp.launch_hopper import unavailable
+
+    if any(w.order != tuple(range(len(w.order))) for w in site.weights):
+        return "weights that are transposed are not measured to be faster"
+    if site.features % 8 != 0 or site.inner % 8 != 0:
+        return "TMA reads rows that start at multiples of 16 bytes"
+    if min(site.features, site.inner) < SHORTEST:
+        return f"not measured with fewer than {SHORTEST} features"
+    if site.layout in ("gate even", "up even"):
+        return "features of gate and up in turns are not measured to be faster"
+    if site.dropout or site.root.dtype != site.dtype:
+        return UNMEASURED
+    return unavailable(site.formula)

@@ -63,3 +63,8 @@ def identified(patches: Mapping[str, Any], fingerprint: str | None) -> dict[str,
     passes = present if isinstance(present, (list, tuple)) else () if present is None else (present,)
     identity = None if fingerprint is None else f"{package_hash()} {fingerprint}"
     return {**patches, FIELD: Identified(identity, passes)}
+
+
+def ours() -> bool:
+    """Whether what Inductor compiles now is cached under our identity."""
+    return isinstance(getattr(config, FIELD), Identified)

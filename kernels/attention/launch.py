@@ -190,8 +190,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors.
 
-    All that is found out from tensors' layouts is found out once: this function is most of what a call costs its
-    thread (examples/bench_host.py).
+    What follows from tensors' layouts is found out once: a call costs its host what is left (examples/bench_host.py).
     """
     prepared = _programs.get(key) or program(key)
     random = random_of(prepared.spec, seed, stream) if prepared.spec.dropout else ()

@@ -37,7 +37,7 @@ class Described:
 
 class Launch:
     """Launches of a kernel with tensors that are laid out alike, on one device, and numbers that are the same but for
-    `free` ones.
+    `free` ones, which the kernel is not specialised on.
 
     programs: how many. numbers: arguments after the tensors. constants: compile-time arguments, which are a kernel's
     last. options: Triton's own. described: the first tensors, where they are given as TMA descriptors. made: kernels
@@ -108,6 +108,7 @@ class Launch:
         if ordinary and not _hooked() and key in self._made:
             self._remember(device, pointers, self._made[key])
             return self.repeat(pointers, free)
+        self._check(len(tensors), free)
         n = len(self.described)
         described = [d.make(x) for x, d in zip(tensors, self.described, strict=False)]
         arguments = (*described, *tensors[n:], *self.numbers, *free)
@@ -124,6 +125,12 @@ class Launch:
             self._made[key] = compiled
             self._remember(device, pointers, compiled)
         return compiled
+
+    def _check(self, tensors: int, free: Sequence[Any]) -> None:
+        """What is free must not be what Triton compiles anew for."""
+        start = tensors + len(self.numbers)
+        for x, of in zip(free, getattr(self.kernel, "params", ())[start:], strict=False):
+            assert of.do_not_specialize or not isinstance(x, int), f"{of.name} of {self.kernel} is specialised on"
 
     def _remember(self, device: torch.device, pointers: Sequence[int], compiled: Any) -> None:
         names = self.kernel.arg_names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from xfcompile.kernels.attention import cache, fit
 from xfcompile.kernels.attention.repeat import Blank, Launch
-from xfcompile.kernels.attention.tiles import interpreting
+from xfcompile.kernels.attention.tiles import HOPPER, device_generation, interpreting
+from xfcompile.kernels.bias_act_dropout import launch_hopper
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.template import module
 from xfcompile.measured import Fact
+
+log = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32)
@@ -320,7 +324,14 @@ def _linear(
         assert made is not None
         return made, product if save else blank_pre()
 
-    return call
+    if x.device.type != "cuda" or device_generation(x.device) != HOPPER:
+        return call
+    outputs = (blank_out(), blank_pre())
+    reason = launch_hopper.declines(x, weight, bias, vectors, tensors, text, outputs, save)
+    if reason is not None:
+        log.debug("not by the kernel for Hopper: %s", reason)
+        return call
+    return launch_hopper.Linear(x, weight, bias, vectors, tensors, text, p, outputs, save, call)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None]]

@@ -86,6 +86,8 @@ LINEAR = '''\
     w_ptrs = weight_ptr + (tl.minimum(col, N - 1).to(tl.int64) * weight_row)[None, :]
     w_ptrs += (offs_k.to(tl.int64) * weight_col)[:, None]
     acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    EXACT: tl.constexpr = PRECISION == "ieee" and x_ptr.dtype.element_ty == tl.float32
+    total = acc
     for start in tl.range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
@@ -97,8 +99,15 @@ LINEAR = '''\
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if EXACT:
+            # One chain of additions loses bits in proportion to its length.
+            if (start + BLOCK_K) % 256 == 0:
+                total += acc
+                acc = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
         x_ptrs += BLOCK_K * x_col
         w_ptrs += BLOCK_K * weight_col
+    if EXACT:
+        acc = total + acc
 
     mask = (row < rows)[:, None] & (col < N)[None, :]
     out_offs = row[:, None] * N + col[None, :]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from xfcompile.activation import GATE, UP, Sigmoid
+from xfcompile.activation import GATE, UP, Sigmoid, separate
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention.printer import RELATIONS
@@ -22,12 +22,6 @@ def sigmoid(x):
     """exp(-x) may be infinite, of which the reciprocal is 0."""
     return 1.0 / (1.0 + tl.exp(-x))
 '''
-
-
-def separate(formula: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
-    """A formula as a function of gate times one of up; None if it is no such product."""
-    of_gate, of_up = sympy.sympify(formula).as_independent(UP, as_Add=False)
-    return None if GATE in of_up.free_symbols else (of_gate, of_up)
 
 
 @dataclass

@@ -19,8 +19,9 @@ from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavaila
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Blank, Described, Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
-from xfcompile.kernels.gated_mlp import codegen, reference, tiles
+from xfcompile.kernels.gated_mlp import codegen, launch_hopper, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
+from xfcompile.kernels.gemm.launch import multiprocessors
 from xfcompile.site import Layout
 
 log = logging.getLogger(__name__)
@@ -206,15 +207,15 @@ class _Forward:
         dtype: torch.dtype,
         dropout: Dropout,
     ) -> None:
-        self.layout, self.save, self.free = layout, save, dropout.numbers
+        self.layout, self.save = layout, save
         out, saved = outputs(x, weight, up_weight, save, dtype)
         self.out, self.saved = Blank.like(out), Blank.like(saved)
-        self.ready: Launch | None = None
+        self.ready: Launch | launch_hopper.Hopper | None = None
         self.empty = out.numel() == 0
         if self.empty:
             return
         operands = operands_of(x, weight, up_weight, gate_bias, up_bias, layout)
-        self.launch = _forward(prepared, operands, layout, dropout, three(out), save)
+        self.launch = _forward(prepared, operands, layout, dropout, three(out), three(saved) if save else None)
         # Gate and up start so many bytes after what they are views of.
         self.to_gate = operands.gate.data_ptr() - weight.data_ptr()
         self.to_up = operands.up.data_ptr() - (weight if up_weight is None else up_weight).data_ptr()
@@ -245,7 +246,7 @@ class _Forward:
                 start if up_bias is None else up_bias.data_ptr(),
                 start if seed is None else seed.data_ptr(),
             ]
-            if ready.repeat(pointers, self.free) is not None:
+            if ready.repeat(pointers) is not None:
                 return out, saved
         at = operands_of(x, weight, up_weight, gate_bias, up_bias, self.layout)
         tensors = [
@@ -258,12 +259,12 @@ class _Forward:
             at.up_bias,
             seed,
         ]
-        self.launch([at.x if t is None else t for t in tensors], self.free)
+        self.launch([at.x if t is None else t for t in tensors])
         self.ready = _come_to(self.launch)
         return out, saved
 
 
-def _come_to(runner: Any) -> Launch:
+def _come_to(runner: Any) -> Launch | launch_hopper.Hopper:
     """The launch that a runner has come to."""
     while not hasattr(runner, "repeat"):
         runner = runner.launch
@@ -271,6 +272,23 @@ def _come_to(runner: Any) -> Launch:
 
 
 def _forward(
+    prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, saved: Tensor | None
+) -> Callable[..., None]:
+    """How such tensors are computed with, from now on."""
+    if out.device.type != "cuda" or device_generation(out.device) != HOPPER:
+        return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
+    *start, step = starts(layout, out.shape[2])
+    drops = dropout.p != 0.0
+    reason = launch_hopper.declines(prepared.formula, operands, out, saved, step, drops)
+    if reason is not None:
+        log.debug("not by the kernel for Hopper: %s", reason)
+        return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
+    dropping = dropout.numbers if drops else []
+    first = launch_hopper.Hopper(prepared.formula, operands, None if saved is None else start, dropping)
+    return FirstThatRuns(first, lambda: _by_triton(prepared, operands, layout, dropout, out, saved is not None))
+
+
+def _by_triton(
     prepared: Program, operands: Operands, layout: Layout, dropout: Dropout, out: Tensor, save: bool
 ) -> Callable[..., None]:
     experts, rows, features, inner = operands.sizes
@@ -291,7 +309,7 @@ def _forward(
         "UPCAST": interpreted and operands.x.dtype == torch.bfloat16,
         "ONE": rows == 1,
     }
-    numbers = [rows, features, inner, *strides, *bias_strides, gate_start, up_start]
+    numbers = [rows, features, inner, *strides, *bias_strides, gate_start, up_start, *dropout.numbers]
     if rows <= tiles.FEW_ROWS:
         first = tiles.INTERPRETED_FEW if interpreted else tiles.few(operands.x.dtype, rows)
         kernel = prepared.kernel("gated_few", interpreted)
@@ -308,7 +326,7 @@ def _forward(
 
     if not _described(operands, kind):
         return for_any_layout()
-    sizes = [rows, features, inner, *bias_strides, gate_start, up_start]
+    sizes = [rows, features, inner, *bias_strides, gate_start, up_start, *dropout.numbers]
     through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), operands, first, sizes, constants)
     return through_tma if interpreted else FirstThatRuns(through_tma, for_any_layout)
 
@@ -343,20 +361,20 @@ class _Fitting:
         self.launch: Launch | None = None
         self.unfit: Unavailable | None = None
 
-    def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
+    def __call__(self, tensors: list[Tensor]) -> None:
         if self.launch is not None:
-            self.launch(tensors, free)
+            self.launch(tensors)
             return
         if self.unfit is not None:
             raise self.unfit.again()
         try:
-            self.launch = self._fitted(tensors, free)
+            self.launch = self._fitted(tensors)
         except Unavailable as error:
             self.unfit = error.again()
             raise
 
-    def _fitted(self, tensors: list[Tensor], free: list[Any]) -> Launch:
-        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors, free)
+    def _fitted(self, tensors: list[Tensor]) -> Launch:
+        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors)
 
     def _made(self, t: Tiles) -> Launch:
         known = {**self.constants, **_sizes(t), "EVEN_K": self.inner % t.block_k == 0}
@@ -378,7 +396,6 @@ def _first_that_fits(
     candidates: Iterable[Tiles],
     make: Callable[[Tiles], Launch],
     tensors: list[Tensor],
-    free: list[Any],
 ) -> Launch:
     from triton.runtime.errors import OutOfResources
 
@@ -386,7 +403,7 @@ def _first_that_fits(
     for t in candidates:
         launch = make(t)
         try:
-            launch(tensors, free)
+            launch(tensors)
         except OutOfResources as error:
             log.debug("%s does not fit: %s", t, error)
         except DoesNotCompile as error:
@@ -415,8 +432,8 @@ class _Described:
         described = [_descriptor(v, [block, t.block_k]) for v, block in blocks]
         self.launch = Launch(kernel, min(count, programs), numbers, ordered, _options(t), described)
 
-    def __call__(self, tensors: list[Tensor], free: list[Any]) -> None:
-        self.launch(tensors, free)
+    def __call__(self, tensors: list[Tensor]) -> None:
+        self.launch(tensors)
 
 
 def _descriptor(x: Tensor, block: list[int]) -> Described:
@@ -429,11 +446,6 @@ def _descriptor(x: Tensor, block: list[int]) -> Described:
         return TensorDescriptor(x[0], list(shape), list(strides), block)
 
     return Described(shape, strides, make)
-
-
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tensor) -> None:
@@ -517,5 +529,4 @@ def _pointwise(
     kernel = prepared.kernel(name, interpreted)
     ordered = {n: known[n] for n in kernel.arg_names if n in known}
     programs = -(-rows // block_m) * -(-features // block_n)
-    launch, free = Launch(kernel, programs, numbers, ordered, {"num_warps": warps}), dropout.numbers
-    return lambda tensors: launch(tensors, free)
+    return Launch(kernel, programs, [*numbers, *dropout.numbers], ordered, {"num_warps": warps})

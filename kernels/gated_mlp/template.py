@@ -46,6 +46,16 @@ def tile_of(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
+def banked(total, part, end):
+    """What of a sum in fp32 is put aside: after each 256 of it a part is added to the total, and begins anew. One chain
+    of additions loses bits in proportion to its length."""
+    if end % 256 == 0:
+        total += part
+        part = tl.full(part.shape, 0.0, tl.float32)
+    return total, part
+
+
+@triton.jit
 def gated_epilogue(
     gate, up, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
     expert, first_m, first_n, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
@@ -138,6 +148,8 @@ def gated_forward(
     up_at = up_ptr + e * stride_ue + n[None, :] * stride_un + k[:, None] * stride_uk
     gate = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     up = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
+    EXACT: tl.constexpr = PRECISION == "ieee" and x_ptr.dtype.element_ty == tl.float32
+    gate_total, up_total = gate, up
     for start in range(0, inner, BLOCK_K):
         if EVEN_K:
             x, g, u = tl.load(x_at), tl.load(gate_at), tl.load(up_at)
@@ -150,9 +162,14 @@ def gated_forward(
             x, g, u = x.to(tl.float32), g.to(tl.float32), u.to(tl.float32)
         gate = tl.dot(x, g, gate, input_precision=PRECISION)
         up = tl.dot(x, u, up, input_precision=PRECISION)
+        if EXACT:
+            gate_total, gate = banked(gate_total, gate, start + BLOCK_K)
+            up_total, up = banked(up_total, up, start + BLOCK_K)
         x_at += BLOCK_K * stride_xk
         gate_at += BLOCK_K * stride_gk
         up_at += BLOCK_K * stride_uk
+    if EXACT:
+        gate, up = gate_total + gate, up_total + up
     gated_epilogues(
         gate, up, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, seed_ptr,
         expert, tile_m * BLOCK_M, tile_n * BLOCK_N, rows, features, stride_gbe, stride_gbn, stride_ube, stride_ubn,
@@ -243,6 +260,8 @@ def gated_few(
         x_at = x_ptr + e * stride_xe + m[None, :] * stride_xm + k[:, None] * stride_xk  # [K, M]
         gate_sum = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
         up_sum = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
+        EXACT: tl.constexpr = PRECISION == "ieee" and x_ptr.dtype.element_ty == tl.float32
+        gate_total, up_total = gate_sum, up_sum
         for start in range(0, inner, BLOCK_K):
             if EVEN_K:
                 x, g, u = tl.load(x_at), tl.load(gate_at), tl.load(up_at)
@@ -255,9 +274,14 @@ def gated_few(
                 x, g, u = x.to(tl.float32), g.to(tl.float32), u.to(tl.float32)
             gate_sum = tl.dot(g, x, gate_sum, input_precision=PRECISION)
             up_sum = tl.dot(u, x, up_sum, input_precision=PRECISION)
+            if EXACT:
+                gate_total, gate_sum = banked(gate_total, gate_sum, start + BLOCK_K)
+                up_total, up_sum = banked(up_total, up_sum, start + BLOCK_K)
             x_at += BLOCK_K * stride_xk
             gate_at += BLOCK_K * stride_gk
             up_at += BLOCK_K * stride_uk
+        if EXACT:
+            gate_sum, up_sum = gate_total + gate_sum, up_total + up_sum
         gate = tl.trans(gate_sum)
         up = tl.trans(up_sum)
     gated_epilogue(

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import sympy
 
-from xfcompile.activation import GATE, KEEP, UP, X, tensor, vector, with_ndtr
+from xfcompile.activation import GATE, KEEP, UP, X, separate, tensor, vector, with_ndtr
 from xfcompile.kernels import pointwise
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.kernels.gated_mlp.codegen import separate
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 '''
 
 FIXED = '''\
-# That multiply. With a third one, and those that load, a program has 512 threads, and ptxas gives so many threads no
-# instruction that leaves 128 sums in each.
-WARPGROUPS = gl.constexpr(2)
+# Of a tile: 64 for each of two warpgroups that multiply. With a third one, and those that load, a program has 512
+# threads, and ptxas gives so many threads no instruction that leaves 128 sums in each.
+ROWS = gl.constexpr(128)
 
 
 @gluon.jit
@@ -149,55 +148,16 @@ def philox(seed, groups, stream):
     c2 = gl.full(groups.shape, 0, gl.uint32, groups.type.layout)
     c3 = c2 + stream.to(gl.uint32)
     for _ in gl.static_range(10):
-        x0 = gl.umulhi(c2, gl.full(c2.shape, 0xCD9E8D57, gl.uint32, c2.type.layout)) ^ c1 ^ k0
-        x2 = gl.umulhi(c0, gl.full(c0.shape, 0xD2511F53, gl.uint32, c0.type.layout)) ^ c3 ^ k1
-        c1 = c2 * 0xCD9E8D57
-        c3 = c0 * 0xD2511F53
-        c0 = x0
-        c2 = x2
+        # One instruction for both halves of a product.
+        a = c0.to(gl.uint64) * 0xD2511F53
+        b = c2.to(gl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(gl.uint32) ^ c1 ^ k0
+        c2 = (a >> 32).to(gl.uint32) ^ c3 ^ k1
+        c1 = b.to(gl.uint32)
+        c3 = a.to(gl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
     return c0, c1, c2, c3
-
-
-@triton.constexpr_function
-def shared_out(groups):
-    """A layout of [64, groups] in which the four threads that hold a row's sums have a quarter of its groups each."""
-    registers = [[8, 0]] + [[0, 1 << n] for n in range(2, groups.bit_length() - 1)]
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, groups])
-
-
-@triton.constexpr_function
-def as_sums(groups):
-    """The layout of sums [64, 8 groups], as [64, groups, 4, 2]."""
-    registers = [[0, 0, 0, 1], [8, 0, 0, 0]] + [[0, 1 << n, 0, 0] for n in range(groups.bit_length() - 1)]
-    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
-    warps = [[16, 0, 0, 0], [32, 0, 0, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64, groups, 4, 2])
-
-
-@gluon.jit
-def kept(seed, threshold, stream, first_m, first_n, features, MMA: gl.constexpr, N: gl.constexpr):
-    """What dropout keeps [64, N] of rows from first_m and columns from first_n on; features: a multiple of 8.
-
-    Each thread draws for its share of groups, and what it finds, one bit an element, goes to those that hold them.
-    """
-    G: gl.constexpr = N // 8
-    SHARE: gl.constexpr = shared_out(G)
-    SUMS: gl.constexpr = as_sums(G)
-    row = first_m + gl.arange(0, 64, gl.SliceLayout(1, SHARE))
-    groups = (row.to(gl.int64) * (features // 8))[:, None]
-    groups += (first_n // 8 + gl.arange(0, G, gl.SliceLayout(0, SHARE)))[None, :]
-    w0, w1, w2, w3 = philox(seed, groups, stream)
-    bits = pieces(w0, threshold) | pieces(w1, threshold) << 2
-    bits |= pieces(w2, threshold) << 4 | pieces(w3, threshold) << 6
-    bits = gl.convert_layout(bits.to(gl.uint8), gl.SliceLayout(2, gl.SliceLayout(3, SUMS))).to(gl.int32)
-    two = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, SUMS)))) * 2
-    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, SUMS))))
-    shifts = gl.expand_dims(two[None, None, :], 3) + one[None, None, None, :]
-    keep = (gl.expand_dims(bits[:, :, None], 3) >> shifts & 1) != 0
-    return gl.convert_layout(keep.reshape([64, N]), MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -206,12 +166,75 @@ def pieces(word, threshold):
     low = (word & 0xFFFF).to(gl.int32) >= threshold
     high = (word >> 16).to(gl.int32) >= threshold
     return low.to(gl.int32) | high.to(gl.int32) << 1
+
+
+@gluon.jit
+def draw(
+    bits, b_full, b_empty, features, threshold, stream, seed_ptr, tiles_m, tiles_n,
+    BLOCK_N: gl.constexpr, PART: gl.constexpr, GROUP: gl.constexpr,
+):
+    """The warps that say what dropout keeps, a bit an element: of a warpgroup's part of a tile, words of 32 neighbours
+    [PART // 32, rows]. They are a tile ahead. features: a multiple of 8."""
+    WORDS: gl.constexpr = bits.shape[1]
+    M: gl.constexpr = bits.shape[2]
+    CONSUMERS: gl.constexpr = ROWS // M
+    PARTS: gl.constexpr = BLOCK_N // PART
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    seed = gl.load(seed_ptr)
+    turn = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
+        at = turn % 2
+        mbarrier.wait(b_empty.index(at), (turn // 2 & 1) ^ 1)
+        # Loops that are loops: consumers' instructions, some thousands each, fill the cache.
+        for block in range(CONSUMERS * PARTS):
+            row = (tile_m * CONSUMERS + block // PARTS) * M + gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
+            first = (tile_n * BLOCK_N + block % PARTS * PART) // 8
+            groups = (row.to(gl.int64) * (features // 8) + first)[None, :]
+            groups += (gl.arange(0, WORDS, gl.SliceLayout(1, LAYOUT)) * 4)[:, None]
+            words = gl.full([WORDS, M], 0, gl.int32, LAYOUT)
+            for n in range(4):
+                w0, w1, w2, w3 = philox(seed, groups + n, stream)
+                eight = pieces(w0, threshold) | pieces(w1, threshold) << 2
+                eight |= pieces(w2, threshold) << 4 | pieces(w3, threshold) << 6
+                words |= eight << 8 * n
+            bits.index(at * CONSUMERS * PARTS + block).store(words)
+        mbarrier.arrive(b_full.index(at), count=1)
+        turn += 1
+
+
+@triton.constexpr_function
+def as_sums(rows, words):
+    """The layout of sums [rows, 32 words], as [rows, words, 4, 4, 2]."""
+    registers = [[0, 0, 0, 0, 1], [8, 0, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 2, 0, 0]]
+    registers += [[0, 1 << n, 0, 0, 0] for n in range(words.bit_length() - 1)]
+    lanes = [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [1, 0, 0, 0, 0], [2, 0, 0, 0, 0], [4, 0, 0, 0, 0]]
+    warps = [[n, 0, 0, 0, 0] for n in (16, 32, 64) if n < rows]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, words, 4, 4, 2])
+
+
+@gluon.jit
+def kept(words, MMA: gl.constexpr, N: gl.constexpr):
+    """What dropout keeps [M, N] of what `draw` has stored in words [N // 32, M]."""
+    M: gl.constexpr = words.shape[1]
+    SUMS: gl.constexpr = as_sums(M, N // 32)
+    LINES: gl.constexpr = gl.SliceLayout(4, SUMS)
+    EIGHTS: gl.constexpr = gl.SliceLayout(3, LINES)
+    loaded = words.permute((1, 0)).load(gl.SliceLayout(2, EIGHTS))
+    eight = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, EIGHTS))) * 8
+    two = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LINES)))) * 2
+    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, SUMS)))))
+    mine = gl.expand_dims(gl.expand_dims(loaded, 2), 3) >> two[None, None, None, :]  # of a thread: one shift a word
+    mine = gl.expand_dims(mine, 4)
+    # Of registers alone: compile-time numbers.
+    mask = 1 << (gl.expand_dims(gl.expand_dims(eight[None, None, :], 3), 4) + one[None, None, None, None, :])
+    return gl.convert_layout((mine & mask).reshape([M, N]), MMA, assert_trivial=True) != 0
 '''
 
 KERNEL = '''\
 @gluon.jit
 {finish}
-    """From sums [64, N] to what is stored, PART columns at a time. NUMBER: of the part, in the order of columns."""
+    """From sums [M, N] to what is stored, PART columns at a time. NUMBER: of the part, in the order of columns."""
     M: gl.constexpr = {sum}.shape[0]
     N: gl.constexpr = {sum}.shape[1]
     if N > PART:
@@ -229,10 +252,11 @@ KERNEL = '''\
 {produce}
     """The warp that loads. What is beyond the ends of x and of weights reads as 0, and counts as loaded."""
     M: gl.constexpr = x_smem.shape[1]
-    WIDE: gl.constexpr = w_smem.shape[1]
-    BLOCK_K: gl.constexpr = w_smem.shape[2]
+    CONSUMERS: gl.constexpr = ROWS // M
+    BLOCK_K: gl.constexpr = x_smem.shape[2]
+    WIDE: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // BLOCK_K
     BLOCK_N: gl.constexpr = WIDE // {products}
-    BYTES: gl.constexpr = (WARPGROUPS * M + WIDE) * BLOCK_K * 2
+    BYTES: gl.constexpr = (CONSUMERS * M + WIDE) * BLOCK_K * 2
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
@@ -241,36 +265,42 @@ KERNEL = '''\
             bar = full.index(at)
             mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
             mbarrier.expect(bar, BYTES)
-            for n in gl.static_range(WARPGROUPS):
-                row = (tile_m * WARPGROUPS + n) * M
+            for n in gl.static_range(CONSUMERS):
+                row = (tile_m * CONSUMERS + n) * M
                 tma.async_copy_global_to_shared(
-                    x_desc, [row, k * BLOCK_K], bar, x_smem.index(at * WARPGROUPS + n))
-            weights = w_smem.index(at)._reinterpret(w_smem.dtype, [{products}, BLOCK_N, BLOCK_K], w_smem.layout)
+                    x_desc, [row, k * BLOCK_K], bar, x_smem.index(at * CONSUMERS + n))
+            if ACROSS:
+                tma.async_copy_global_to_shared({weight}, [k * BLOCK_K, tile_n * BLOCK_N], bar, w_smem.index(at))
+            else:
+                weights = w_smem.index(at)._reinterpret(w_smem.dtype, [{products}, BLOCK_N, BLOCK_K], w_smem.layout)
 {load_weights}
             step += 1
 
 
 @gluon.jit
 {consume}
-    """A warpgroup with 64 rows of each tile."""
+    """A warpgroup with 64 rows of each tile, or two with all of them."""
     M: gl.constexpr = x_smem.shape[1]
-    WIDE: gl.constexpr = w_smem.shape[1]
+    CONSUMERS: gl.constexpr = ROWS // M
+    WIDE: gl.constexpr = w_smem.shape[1] * w_smem.shape[2] // x_smem.shape[2]
     BLOCK_N: gl.constexpr = WIDE // {products}
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, WIDE, 16])
     step = 0
     ahead = gl.minimum(SKEW, steps) - 1
-{seed}    if SKEW > 0 and w == 1:
+{counters}    if SKEW > 0 and w == 1:
         mbarrier.wait(started.index(0), 0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP)
-        first_m = (tile_m * WARPGROUPS + w) * M
+        first_m = (tile_m * CONSUMERS + w) * M
         first_n = tile_n * BLOCK_N
 {fetch_first}        acc = gl.zeros([M, WIDE], gl.float32, MMA)
         for k in range(steps):
             at = step % STAGES
             mbarrier.wait(full.index(at), step // STAGES & 1)
-            acc = warpgroup_mma(
-                x_smem.index(at * WARPGROUPS + w), w_smem.index(at).permute((1, 0)), acc, is_async=True)
+            weights = w_smem.index(at)
+            if not ACROSS:
+                weights = weights.permute((1, 0))
+            acc = warpgroup_mma(x_smem.index(at * CONSUMERS + w), weights, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])  # for the product before
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             if SKEW > 0 and w == 0:
@@ -286,40 +316,55 @@ KERNEL = '''\
 {kernel}
     """One program: tiles `program_id`, `program_id + num_programs` ...; a tile is 64 rows for each of two warpgroups.
 
-    Descriptors: x [M, K] in blocks [64, BLOCK_K], weights [N, K] in blocks [BLOCK_N, BLOCK_K], out [M, N] in blocks
-    [64, PART]. steps: blocks of K. To be launched with four warps.
+    Descriptors: x [M, K] in blocks [R, BLOCK_K], out [M, N] in blocks [R, PART], where R is 64 if each warpgroup has
+    instructions of its own, and 128 if they run the same; weights [N, K] in blocks [BLOCK_N, BLOCK_K] (ACROSS: one
+    weight [K, N] in blocks [BLOCK_K, BLOCK_N]). steps: blocks of K. To be launched with R // 16 warps.
     """
     dtype: gl.constexpr = x_desc.dtype
     M: gl.constexpr = x_desc.block_type.shape[0]
+    CONSUMERS: gl.constexpr = ROWS // M
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    WIDE: gl.constexpr = {products} * {weight}.block_type.shape[0]
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES * WARPGROUPS, M, BLOCK_K], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, BLOCK_K], {weight}.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS * BUFFERS, M, PART], out_desc.layout)
+    WIDE: gl.constexpr = {products} * {weight}.block_type.shape[0] * {weight}.block_type.shape[1] // BLOCK_K
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * CONSUMERS, M, BLOCK_K], x_desc.layout)
+    if ACROSS:
+        w_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, WIDE], {weight}.layout)
+    else:
+        w_smem = gl.allocate_shared_memory(dtype, [STAGES, WIDE, BLOCK_K], {weight}.layout)
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS * BUFFERS, M, PART], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     started = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
-        mbarrier.init(empty.index(n), count=WARPGROUPS)
+        mbarrier.init(empty.index(n), count=CONSUMERS)
     mbarrier.init(started.index(0), count=1)
-{r_barriers}    fence_async_shared()
+{r_barriers}{b_barriers}    fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
-    gl.warp_specialize([(consume, (
+    if CONSUMERS == 2:
+        gl.warp_specialize([(consume, (
 {consumer_0}
-    )), (consume, (
+        )), (consume, (
 {consumer_1}
-    )), (produce, (
+        )), (produce, (
 {producer}
-    ))], [4, 1], [REGISTERS, 24])
+        )){drawers}], {warps}, {registers})
+    else:
+        gl.warp_specialize([(consume, (
+{consumer_0}
+        )), (produce, (
+{producer}
+        )){drawers}], {warps_of_others}, {registers_of_others})
 '''
+
+DRAWING = 40
+"""Registers of a thread that draws random numbers, and of those that load, which are in the same warpgroup."""
 
 CONSTANTS = ["STAGES", "PART", "BUFFERS", "GROUP", "SKEW", "REGISTERS"]
 
 
 def flags(epilogue: Epilogue) -> list[str]:
-    """Compile-time arguments of a site: whether each product has a bias."""
-    return [f"{name.upper()}_BIAS" for name in epilogue.names]
+    """Compile-time arguments of a site: whether each product has a bias, and whether the weight is [K, N]."""
+    return [*(f"{name.upper()}_BIAS" for name in epilogue.names), "ACROSS"]
 
 
 def module(epilogue: Epilogue) -> str:
@@ -368,20 +413,23 @@ def _kernel(epilogue: Epilogue) -> str:
     sizes = ["rows", "features"]
     saved = [f"{name}_out_desc" for name in names] if epilogue.saves else []
     dropout = ["threshold", "scale", "stream"] if epilogue.drops else []
-    seed = ["seed"] if epilogue.drops else []
-    given = ["out_desc", *saved, *fetched, *biases, *others, *sizes, *dropout]
+    scaled = ["scale"] if epilogue.drops else []
+    given = ["out_desc", *saved, *fetched, *biases, *others, *sizes, *scaled]
     tiling = ["steps", "tiles_m", "tiles_n"]
-    own = flags(epilogue)
+    *own, across = flags(epilogue)
     smem = ["x_smem", "w_smem"]
     finish_constants = ["w", "NUMBER", "PART", "PARTS", "BUFFERS", *own]
     barriers = ["r_full"] if epilogue.tensors else []
     turn = ["turn"] if epilogue.tensors else []
-    finish = ["first_m", "first_n", "out_smem", *barriers, *turn, *given, *seed]
+    bits = ["bits"] if epilogue.drops else []
+    at = ["drawn"] if epilogue.drops else []
+    handed = ["b_full", "b_empty"] if epilogue.drops else []
+    finish = ["first_m", "first_n", "out_smem", *barriers, *turn, *bits, *at, *given]
     pointer = ["seed_ptr"] if epilogue.drops else []
-    consume = [*smem, "out_smem", "full", "empty", "started", *barriers, *given, *pointer, *tiling]
+    consume = [*smem, "out_smem", "full", "empty", "started", *barriers, *bits, *handed, *given, *tiling]
     produce = ["x_desc", *weights, *smem, "full", "empty", *tiling]
-    produced = ["STAGES", "GROUP"]
-    consumed = [*(x for x in CONSTANTS if x != "REGISTERS"), *own]
+    produced = ["STAGES", "GROUP", across]
+    consumed = [*(x for x in CONSTANTS if x != "REGISTERS"), across, *own]
 
     def constants(names: Sequence[str]) -> list[str]:
         return [f"{x}: gl.constexpr" for x in names]
@@ -431,7 +479,7 @@ def _kernel(epilogue: Epilogue) -> str:
         ]
     drop = []
     if epilogue.drops:
-        keep = "kept(seed, threshold, stream, first_m, first_n, features, LAYOUT, N)"
+        keep = "kept(bits.index(drawn + NUMBER), LAYOUT, N)"
         if epilogue.gated:
             drop = [f"out = gl.where({keep}, out * scale, 0.0)"]
         else:
@@ -445,11 +493,33 @@ def _kernel(epilogue: Epilogue) -> str:
         finish_all = ["gate, up = halves(acc)", call("finish", [*names, *finish_call], 0)]
     if epilogue.tensors:
         finish_all.append("turn += BLOCK_N // PART // BUFFERS")
+    if epilogue.drops:
+        finish_all = [
+            "mbarrier.wait(b_full.index(drawing % 2), drawing // 2 & 1)",
+            "drawn = (drawing % 2 * CONSUMERS + w) * (BLOCK_N // PART)",
+            *finish_all,
+            "mbarrier.arrive(b_empty.index(drawing % 2), count=1)",
+            "drawing += 1",
+        ]
+    drawers = ""
+    if epilogue.drops:
+        drawn = ["bits", "b_full", "b_empty", "features", "threshold", "stream", "seed_ptr", "tiles_m", "tiles_n"]
+        block_n = f"WIDE // {len(names)}"
+        drawers = f", (draw, (\n{_arguments([*drawn, block_n, 'PART', 'GROUP'])}\n        ))"
     r_barriers = [
-        "r_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS * BUFFERS, 1], mbarrier.MBarrierLayout())",
-        "for n in gl.static_range(WARPGROUPS * BUFFERS):",
+        "r_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * BUFFERS, 1], mbarrier.MBarrierLayout())",
+        "for n in gl.static_range(CONSUMERS * BUFFERS):",
         "    mbarrier.init(r_full.index(n), count=1)",
     ] * epilogue.tensors
+    b_barriers = [
+        f"bits = gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS * (WIDE // {len(names)} // PART), PART // 32, M],",
+        "                                  gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))",
+        "b_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
+        "b_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())",
+        "for n in gl.static_range(2):",
+        "    mbarrier.init(b_full.index(n), count=1)",
+        "    mbarrier.init(b_empty.index(n), count=CONSUMERS)",
+    ] * epilogue.drops
     load_weights = [
         f"tma.async_copy_global_to_shared({w}, [tile_n * BLOCK_N, k * BLOCK_K], bar, weights.index({n}))"
         for n, w in enumerate(weights)
@@ -467,15 +537,21 @@ def _kernel(epilogue: Epilogue) -> str:
         fetch_first=_block(fetch_first, 2),
         fetch_next=_block(fetch_next, 2),
         r_barriers=_block(r_barriers, 1),
+        b_barriers=_block(b_barriers, 1),
+        drawers=drawers,
+        warps=[4, 1, 2] if epilogue.drops else [4, 1],
+        registers=f"[REGISTERS, {DRAWING}, {DRAWING}]" if epilogue.drops else "[REGISTERS, 24]",
+        warps_of_others=[1, 2] if epilogue.drops else [1],
+        registers_of_others=f"[{DRAWING}, {DRAWING}]" if epilogue.drops else "[24]",
         number=_number(epilogue, epilogue.stores - 1),
-        seed=_block(["seed = gl.load(seed_ptr)"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
+        counters=_block(["drawing = 0"] * epilogue.drops + ["turn = 0"] * epilogue.tensors, 1),
         products=len(names),
         produce=define("produce", produce, produced),
-        load_weights=_indented(load_weights, 3),
+        load_weights=_indented(load_weights, 4),
         consume=define("consume", ["w: gl.constexpr", *consume], consumed),
         finish_all=_indented(finish_all, 2),
         unspecialized=repr([*sizes, *tiling, *dropout]),
-        kernel=define("gemm", [*pointers, *sizes, *tiling, *dropout], [*CONSTANTS, *own]),
+        kernel=define("gemm", [*pointers, *sizes, *tiling, *dropout], [*CONSTANTS, *own, across]),
         weight=weights[0],
         consumer_0=consumer(0),
         consumer_1=consumer(1),
@@ -499,5 +575,5 @@ def _block(lines: Sequence[str], depth: int) -> str:
 
 def _arguments(names: Sequence[str]) -> str:
     return textwrap.fill(
-        ", ".join(names), 120, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
+        ", ".join(names), 120, initial_indent=" " * 12, subsequent_indent=" " * 12, break_long_words=False
     )

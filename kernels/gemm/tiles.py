@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from xfcompile.measured import Fact, Measured
+
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
 
@@ -20,7 +22,7 @@ class Tile:
 
     part: columns that are stored at once, through one of `buffers` pieces of shared memory a warpgroup. group: rows of
     tiles that are taken together. skew: steps that a warpgroup is ahead of the next one, so that one multiplies while
-    the other stores. registers: of a thread that computes.
+    the other stores. registers: of a thread that computes. joined: both warpgroups run the same code, in step.
     """
 
     columns: int = 256
@@ -29,8 +31,9 @@ class Tile:
     part: int = 64
     buffers: int = 2
     group: int = 8
-    skew: int = 2
+    skew: int = 0
     registers: int = 240
+    joined: bool = False
 
     def stored(self, products: int) -> tuple[int, int]:
         """Columns of what is stored at once, and pieces of shared memory for it: no more than a tile has of either."""
@@ -38,28 +41,69 @@ class Tile:
         part = min(self.part, columns)
         return part, min(self.buffers, columns // part)
 
-    @property
-    def shared(self) -> int:
-        """Bytes, without barriers."""
+    def shared(self, products: int, drops: bool = False) -> int:
+        """Bytes, without barriers; those of what dropout keeps are of two tiles, a bit an element."""
+        part, buffers = self.stored(products)
         stage = (BLOCK_M + self.columns) * self.block_k
-        return 2 * (self.stages * stage + BLOCK_M * self.part * self.buffers)
+        bits = 2 * BLOCK_M * (self.columns // products) // 8
+        return 2 * (self.stages * stage + BLOCK_M * part * buffers) + bits * drops
 
+    @property
+    def dropping(self) -> Tile:
+        """The tile where random numbers are drawn beside it, which takes shared memory and registers."""
+        return replace(self, stages=self.stages - 1, registers=232, skew=0)
+
+
+_MEASURED = Measured(
+    "examples/bench_hopper_gemm.py",
+    "2026-11-28",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/hopper_gemm_h200.json",
+)
 
 WIDE = Tile()
 """The largest sums that two warpgroups hold, of which each number that is loaded serves most products."""
 
-NARROW = Tile(columns=128, stages=6)
+NARROW = Tile(columns=128, stages=6, skew=2)
 """Where wide tiles would leave multiprocessors without work."""
+
+USUAL: dict[str, Fact[Tile]] = {"wide": Fact(WIDE, _MEASURED), "narrow": Fact(NARROW, _MEASURED)}
+
+COST = 1.08
+"""Of two narrow tiles, in wide ones: at 256 x 4096 x 11008 three rounds of narrow tiles took 0.82 of the time of two
+rounds of wide ones."""
+
+FEWEST_ROWS = 256
+"""Fewer were not measured: a tile has 128."""
+
+
+DROPPING = False
+"""Whether the kernel is taken for what drops out: not measured since random numbers are drawn by warps of their own."""
+
+
+def choose(rows: int, features: int, products: int, multiprocessors: int, drops: bool = False) -> Tile:
+    """The tile of a problem: the narrow one where its rounds are shorter."""
+
+    def rounds(tile: Tile) -> int:
+        return -(-(-(-rows // BLOCK_M) * -(-features // (tile.columns // products))) // multiprocessors)
+
+    wide, narrow = USUAL["wide"].value, USUAL["narrow"].value
+    tile = narrow if COST * rounds(narrow) < 2 * rounds(wide) else wide
+    return tile.dropping if drops else tile
+
 
 VARIANTS = {
     "wide": WIDE,
-    "skew 0": replace(WIDE, skew=0),
-    "skew 3": replace(WIDE, skew=3),
-    "groups of 16": replace(WIDE, group=16),
-    "groups of 4": replace(WIDE, group=4),
-    "parts of 32": replace(WIDE, part=32, buffers=4),
+    "skew 2": replace(WIDE, skew=2),
     "3 stages": replace(WIDE, stages=3, buffers=4),
-    "deep": replace(WIDE, block_k=128, stages=2, skew=1),
     "narrow": NARROW,
+    "joined": replace(WIDE, joined=True),
+    "joined, 3 stages": replace(WIDE, stages=3, buffers=4, joined=True),
 }
-"""What `examples/bench_hopper_gemm.py` compares."""
+DROPPING_VARIANTS = {
+    "wide": WIDE.dropping,
+    "4 buffers": replace(WIDE, buffers=4).dropping,
+    "narrow": NARROW.dropping,
+    "joined": replace(WIDE, joined=True).dropping,
+}
+"""What `examples/bench_hopper_gemm.py` compares, the latter where something drops out."""

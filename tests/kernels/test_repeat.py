@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import gated_cases
@@ -133,6 +134,17 @@ def test_launches_with_numbers_of_one_class_have_a_kernel_in_common(
     if same:
         assert first.launched[0][-3:] == (*other, 64)
         assert launched(kernel, other, made)([at(4), at(0)]) is not first
+
+
+def test_what_is_free_is_not_specialised_on() -> None:
+    kernel = Kernel()
+    fixed, specialised = (SimpleNamespace(name="s", do_not_specialize=x) for x in (True, False))
+    kernel.params = [None, None, None, fixed]  # type: ignore[attr-defined]
+    launched(kernel)([at(0), at(0)], [5])
+    kernel.params[3] = specialised  # type: ignore[attr-defined]
+    launched(kernel)([at(0), at(0)], [5.0])  # of floats Triton knows nothing
+    with pytest.raises(AssertionError, match="specialised on"):
+        launched(kernel)([at(0), at(0)], [5])
 
 
 def test_profilers_of_triton_are_told_of_every_launch() -> None:

@@ -45,9 +45,16 @@ _MEASURED = Measured(
     "examples/results/bias_act_dropout_h200.json",
 )
 
+_PRODUCT = Measured(
+    "examples/bench_hopper_gemm.py",
+    "2026-11-28",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/hopper_gemm_h200.json",
+)
+
 _HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
     ("activated", True): Fact(Usual("inductor"), _MEASURED),
-    ("activated", False): Fact(Usual("inductor"), _MEASURED),
+    ("activated", False): Fact(Usual("epilogue", 4096), _PRODUCT),
     ("added", True): Fact(Usual("inductor"), _MEASURED),
     ("added", False): Fact(Usual("inductor"), _MEASURED),
     ("no product", True): Fact(Usual("inductor"), _MEASURED),
@@ -56,7 +63,7 @@ _HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
 
 USUAL: dict[tuple[str, str, bool], Fact[Usual]] = {
     **{(SM_90, *place): fact for place, fact in _HOPPER.items()},
-    **{(kind, *place): Fact(fact.value) for kind in (SM_80, SM_100, GFX942, CPU) for place, fact in _HOPPER.items()},
+    **{(kind, *place): Fact(Usual("inductor")) for kind in (SM_80, SM_100, GFX942, CPU) for place in _HOPPER},
 }
 """By hardware, `shape_class` and whether a gradient is needed. An opaque call keeps Inductor from fusing what stands
 beside it: another route has its place here only where a whole block is faster with it
@@ -168,7 +175,36 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
         return Route("inductor", "not measured to be faster than what Inductor makes of it")
     if rows.is_Integer and rows < usual.rows:
         return Route("inductor", f"fewer than {usual.rows} rows, for which Inductor is faster")
+    if usual.route == "epilogue":
+        reason = _why_no_epilogue(site, rows)
+        if reason is not None:
+            return Route("inductor", f"left to Inductor: {reason}")
     return Route(usual.route)
+
+
+SHORTEST = 512
+"""Features, of the input and of the result, from which on the product of matrices for Hopper was measured, about."""
+
+
+def _why_no_epilogue(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
+    """Why the product of matrices for Hopper, which is what was measured, does not compute a site; None if it does, as
+    far as is known at compile time."""
+    from xfcompile.kernels.bias_act_dropout import text_of
+    from xfcompile.kernels.bias_act_dropout.launch_hopper import unavailable
+
+    assert site.product is not None
+    inner = sympy.sympify(site.product.x.shape[-1])
+    if not (rows.is_Integer and inner.is_Integer):
+        return "sizes that are not known at compile time"
+    if min(site.features, inner) < SHORTEST or site.features % 8 or inner % 8:
+        return f"not measured with fewer than {SHORTEST} features, or with no multiple of 8"
+    if site.tensors:
+        return "Inductor computes what is added together with what follows"
+    if site.product.transposed:
+        return "a weight that is transposed"
+    if {site.dtype, site.root.dtype} not in ({torch.float16}, {torch.bfloat16}):
+        return "not measured with numbers of other than 16 bits"
+    return unavailable(text_of(site.formula), len(site.vectors), 0)
 
 
 def _why_not(site: BiasActDropoutSite, wanted: str | None) -> str | None:

@@ -1,0 +1,132 @@
+"""What runs on a Hopper GPU by default, planned without one: what was measured to be faster, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from xfcompile import gated_routes, rewrite
+from xfcompile.families import bias_act_dropout
+from xfcompile.kernels.attention import tiles
+
+L = F.linear
+
+
+def swiglu(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return F.silu(L(x, w)) * L(x, v)
+
+
+def packed(x: Tensor, w: Tensor) -> Tensor:
+    gate, up = L(x, w).chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def in_turns(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    gate, up = L(x, w, b).unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * up
+
+
+def transposed(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return F.silu(x @ w) * (x @ v)
+
+
+def activated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(L(x, w, b))
+
+
+def with_residual(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return F.gelu(L(x, w, b)) + r
+
+
+@pytest.fixture(autouse=True)
+def a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("another GPU is here")
+    monkeypatch.setattr(tiles, "capability", lambda index: (9, 0))
+
+
+class Planned(Exception):
+    """Enough was seen: without the GPU the program does not run."""
+
+
+def planned(
+    fn: Callable[..., Tensor], *shapes: tuple[int, ...], dtype: torch.dtype, dynamic: bool
+) -> list[tuple[str | None, str | None]]:
+    found: list[tuple[str | None, str | None]] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        found.extend((s.route, s.reason) for s in rewrite(gm, examples, {"strict": True}).sites if s.matched)
+        raise Planned
+
+    with FakeTensorMode():
+        inputs = [torch.empty(s, device="cuda", dtype=dtype) for s in shapes]
+        if dynamic:
+            torch._dynamo.mark_dynamic(inputs[0], 0)
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Planned"):
+            torch.compile(fn, backend=backend)(*inputs)
+    return found
+
+
+X, W, WIDE = (4096, 512), (1024, 512), (2048, 512)
+ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict[str, Any], str]] = {
+    "swiglu": (swiglu, (X, W, W), {}, "triton"),
+    "rows of a batch": (swiglu, ((2, 512, 512), W, W), {}, "triton"),
+    "packed": (packed, (X, WIDE), {}, "triton"),
+    "fp16": (swiglu, (X, W, W), {"dtype": torch.float16}, "triton"),
+    "fp32": (swiglu, (X, W, W), {"dtype": torch.float32}, "inductor"),
+    "few rows": (swiglu, ((1023, 512), W, W), {}, "inductor"),
+    "rows that change": (swiglu, (X, W, W), {"dynamic": True}, "inductor"),
+    "features that are no multiple of 8": (swiglu, (X, (1001, 512), (1001, 512)), {}, "inductor"),
+    "inputs that are no multiple of 8": (swiglu, ((4096, 516), (1024, 516), (1024, 516)), {}, "inductor"),
+    "few features": (swiglu, (X, (504, 512), (504, 512)), {}, "inductor"),
+    "few inputs": (swiglu, ((4096, 504), (1024, 504), (1024, 504)), {}, "inductor"),
+    "weights that are transposed": (transposed, (X, (512, 1024), (512, 1024)), {}, "inductor"),
+    "biases in turns": (in_turns, (X, WIDE, (2048,)), {}, "inductor"),
+    "gelu": (activated, (X, W, (1024,)), {}, "epilogue"),
+    "gelu, a batch": (activated, ((4, 1024, 512), W, (1024,)), {}, "epilogue"),
+    "gelu, few rows": (activated, ((4095, 512), W, (1024,)), {}, "inductor"),
+    "gelu, rows that change": (activated, (X, W, (1024,)), {"dynamic": True}, "inductor"),
+    "gelu, few features": (activated, (X, (504, 512), (504,)), {}, "inductor"),
+    "gelu, few inputs": (activated, ((4096, 256), (1024, 256), (1024,)), {}, "inductor"),
+    "gelu, odd features": (activated, (X, (1001, 512), (1001,)), {}, "inductor"),
+    "gelu and a residual": (with_residual, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
+    "gelu, fp32": (activated, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTES)
+def test_the_usual_route_on_hopper(name: str) -> None:
+    fn, shapes, about, route = ROUTES[name]
+    found = planned(fn, *shapes, **{"dtype": torch.bfloat16, "dynamic": False, **about})
+    assert [r for r, _ in found] == [route], found
+
+
+def test_training_is_left_to_inductor() -> None:
+    gated = {fact.value for (_, when, *_), fact in gated_routes.USUAL.items() if when == "training"}
+    linear = {fact.value.route for (_, _, training), fact in bias_act_dropout.USUAL.items() if training}
+    assert gated == linear == {"inductor"}
+
+
+@pytest.mark.parametrize(("fn", "shapes"), [(swiglu, (X, W, W)), (activated, (X, W, (1024,)))])
+def test_without_gluon_it_is_left_to_inductor(
+    fn: Callable[..., Tensor], shapes: tuple[tuple[int, ...], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xfcompile.kernels.gemm import launch
+
+    def kernel(epilogue: object) -> None:
+        raise ImportError("no module named gluon")
+
+    launch.missing.cache_clear()
+    monkeypatch.setattr(launch, "kernel", kernel)
+    try:
+        found = planned(fn, *shapes, dtype=torch.bfloat16, dynamic=False)
+    finally:
+        launch.missing.cache_clear()
+    assert [r for r, _ in found] == ["inductor"]
+    assert "no such Gluon (ImportError: no module named gluon)" in str(found[0][1])
