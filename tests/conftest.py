@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 THINNED = {
     "test_attention.py": 2,
@@ -15,6 +18,7 @@ THINNED = {
     "test_gated_near_misses.py": 2,
     "test_gated_mlp.py": 4,
     "test_generate.py": 2,
+    "test_guards.py": 3,
     "test_decode.py": 3,
     "test_far_masks.py": 3,
     "test_backward.py": 3,

@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import forget
 from torch import Tensor
 
 import xfcompile
-from xfcompile.kernels.attention import cache, launch, launch_backward
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
-from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.attention import cache
 
 ROOT = Path(__file__).parents[1]
 ROUTES = {"attention": "triton", "gated_mlp": "triton", "bias-act-dropout": "epilogue"}
@@ -52,17 +51,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget()
     yield tmp_path / "cache" / "xfcompile"
     forget()
-
-
-def forget() -> None:
-    """As if the process had begun anew, as far as kernels are concerned."""
-    for module in (launch, gated_launch):
-        module._programs.clear()
-    made = (launch_backward.prepare, launch._module, gated_launch._module, bias_launch._module, launch_backward._module)
-    for cached in (*made, cache._private_directory, cache._warn_of_a_change):
-        cached.cache_clear()
-    bias_launch._calls.clear()
-    cache._sources.clear()
 
 
 def trained(family: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh import forget
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
@@ -221,3 +222,91 @@ def test_a_program_with_sdpa_is_packaged_ahead_of_time(dynamic: bool, tmp_path: 
         path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
         found = torch._inductor.aoti_load_package(path)(x)
         torch.testing.assert_close(found, layer(x))
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.down(F.silu(self.gate(x)) * self.up(x))) + x
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With lengths, a number and a tensor among what its kernel is given."""
+    n = q.shape[2]
+    i = torch.arange(n)
+    scores = (q @ k.mT / 8 + v[..., :1].mT).masked_fill((i[:, None] - i).abs() > n // 2, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def documents(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """With lists of tiles, a node of their own."""
+    document = torch.arange(q.shape[2]) // 3
+    return (q @ k.mT / 8).masked_fill(document[:, None] != document, float("-inf")).softmax(-1) @ v
+
+
+PACKAGED: dict[str, tuple[nn.Module, tuple[Tensor, ...], Any]] = {
+    "attention": (Called(attention), qkv(), None),
+    "window": (Called(window), qkv(), ({2: Dim("n", min=2, max=64)},) * 3),
+    "documents": (Called(documents), qkv(), None),
+    "gated MLP and activation": (Gated(), (torch.randn(5, 16),), ({0: Dim("rows", min=2, max=64)},)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_program_with_our_kernels_is_packaged_ahead_of_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch 2.13 packages hand None to operators in place of empty lists. Another process runs it, which imports the
+    operators and finds the kernels."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    forget()
+    module, x, shapes = PACKAGED[name]
+    wanted = {"attention": "triton", "gated_mlp": "triton", "bias-act-dropout": "epilogue"}
+    with torch.no_grad():
+        program = export(module, x, dynamic_shapes=(shapes,) if isinstance(module, Called) and shapes else shapes)
+        report = xfcompile.rewrite(program.graph_module, x, {"strict": True, "routes": wanted})
+        assert report.sites and all(site.route == wanted[site.family] for site in report.sites)
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "program.pt2"))
+        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*x), module(*x), atol=1e-5, rtol=1e-4)
+        torch.save(x, tmp_path / "x.pt")
+        code = """
+import sys
+import torch
+import xfcompile.kernels.attention, xfcompile.kernels.bias_act_dropout, xfcompile.kernels.gated_mlp
+torch.save(torch._inductor.aoti_load_package(sys.argv[1])(*torch.load(sys.argv[2])), sys.argv[3])
+"""
+        env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        files = [str(tmp_path / name) for name in ("program.pt2", "x.pt", "y.pt")]
+        done = subprocess.run([sys.executable, "-c", code, *files], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        torch.testing.assert_close(torch.load(tmp_path / "y.pt"), module(*x), atol=1e-5, rtol=1e-4)
+
+
+def test_operators_take_none_for_an_empty_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sympy
+
+    from xfcompile.activation import X
+    from xfcompile.kernels import attention as kernels
+    from xfcompile.kernels import bias_act_dropout as activations
+    from xfcompile.score import S
+    from xfcompile.site import ScoreSpec
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    key, formula = kernels.prepare(ScoreSpec(S / 8)), activations.text_of(X * sympy.tanh(X))
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(1))
+
+    def computed(lists: Any) -> list[Tensor]:
+        q, k, v = (x.requires_grad_() for x in qkv())
+        out = kernels.attention(q, k, v, lists, lists, lists, key)[0]
+        out = activations.bias_act_dropout(out, None, lists, lists, None, 0, formula, 0.0, torch.float32)
+        out = activations.linear_act_dropout(
+            out, weight, None, lists, lists, None, 0, formula, 0.0, torch.float32, True
+        )[0]
+        return [out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
+
+    torch.testing.assert_close(computed(None), computed([]), atol=0, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fresh import forget
 from torch import Tensor, nn
 
 import xfcompile
@@ -94,6 +97,70 @@ def test_a_backward_runs_in_another_thread_than_its_forward(monkeypatch: pytest.
     assert [s.route for s in report.sites] == ["triton"]
     (found,) = at_once([lambda: torch.autograd.grad(out.square().sum(), x)])
     torch.testing.assert_close([out.detach(), *found], step(capped, qkv(grad=True)), atol=1e-5, rtol=1e-4)
+
+
+def gated(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return F.silu(F.linear(x, y)) * F.linear(x, z)
+
+
+def activated(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, y, z[0]))
+
+
+WEIGHT = (16, 16)
+KERNELS: dict[str, tuple[str, Callable[..., Tensor], Callable[[int], list[tuple[int, ...]]]]] = {
+    "attention": ("attention", capped, lambda n: [(1, 2, n, 16)] * 3),
+    "decoding": ("attention", capped, lambda n: [(1, 1, n % 3 + 1, 16), *[(1, 1, 256 + n, 16)] * 2]),
+    "gated_mlp": ("gated_mlp", gated, lambda n: [(n, 16), WEIGHT, WEIGHT]),
+    "bias-act-dropout": ("bias-act-dropout", activated, lambda n: [(n, 16), WEIGHT, WEIGHT]),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_threads_launch_kernels_for_the_first_time_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one layout, and each of its own."""
+    family, fn, shapes = KERNELS[name]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    forget()
+
+    def given(n: int, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [(torch.randn(s, generator=generator) / 2).requires_grad_() for s in shapes(n)]
+
+    graphs = {n: torch.fx.symbolic_trace(fn) for n in (5, 6, 7, 8, 9)}
+    for n, gm in graphs.items():
+        options = {"strict": True, "patterns": [family], "routes": {family: "triton"}}
+        assert [s.route for s in xfcompile.rewrite(gm, given(n, 0), options).sites] == ["triton"]
+
+    def job(seed: int) -> None:
+        for n in (9, 5 + seed, 9):
+            found, expected = step(graphs[n], given(n, seed)), step(fn, given(n, seed))
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        at_once([lambda seed=seed: job(seed) for seed in range(MANY)])  # type: ignore[misc]
+    finally:
+        sys.setswitchinterval(interval)
+        forget()
+
+
+def test_threads_that_launch_in_vain_take_the_other_kernel_each() -> None:
+    from xfcompile.kernels.attention.launch import FirstThatRuns
+
+    done: list[int] = []
+    both = threading.Barrier(MANY)
+
+    def vain(n: int) -> None:
+        both.wait()
+        raise RuntimeError("it does not run here")
+
+    launch = FirstThatRuns(vain, lambda: done.append)
+    at_once([lambda n=n: launch(n) for n in range(MANY)])  # type: ignore[misc]
+    assert sorted(done) == list(range(MANY))
+    launch(MANY)
+    assert done[-1] == MANY
 
 
 def test_the_bare_pass_runs_in_many_threads() -> None:

@@ -1,5 +1,8 @@
 """Attention in plain PyTorch, compiled as fused calls: `torch.compile(model, backend="xformers")`."""
 
+# First: what is written from here on may not be what is imported.
+import xfcompile.unchanged  # noqa: F401 # isort: skip
+
 # The functions `rewrite`, `explain` and `verify` are bound here after the modules of the same names are imported:
 # importing one of these modules later does not bind its name again.
 from xfcompile.backend import rewrite, xformers

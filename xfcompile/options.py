@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_origin
 
 from xfcompile import extension, families
+from xfcompile.unchanged import unchanged
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class Options:
 
     def fingerprint(self) -> str | None:
         """A string that differs wherever the options ask for other code (not for a run beside it), or the families of
-        other packages that they name are others; None if what these are made of cannot be read."""
+        other packages that they name are others; None if what these are made of cannot be read, or if this package is
+        not the one any more that this process has imported."""
         others = extension.identity(self.patterns)
-        if others is None:
+        if others is None or not unchanged():
             return None
         words = f"patterns={sorted(self.patterns)} routes={sorted(self.routes.items())} strict={self.strict}"
         return f"{words} others={others}" if others else words

@@ -23,6 +23,7 @@ from xfcompile.search import Search
 from xfcompile.site import Miss
 from xfcompile.source import frames_of, source_of
 from xfcompile.subclass import subclass_at
+from xfcompile.telling import tell_kernels
 from xfcompile.tuning import Tuner
 from xfcompile.unfold import unfold
 from xfcompile.values import Value
@@ -362,7 +363,9 @@ def _replaced(
     # What held the result too because it was written there (see `_unseen`) does not any more.
     older = _holding(reading, reading.effects[node].writes)
     changes.instead |= {n: new for n in older if reading.time[n] < reading.time[node]}
-    changes.inserted += [n for n in graph.nodes if n not in before]
+    added = [n for n in graph.nodes if n not in before]
+    tell_kernels(added, f"{family.title} at {_place(node)}", options.strict)
+    changes.inserted += added
     changes.done.append(candidate)
     log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)
     return candidate, False

@@ -448,3 +448,12 @@ def lists(verdicts: torch.Tensor) -> torch.Tensor:
         made[HEADER : HEADER + len(front)] = front
         made[HEADER + tiles - len(masked) :] = masked.flip(0)
     return found
+
+
+def every_tile(made: torch.Tensor) -> torch.Tensor:
+    """Lists in which all tiles are masked, which is right for any mask, written into `made`."""
+    tiles = made.shape[-1] - HEADER
+    made[..., :HEADER] = 0
+    made[..., HEADER - 1] = tiles
+    made[..., HEADER:] = torch.arange(tiles - 1, -1, -1, dtype=made.dtype, device=made.device)
+    return made

@@ -1,25 +1,77 @@
-"""Which of several tile sizes a kernel is launched with: the first without faults, or the best of those that fit."""
+"""Which of several tile sizes a kernel is launched with, the first without faults, or the best of those that fit; and
+what an op does where none can be."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.asked import asked
 from xfcompile.kernels.attention.tiles import FEW_SPILLS, Tiles, fits_twice
+from xfcompile.source import RewriteError
 
 log = logging.getLogger(__name__)
 
 FAULTLESS = (0, False)
 
 
-class NoTilesFit(RuntimeError):
-    """A device has too little shared memory for any tiles of a kernel: its op then computes by other means."""
+class Unavailable(RuntimeError):
+    """A kernel cannot be launched: its op then computes by other means."""
+
+    def again(self) -> Unavailable:
+        """The same, without the frames (and their tensors) that it was raised through: to be kept."""
+        return type(self)(*self.args)
+
+
+class NoTilesFit(Unavailable):
+    """A device has too little shared memory for any tiles of a kernel."""
+
+
+class DoesNotCompile(Unavailable):
+    """Triton, or what it calls, has an error with a kernel."""
+
+
+_interpreter = threading.RLock()
+
+
+def alone(device: torch.device) -> AbstractContextManager[Any]:
+    """Around launches: Triton's interpreter, which runs kernels on CPUs, keeps the place of a program, and puts its own
+    functions into `triton.language`, for all threads at once."""
+    return _interpreter if device.type == "cpu" else nullcontext()
+
+
+def compile_first(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Has Triton compile a kernel for these arguments, and not launch it yet: an error is then one of compilation, and
+    nothing is written. Raises `DoesNotCompile`."""
+    try:
+        kernel.warmup(*arguments, grid=grid, **constants)
+    except Exception as error:
+        log.debug("compiling a kernel failed", exc_info=error)
+        raise DoesNotCompile(f"{type(error).__name__}: {str(error).strip()[:LONGEST]}") from None
+
+
+LONGEST = 1000
+"""Characters of a compiler's error that are passed on."""
+
+
+def give_way(error: Unavailable, name: str, instead: str) -> None:
+    """Says, once, that something else computes what a kernel cannot; if it does not compile and `strict` was asked for,
+    raises an error with the user's line. name: of the kernel, as operators call it."""
+    if not isinstance(error, DoesNotCompile):
+        say(f"{error}: {instead}")
+        return
+    of = asked(name)
+    if of.strict:
+        raise RewriteError(f"compiling a kernel of {of.what}", error) from error
+    say(f"compiling a kernel of {of.what}: {error}: {instead}")
 
 
 @functools.cache
@@ -38,24 +90,29 @@ def name_of(device: torch.device) -> str:
 def launch(
     launch_with: Callable[[Tiles], Any], candidates: tuple[Iterable[Tiles], Iterable[Tiles]], q: Tensor, dv: int
 ) -> Tiles:
-    """Finds by launching; returns the tiles to launch with from now on. Raises `NoTilesFit` where there are none.
+    """Finds by launching; returns the tiles to launch with from now on. Raises `Unavailable` where there are none.
 
     launch_with: returns what Triton made. candidates: those of which the best is taken, and what is tried if the device
     has too little memory for all of them.
     """
     faults: dict[Tiles, tuple[int, bool]] = {}
+    errors: list[DoesNotCompile] = []
     preferred, smaller = candidates
     for tiles in preferred:
-        found = _try(launch_with, tiles, q.device)
+        found = _try(launch_with, tiles, q.device, errors)
         if found is not None:
             faults[tiles] = found
             if found == FAULTLESS:
                 break
     for tiles in () if faults else smaller:
-        found = _try(launch_with, tiles, q.device)
+        found = _try(launch_with, tiles, q.device, errors)
         if found is not None:
             faults[tiles] = found
             break
+    if errors:
+        log.warning("a kernel does not compile with some tiles: %s", errors[0])
+    if not faults and errors:
+        raise errors[0].again()
     if not faults:
         raise NoTilesFit(
             f"no tile size of attention fits {name_of(q.device)} with head dims {q.shape[3]} and {dv} in {q.dtype}"
@@ -65,10 +122,32 @@ def launch(
     return best
 
 
-def _try(launch_with: Callable[[Tiles], Any], tiles: Tiles, device: torch.device) -> tuple[int, bool] | None:
+def remembered(
+    known: dict[Any, Tiles | Unavailable], kind: object, launch_with: Callable[[Tiles], Any], find: Callable[[], Tiles]
+) -> Tiles:
+    """Launches with the tiles that are known of a kind of tensors; at first with those that `find`, which launches too,
+    returns. Raises `Unavailable`, from then on at once."""
+    tiles = known.get(kind)
+    if isinstance(tiles, Unavailable):
+        raise tiles.again()
+    if tiles is not None:
+        launch_with(tiles)
+        return tiles
+    try:
+        tiles = known[kind] = find()
+    except Unavailable as error:
+        known[kind] = error.again()
+        raise
+    return tiles
+
+
+def _try(
+    launch_with: Callable[[Tiles], Any], tiles: Tiles, device: torch.device, errors: list[DoesNotCompile]
+) -> tuple[int, bool] | None:
     """Registers spilled, where they are more than a few, and whether four warps have a multiprocessor to themselves.
 
-    None if the tiles need more shared memory than there is.
+    None if the tiles need more shared memory than there is, or if Triton has an error with them, which is added to
+    `errors`: it may have none with others.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -76,6 +155,9 @@ def _try(launch_with: Callable[[Tiles], Any], tiles: Tiles, device: torch.device
         compiled = launch_with(tiles)
     except OutOfResources as error:
         log.debug("%s does not fit: %s", tiles, error)
+        return None
+    except DoesNotCompile as error:
+        errors.append(error.again())  # type: ignore[arg-type]
         return None
     spills = int(compiled.n_spills)
     crowded = tiles.num_warps == 4 and not fits_twice(compiled.metadata.shared, device)

@@ -53,7 +53,7 @@ class Program:
     summary: Summary | None
     mask: str | None
     integers: tuple[bool, ...]
-    fitting: dict[tuple[object, ...], Tiles] = field(default_factory=dict)
+    fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
     calls: dict[object, Call] = field(default_factory=dict)
     made: dict[object, dict[object, Any]] = field(default_factory=dict)
 
@@ -206,14 +206,14 @@ def run(
         )
     try:
         return call(q, k, v, operands, scalars, tiles, *random)
-    except fit.NoTilesFit as error:
-        fit.say(f"{error}: it is computed by its definition, in plain PyTorch")
+    except fit.Unavailable as error:
+        fit.give_way(error, key, "it is computed by its definition, in plain PyTorch")
         call = prepared.calls[layout] = _by_definition(prepared.spec, heads_first)
         return call(q, k, v, operands, scalars, tiles, *random)
 
 
 def _by_definition(spec: ScoreSpec, heads_first: bool) -> Call:
-    """For what no tiles fit."""
+    """For what no kernel can be launched for."""
 
     def call(
         q: Tensor,
@@ -378,21 +378,21 @@ class FirstThatRuns:
     def __init__(self, first: Callable[..., None], other: Callable[[], Callable[..., None]]) -> None:
         self.launch = first
         self.other: Callable[[], Callable[..., None]] | None = other
-        self.settled = False
+        self.settled = self.replaced = False
 
     def __call__(self, *arguments: Any) -> None:
-        if self.settled:
+        if self.settled or self.replaced:  # what the other one raises is raised: nothing else is left
             self.launch(*arguments)
             return
         try:
             self.launch(*arguments)
-        except fit.NoTilesFit:
-            raise  # of the other one: nothing else is left
         except Exception as error:
             other = self.other
             if other is not None:  # no other thread was here meanwhile
                 log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
                 self.launch = other()
+                self.replaced = True
+                self.other = None
             self.launch(*arguments)
         self.settled = True
         self.other = None  # which may hold tensors
@@ -481,9 +481,6 @@ def _fitting(
     listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
     kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
-    if kind in prepared.fitting:
-        launch(prepared.fitting[kind])
-        return prepared.fitting[kind]
     first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
     if listed is not None:
         first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
@@ -491,9 +488,10 @@ def _fitting(
     def divides(tiles: Tiles) -> bool:
         return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
 
-    tried = (filter(divides, alternatives(first)), filter(divides, smaller(first)))
-    prepared.fitting[kind] = fit.launch(launch, tried, q, dv)
-    return prepared.fitting[kind]
+    def find() -> Tiles:
+        return fit.launch(launch, (filter(divides, alternatives(first)), filter(divides, smaller(first))), q, dv)
+
+    return fit.remembered(prepared.fitting, kind, launch, find)
 
 
 def outputs(q: Tensor, v: Tensor, heads_first: bool = False) -> tuple[Tensor, Tensor]:

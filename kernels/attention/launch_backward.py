@@ -35,6 +35,8 @@ from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
 
+DEFINITION = "its gradients are computed by their definition, in plain PyTorch"
+
 
 @dataclass(frozen=True)
 class Program:
@@ -46,7 +48,7 @@ class Program:
     forward: str
     needed: tuple[int, ...]
     made: Backward
-    fitting: dict[object, Tiles] = field(default_factory=dict)
+    fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
     layouts: dict[object, Layout] = field(default_factory=dict)
     compiled: dict[object, dict[object, Any]] = field(default_factory=dict)
 
@@ -137,7 +139,12 @@ def run(
     dout, out [B, Hq, Lq, Dv]; lse [B, Hq, Lq]; all others as in the forward, with its lists of tiles, if it had any, by
     blocks of queries and by blocks of keys.
     """
-    program = prepare(forward, needs.operands)
+    try:
+        program = prepare(forward, needs.operands)
+    except Exception as error:
+        log.debug("making the text of a backward failed", exc_info=error)
+        fit.give_way(fit.DoesNotCompile(f"{type(error).__name__}: {error}"), forward, DEFINITION)
+        return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
     layout = _layout(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
     made = layout.outputs()
     if layout.empty:
@@ -148,9 +155,12 @@ def run(
     call = _Call(program, layout, needs, dout, q, k, v, out, lse, operands, ints, floats, random)
     call.listed(tiles, tiles_by_key, block_m, block_n)
     try:
+        if layout.unavailable is not None:
+            raise layout.unavailable.again()
         call.fill(made)
-    except fit.NoTilesFit as error:
-        fit.say(f"{error}: its gradients are computed by their definition, in plain PyTorch")
+    except fit.Unavailable as error:
+        layout.unavailable = error.again()
+        fit.give_way(error, forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
     return made
 
@@ -221,7 +231,7 @@ class Layout:
     """What a backward's calls with tensors of one layout have in common, found out at the first of them.
 
     launches: of its kernels by their names, with tiles that fit. totals: of a kernel for a load the memory that it
-    writes to, where that is no operand's gradient.
+    writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
     """
 
     def __init__(
@@ -246,6 +256,7 @@ class Layout:
         whole = {found.loads[n].load.operand for n in self.direct}
         self.added_to = [n for n in range(len(doperands)) if n not in whole]
         self.launches: dict[str, Launch] = {}
+        self.unavailable: fit.Unavailable | None = None
         self.totals: dict[str, Blank] = {}
 
     def outputs(self) -> Gradients:
@@ -463,19 +474,17 @@ class _Call:
             launch_with(wanted)
             return wanted
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
-        known = self.program.fitting.get(kind)
-        if known is not None:
-            launch_with(known)
-            return known
-        kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
-        narrow = self.program.spec.band.lower is not None
-        first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear, narrow)
-        if listed is not None:
-            first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
-        # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
-        found = fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
-        self.program.fitting[kind] = found
-        return found
+
+        def find() -> Tiles:
+            kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
+            narrow = self.program.spec.band.lower is not None
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear, narrow)
+            if listed is not None:
+                first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+            # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
+            return fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
+
+        return fit.remembered(self.program.fitting, kind, launch_with, find)
 
     # -- loads -------------------------------------------------------------------------------------------------
 

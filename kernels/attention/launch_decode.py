@@ -136,11 +136,8 @@ class Decoding:
         rows, fitting = q.shape[1] // k.shape[1] * q.shape[2], self.prepared.fitting
         first = choose_decoding(device_generation(q.device), q.dtype, q.shape[3], v.shape[3], rows)
         kind = ("decode", q.device.index, q.dtype, self.constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
-        if kind in fitting:
-            launch(fitting[kind])
-        else:
-            fitting[kind] = fit.launch(launch, (decoding_alternatives(first), smaller(first)), q, v.shape[3])
-        return fitting[kind]
+        candidates = decoding_alternatives(first), smaller(first)
+        return fit.remembered(fitting, kind, launch, lambda: fit.launch(launch, candidates, q, v.shape[3]))
 
     def _pair(self, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor]) -> Pair:
         batch, heads, lq, _ = q.shape

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import blocks, cache, reference
+from xfcompile.kernels.attention import blocks, cache, fit, reference
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.score import B, H
 from xfcompile.site import MaskSpec
@@ -130,8 +130,12 @@ def run(
     scalars: list[Any] = []
     if prepared.mask.scalars:
         scalars += reference.bind(prepared.mask.scalars, ints, [float(x) for x in floats]).values()
-    verdict([verdicts, *operands], scalars)
-    listing([made, verdicts])
+    try:
+        verdict([verdicts, *operands], scalars)
+        listing([made, verdicts])
+    except fit.Unavailable as error:
+        fit.give_way(error, key, "all tiles are visited")
+        return blocks.every_tile(made)
     return made
 
 

@@ -17,9 +17,10 @@ __all__ = ["attention", "attention_tiles", "prepare"]
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 
+# Lists may be None: AOTInductor's packages (torch 2.13) hand that to an operator in place of an empty one.
 # needs_exact_strides: Inductor must pass q, k and v as they are (transposed, expanded, slices of a packed projection).
 LIBRARY.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] operands, SymInt[] ints, float[] floats, str kernel,"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[]? operands, SymInt[]? ints, float[]? floats, str kernel,"
     " Tensor? tiles=None, int block_m=0, int block_n=0, bool heads_first=False,"
     " Tensor? tiles_by_key=None, Tensor? seed=None, int stream=0) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
@@ -37,7 +38,7 @@ LIBRARY.define(
 
 # Made once for a mask, and given to every attention under it. `like` says where: on its device.
 LIBRARY.define(
-    "attention_tiles(Tensor like, Tensor[] operands, SymInt[] ints, float[] floats, SymInt[] shape, int block_m,"
+    "attention_tiles(Tensor like, Tensor[]? operands, SymInt[]? ints, float[]? floats, SymInt[] shape, int block_m,"
     " int block_n, str kernel, bool by_key=False) -> Tensor",
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
@@ -104,9 +105,9 @@ def _attention_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    operands: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     kernel: str,
     tiles: Tensor | None = None,
     block_m: int = 0,
@@ -116,6 +117,7 @@ def _attention_cuda(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    operands, ints, floats = operands or (), ints or (), floats or ()
     return launch.run(
         q,
         k,
@@ -139,9 +141,9 @@ def _attention_cpu(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    operands: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     kernel: str,
     tiles: Tensor | None = None,
     block_m: int = 0,
@@ -151,6 +153,7 @@ def _attention_cpu(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    operands, ints, floats = operands or (), ints or (), floats or ()
     check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
         more: dict[str, Any] = {"seed": seed, "stream": stream}
@@ -167,9 +170,9 @@ def _attention_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    operands: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     kernel: str,
     tiles: Tensor | None = None,
     block_m: int = 0,
@@ -179,36 +182,53 @@ def _attention_fake(
     seed: Tensor | None = None,
     stream: int = 0,
 ) -> tuple[Tensor, Tensor]:
+    operands, ints, floats = operands or (), ints or (), floats or ()
     check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
     return launch.outputs(q, v, heads_first)
 
 
 def _tiles_cpu(
     like: Tensor,
-    operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    operands: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     shape: Sequence[int],
     block_m: int,
     block_n: int,
     kernel: str,
     by_key: bool = False,
 ) -> Tensor:
+    operands, ints, floats = operands or (), ints or (), floats or ()
     make = lists.run if interpreting() else lists.tightest
     return make(like, operands, ints, floats, shape, block_m, block_n, kernel, by_key)
 
 
-def _tiles_fake(
+def _tiles_cuda(
     like: Tensor,
-    operands: Sequence[Tensor],
-    ints: Sequence[int],
-    floats: Sequence[float],
+    operands: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
     shape: Sequence[int],
     block_m: int,
     block_n: int,
     kernel: str,
     by_key: bool = False,
 ) -> Tensor:
+    return lists.run(like, operands or (), ints or (), floats or (), shape, block_m, block_n, kernel, by_key)
+
+
+def _tiles_fake(
+    like: Tensor,
+    operands: Sequence[Tensor] | None,
+    ints: Sequence[int] | None,
+    floats: Sequence[float] | None,
+    shape: Sequence[int],
+    block_m: int,
+    block_n: int,
+    kernel: str,
+    by_key: bool = False,
+) -> Tensor:
+    operands, ints, floats = operands or (), ints or (), floats or ()
     return lists.output(like, lists.program(kernel), shape, block_m, block_n, by_key)
 
 
@@ -292,32 +312,33 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     listed = (tiles, tiles_by_key) if ctx.lists else ()
     ctx.random = seed is not None
     seeds = (seed,) if ctx.random else ()
-    ctx.save_for_backward(q, k, v, out, lse, *listed, *seeds, *operands)
-    ctx.numbers = ints, floats, kernel, block_m, block_n, stream
+    ctx.save_for_backward(q, k, v, out, lse, *listed, *seeds, *(operands or ()))
+    ctx.numbers = ints or [], floats or [], kernel, block_m, block_n, stream
 
 
 def _gradients(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     # Arguments at their defaults are not among those that torch expects gradients for, and empty lists are lists.
     others: tuple[Any, ...] = tuple([] if isinstance(x, list) else None for x in ctx.needs_input_grad[4:])
+    of_operands = ctx.needs_input_grad[3] if isinstance(ctx.needs_input_grad[3], list) else None
     if dout is None:
-        return None, None, None, [None] * len(ctx.needs_input_grad[3]), *others
+        return None, None, None, None if of_operands is None else [None] * len(of_operands), *others
     ints, floats, kernel, block_m, block_n, stream = ctx.numbers
     q, k, v, out, lse, *rest = ctx.saved_tensors
     tiles, tiles_by_key = (rest.pop(0), rest.pop(0)) if ctx.lists else (None, None)
     seed = rest.pop(0) if ctx.random else None
-    needs = [bool(x) for x in (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[3])]
+    needs = [bool(x) for x in (*ctx.needs_input_grad[:3], *(of_operands or ()))]
     *qkv, operands = torch.ops.xfcompile.attention_backward(
         dout, q, k, v, out, lse, rest, ints, floats, kernel, needs, tiles, tiles_by_key, block_m, block_n, seed, stream
     )
     made = [x if needed else None for x, needed in zip([*qkv, *operands], needs, strict=True)]
-    return *made[:3], made[3:], *others
+    return *made[:3], None if of_operands is None else made[3:], *others
 
 
 register(LIBRARY, "attention", _attention_cuda, _attention_cpu, _attention_fake, (_gradients, _save))
 register(
     LIBRARY, "attention_backward", _backward_cuda, _backward_cpu, _backward_fake, refused("attention", "attention")
 )
-register(LIBRARY, "attention_tiles", lists.run, _tiles_cpu, _tiles_fake)
+register(LIBRARY, "attention_tiles", _tiles_cuda, _tiles_cpu, _tiles_fake)
 
 attention = torch.ops.xfcompile.attention
 attention_tiles = torch.ops.xfcompile.attention_tiles

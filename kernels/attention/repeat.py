@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.attention import fit
+
 LARGEST = 2**31 - 1
 """Integers beyond this have another type in a kernel."""
 
@@ -68,9 +70,10 @@ class Launch:
         # By which of the pointers are aligned; and, asked first, where all are.
         self._compiled: dict[tuple[bool, ...], Any] = {}
         self._usual: Any = None
+        self._failed: fit.Unavailable | None = None
 
     def __call__(self, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> Any:
-        """Returns the compiled kernel; of the interpreter, nothing that means anything."""
+        """Returns the compiled kernel; of the interpreter, nothing that means anything. Raises `fit.DoesNotCompile`."""
         pointers = [*map(_data_ptr, tensors)]
         compiled = self.repeat(pointers, free)
         return self._first(tensors, pointers, free) if compiled is None else compiled
@@ -108,9 +111,16 @@ class Launch:
         self._check(len(tensors), free)
         n = len(self.described)
         described = [d.make(x) for x, d in zip(tensors, self.described, strict=False)]
-        compiled = self.kernel[self.grid](
-            *described, *tensors[n:], *self.numbers, *free, **self.constants, **self.options
-        )
+        arguments = (*described, *tensors[n:], *self.numbers, *free)
+        if self._failed is not None:
+            raise self._failed.again()
+        try:
+            fit.compile_first(self.kernel, self.grid, *arguments, **self.constants, **self.options)
+        except fit.Unavailable as error:
+            self._failed = error.again()
+            raise
+        with fit.alone(device):
+            compiled = self.kernel[self.grid](*arguments, **self.constants, **self.options)
         if ordinary and hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
             self._made[key] = compiled
             self._remember(device, pointers, compiled)

@@ -182,7 +182,7 @@ def forward(
     dtype: torch.dtype,
     check: Callable[..., bool],
 ) -> Tensor | None:
-    """The result, contiguous; None where the kernels do not run.
+    """The result, contiguous; None where the kernels do not run. Raises `fit.Unavailable`.
 
     check: whether they do, for tensors, the first of all that are laid out like these.
     """
@@ -314,12 +314,11 @@ def _linear(
             try:
                 launch([*given, _or(seed, out)], [stream])
                 return out, pre
-            except OutOfResources as error:
+            except (OutOfResources, fit.Unavailable) as error:
                 fits = False
-                fit.say(
-                    f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error}): it is "
-                    "computed by PyTorch's product and a kernel after it"
-                )
+                where = f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error})"
+                why = error if isinstance(error, fit.Unavailable) else fit.NoTilesFit(where)
+                fit.give_way(why, text, "it is computed by PyTorch's product and a kernel after it")
         product = F.linear(x, weight)
         made = forward(product, bias, vectors, tensors, seed, stream, text, p, dtype, check)
         assert made is not None

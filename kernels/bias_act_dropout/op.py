@@ -9,24 +9,28 @@ import torch
 from torch import Tensor
 
 from xfcompile.activation import X
+from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import runs
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.registration import refused, register
 
+DEFINITION = "it is computed by its definition, in plain PyTorch"
+
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
+# Lists may be None: AOTInductor's packages (torch 2.13) hand that to an operator in place of an empty one.
 # formula: of one element, as `formula.text_of` writes it. bias [N] is added to x, vectors are [N], tensors have the
 # result's shape; seed: int64, one element, where something is dropped out, with probability p.
 LIBRARY.define(
-    "bias_act_dropout(Tensor x, Tensor? bias, Tensor[] vectors, Tensor[] tensors, Tensor? seed, int stream,"
+    "bias_act_dropout(Tensor x, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed, int stream,"
     " str formula, float p, ScalarType dtype) -> Tensor",
     tags=_TAGS,
 )
 # Of x @ weight.T, weight [N, K]. The second result is that product, where `save`, else empty.
 LIBRARY.define(
-    "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[] vectors, Tensor[] tensors, Tensor? seed,"
+    "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed,"
     " int stream, str formula, float p, ScalarType dtype, bool save) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -86,17 +90,21 @@ def _checked(
 def _forward(
     x: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
     p: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    made = launch.forward(x, bias, vectors, tensors, seed, stream, formula, p, dtype, _checked)
-    if made is not None:
-        return made
+    vectors, tensors = vectors or (), tensors or ()
+    try:
+        made = launch.forward(x, bias, vectors, tensors, seed, stream, formula, p, dtype, _checked)
+        if made is not None:
+            return made
+    except fit.Unavailable as error:
+        fit.give_way(error, formula, DEFINITION)
     out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype)
     wide = torch.promote_types(x.dtype, torch.float32)
     parsed = parse(formula, len(vectors), len(tensors))
@@ -106,8 +114,8 @@ def _forward(
 def _forward_fake(
     x: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
@@ -121,8 +129,8 @@ def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
@@ -130,9 +138,13 @@ def _linear(
     dtype: torch.dtype,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    made = launch.linear(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save, _checked)
-    if made is not None:
-        return made
+    vectors, tensors = vectors or (), tensors or ()
+    try:
+        made = launch.linear(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save, _checked)
+        if made is not None:
+            return made
+    except fit.Unavailable as error:
+        fit.give_way(error, formula, DEFINITION)
     out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
     wide = torch.promote_types(x.dtype, torch.float32)
     product = x.to(wide) @ weight.to(wide).t()
@@ -146,8 +158,8 @@ def _linear_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    vectors: Sequence[Tensor],
-    tensors: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    tensors: Sequence[Tensor] | None,
     seed: Tensor | None,
     stream: int,
     formula: str,
@@ -175,7 +187,11 @@ def _backward(
 ) -> list[Tensor]:
     of_x, *others = [getattr(torch, x) for x in dtypes]
     call = (dout, x, bias, vectors, seed, stream, formula, p)
-    found = launch.backward(*call, tensors, needed, of_x, _runs)
+    found: launch.Gradients | None = None
+    try:
+        found = launch.backward(*call, tensors, needed, of_x, _runs)
+    except fit.Unavailable as error:
+        fit.give_way(error, formula, "its gradients are computed by their definition, in plain PyTorch")
     if found is None:
         wide = torch.promote_types(dout.dtype if x is None else x.dtype, torch.float32)
         parsed = parse(formula, len(vectors), tensors)
@@ -218,6 +234,7 @@ def saves(formula: str, vectors: int, tensors: int, of_vectors: bool) -> bool:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, bias, vectors, tensors, seed, *call = inputs
+    ctx.listed, vectors, tensors = (vectors is not None, tensors is not None), vectors or (), tensors or ()
     needed = tuple(ctx.needs_input_grad[: 2 + len(vectors)])  # flat here: lists are not lists
     _keep(ctx, x, bias, vectors, tensors, seed, call, needed, x.dtype)
     ctx.save_for_backward(*ctx.pointwise)
@@ -277,14 +294,21 @@ def _added_gradients(ctx: Any, dout: Tensor, needs: Sequence[bool]) -> list[Tens
     ]
 
 
+def _listed(ctx: Any, dv: list[Any], dout: Tensor, needs: Any) -> tuple[list[Any] | None, list[Any] | None]:
+    """The gradients of vectors and of tensors, as lists where these were."""
+    vectors, tensors = ctx.listed
+    return dv if vectors else None, _added_gradients(ctx, dout, needs) if tensors else None
+
+
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     dx, dbias, dv = _pointwise_gradients(ctx, dout, ctx.saved_tensors)
-    added = _added_gradients(ctx, dout, ctx.needs_input_grad[3])
-    return dx, dbias, dv, added, None, None, None, None, None
+    lists = _listed(ctx, dv, dout, ctx.needs_input_grad[3])
+    return dx, dbias, *lists, None, None, None, None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, vectors, tensors, seed, *call = inputs
+    ctx.listed, vectors, tensors = (vectors is not None, tensors is not None), vectors or (), tensors or ()
     needs_x, needs_weight, *needs = ctx.needs_input_grad[: 3 + len(vectors)]
     _, pre = output
     ctx.mark_non_differentiable(pre)
@@ -304,8 +328,8 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
     dpre, dbias, dv = _pointwise_gradients(ctx, dout, saved)
     dx = None if weight is None else dpre @ weight
     dweight = None if x is None else dpre.flatten(0, -2).t() @ x.flatten(0, -2)
-    added = _added_gradients(ctx, dout, ctx.needs_input_grad[4])
-    return dx, dweight, dbias, dv, added, None, None, None, None, None, None
+    lists = _listed(ctx, dv, dout, ctx.needs_input_grad[4])
+    return dx, dweight, dbias, *lists, None, None, None, None, None, None
 
 
 _refused = refused("bias_act_dropout", "bias-act-dropout")

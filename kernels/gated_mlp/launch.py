@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
-from xfcompile.kernels.attention.fit import NoTilesFit, name_of
+from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Blank, Described, Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
@@ -176,7 +176,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """What `outputs` says, filled.
 
-    check: called at the first of all calls with such tensors. Raises `NoTilesFit` where no tiles fit the device.
+    check: called at the first of all calls with such tensors. Raises `Unavailable` where no kernel can be launched.
     """
     prepared = _programs.get(key) or program(key)
     seed = seed if p != 0.0 else None
@@ -359,18 +359,18 @@ class _Fitting:
         self.kernel, self.programs, self.first = kernel, programs, first
         self.numbers, self.constants, self.inner = numbers, constants, inner
         self.launch: Launch | None = None
-        self.unfit: NoTilesFit | None = None
+        self.unfit: Unavailable | None = None
 
     def __call__(self, tensors: list[Tensor]) -> None:
         if self.launch is not None:
             self.launch(tensors)
             return
         if self.unfit is not None:
-            raise self.unfit
+            raise self.unfit.again()
         try:
             self.launch = self._fitted(tensors)
-        except NoTilesFit as error:
-            self.unfit = error.with_traceback(None)
+        except Unavailable as error:
+            self.unfit = error.again()
             raise
 
     def _fitted(self, tensors: list[Tensor]) -> Launch:
@@ -399,14 +399,20 @@ def _first_that_fits(
 ) -> Launch:
     from triton.runtime.errors import OutOfResources
 
+    failed: DoesNotCompile | None = None
     for t in candidates:
         launch = make(t)
         try:
             launch(tensors)
         except OutOfResources as error:
             log.debug("%s does not fit: %s", t, error)
+        except DoesNotCompile as error:
+            log.warning("a kernel of a gated MLP does not compile with %s: %s", t, error)
+            failed = failed or error
         else:
             return launch
+    if failed is not None:
+        raise failed.again()
     raise NoTilesFit(f"no tile size of a gated MLP fits {name_of(tensors[0].device)}")
 
 

@@ -131,11 +131,16 @@ def _gated_mlp(
         about = (known, save, dtype, seed, p)
         try:
             return launch.forward(kernel, x, weight, up_weight, gate_bias, up_bias, *about, checked)
-        except fit.NoTilesFit as error:
-            fit.say(f"{error}: it is computed by PyTorch's products and a kernel after them")
+        except fit.Unavailable as error:
+            fit.give_way(error, kernel, "it is computed by PyTorch's products and a kernel after them")
     out, saved = launch.outputs(x, weight, up_weight, False, dtype)
     both = project(x, weight, up_weight, gate_bias, up_bias, known)
-    launch.product(kernel, both, known, Dropout(seed if p != 0.0 else None, p), out)
+    try:
+        launch.product(kernel, both, known, Dropout(seed if p != 0.0 else None, p), out)
+    except fit.Unavailable as error:
+        fit.give_way(error, kernel, "it is computed by its definition, in plain PyTorch")
+        out, saved = launch.outputs(x, weight, up_weight, save, dtype)
+        return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     return out, both if save else saved
 
 
@@ -153,7 +158,8 @@ def _by_reference(
     seed: Tensor | None,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    """The definition, for CPUs: sums in fp32 at least, and projections rounded when they are saved."""
+    """The definition, for CPUs and where no kernel can be launched: sums in fp32 at least, and projections rounded when
+    they are saved."""
     made, gate, up = reference.forward(
         launch.program(kernel).formula,
         x,
@@ -243,7 +249,10 @@ def _backward(
     _check_backward(dout, projections)
     known = cast(Layout, layout)
     if projections.device.type != "cpu" or interpreting():
-        return launch.backward(kernel, dout, projections, known, seed, p, product)
+        try:
+            return launch.backward(kernel, dout, projections, known, seed, p, product)
+        except fit.Unavailable as error:
+            fit.give_way(error, kernel, "its gradients are computed by their definition, in plain PyTorch")
     grad, made = launch.backward_outputs(dout, projections, product)
     dtype = torch.promote_types(projections.dtype, torch.float32)
     gate, up = (t.to(dtype) for t in reference.parts(projections, known))

@@ -30,9 +30,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counted: list[int] = []
     launched = launch_decode._launch
 
-    def counting(*args: Any) -> Any:
+    def counting(*args: Any, **more: Any) -> Any:
         counted.append(1)
-        return launched(*args)
+        return launched(*args, **more)
 
     monkeypatch.setattr(launch_decode, "MANY_KEYS", 1)
     monkeypatch.setattr(launch_decode, "_launch", counting)

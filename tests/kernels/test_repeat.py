@@ -48,6 +48,9 @@ class Kernel:
     def __init__(self) -> None:
         self.made: list[Compiled] = []
 
+    def warmup(self, *arguments: Any, grid: tuple[int, ...], **constants: Any) -> None:
+        """Compiles, and launches nothing."""
+
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
         def bind(*arguments: Any, **constants: Any) -> Compiled:
             self.made.append(Compiled())

@@ -350,10 +350,11 @@ def test_max_autotune(route: str) -> None:
 
 
 def test_the_mode_max_autotune() -> None:
-    """A mode takes the place of options: what runs is the default route."""
+    """A mode takes the place of options: what runs is what was timed to be the fastest, here and now."""
     with xfcompile.collect() as report:
         found = step(torch.compile(causal, backend=xfcompile.xformers, mode="max-autotune"), qkv())
-    assert [s.route for s in report.sites] == ["sdpa"]
+    (site,) = report.sites
+    assert site.route in ("sdpa", "inductor") and str(site.reason).startswith("timed")
     judge(step(causal, doubled(qkv())), step(causal, qkv()), found, torch.finfo(torch.float32).eps)
 
 

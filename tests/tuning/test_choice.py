@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -191,6 +192,29 @@ def test_a_route_that_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatc
     out, report = compiled(causal, *inputs(), watch=Stopwatch(sdpa=1, inductor=2))
     assert report.sites[0].route == "inductor"
     assert report.sites[0].reason == "timed: inductor 2 ms; dropped: sdpa: RuntimeError: no such instruction"
+    torch.testing.assert_close(out, causal(*inputs()))
+
+
+def test_a_route_whose_kernel_does_not_compile_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though else its op would compute by other means."""
+    from fresh import forget
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from xfcompile import families
+
+    def warmup(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("PassManager::run failed")
+
+    forget()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(InterpretedFunction, "warmup", warmup)
+    family = replace(ATTENTION, timed_routes=lambda candidate: ("triton", "sdpa"))
+    monkeypatch.setattr(families, "known", lambda: (family,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        out, report = compiled(causal, *inputs(), watch=Stopwatch(sdpa=1, inductor=2), patterns=["attention"])
+    assert report.sites[0].route == "sdpa"
+    assert "dropped: triton: RewriteError: compiling a kernel of attention, to time it: " in str(report.sites[0].reason)
     torch.testing.assert_close(out, causal(*inputs()))
 
 

@@ -253,7 +253,7 @@ def _sizes(emitter: Emitter, shape: tuple[Any, ...]) -> list[Any]:
 
 
 def _replace(emitter: Emitter, candidate: BiasActDropoutCandidate) -> fx.Node:
-    from xfcompile.kernels.bias_act_dropout import saves, text_of
+    from xfcompile.kernels.bias_act_dropout import saves, source_of_kernel, text_of
 
     site = candidate.site
     bias = None if site.bias is None else _vector(emitter, site, site.bias)
@@ -262,6 +262,7 @@ def _replace(emitter: Emitter, candidate: BiasActDropoutCandidate) -> fx.Node:
     drops = KEEP in site.formula.free_symbols
     seed, stream = emitter.seed(site.root.meta.device) if drops else (None, 0)
     formula = text_of(site.formula)
+    source_of_kernel(formula, len(vectors), len(tensors), site.dropout)  # what cannot be made is not called
     call = (bias, vectors, tensors, seed, stream, formula, site.dropout, site.root.dtype)
     if candidate.route.name == "epilogue":
         assert site.product is not None

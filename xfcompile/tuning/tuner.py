@@ -23,6 +23,7 @@ from xfcompile.options import Options
 from xfcompile.read import Reading
 from xfcompile.site import Miss
 from xfcompile.source import source_of
+from xfcompile.telling import tried
 from xfcompile.tuning import store, timer
 from xfcompile.tuning.facts import Timings, Trial
 from xfcompile.tuning.inputs import Inputs
@@ -365,10 +366,11 @@ class _Trials:
         parts = cut.parts
         problem = self._problem(parts)
         part, given = (parts.original, problem) if original else (parts.replacement, problem)
-        if self.alike > 1 and not original:
-            part, given = without(part, cut.once, problem, self.settings)
-        call = call_of(part, given, self.settings)
-        out, grads = call()
+        with tried(part.gm.graph.nodes, f"{site.family.title}, to time it"):  # what does not compile is not timed
+            if self.alike > 1 and not original:
+                part, given = without(part, cut.once, problem, self.settings)
+            call = call_of(part, given, self.settings)
+            out, grads = call()
         if parts.random:
             assert self.shape is not None
             check_kind(out, self.shape)
