@@ -107,10 +107,45 @@ def test_the_usual_route_on_hopper(name: str) -> None:
     assert [r for r, _ in found] == [route], found
 
 
-def test_training_is_left_to_inductor() -> None:
+def test_training_is_left_to_inductor_but_for_dropout() -> None:
     gated = {fact.value for (_, when, *_), fact in gated_routes.USUAL.items() if when == "training"}
     linear = {fact.value.route for (_, _, training), fact in bias_act_dropout.USUAL.items() if training}
-    assert gated == linear == {"inductor"}
+    assert gated == {"inductor"}
+    assert linear == {"inductor", "triton"}
+    assert all(
+        kind == "activated, dropped"
+        for (_, kind, _), fact in bias_act_dropout.USUAL.items()
+        if fact.value.route == "triton"
+    )
+
+
+def dropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.dropout(F.gelu(L(x, w, b)), 0.1)
+
+
+def dropped_and_added(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return F.dropout(F.gelu(L(x, w, b)), 0.1) + r
+
+
+DROPPED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict[str, Any], str]] = {
+    "dropped": (dropped, (X, W, (1024,)), {}, "triton"),
+    "no dropout": (activated, (X, W, (1024,)), {}, "epilogue"),
+    "few rows": (dropped, ((4095, 512), W, (1024,)), {}, "inductor"),
+    "few features": (dropped, (X, (504, 512), (504,)), {}, "inductor"),
+    "rows that change": (dropped, (X, W, (1024,)), {"dynamic": True}, "inductor"),
+    "fp32": (dropped, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
+    "a residual": (dropped_and_added, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
+}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_the_usual_route_in_training(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing needs a gradient here, for which fake tensors would want a GPU: the table says the same without one."""
+    fn, shapes, about, route = DROPPED[name]
+    table = bias_act_dropout.USUAL
+    monkeypatch.setitem(table, ("sm_90", "activated, dropped", False), table["sm_90", "activated, dropped", True])
+    found = planned(fn, *shapes, **{"dtype": torch.bfloat16, "dynamic": False, **about})
+    assert [r for r, _ in found] == [route], found
 
 
 @pytest.mark.parametrize(("fn", "shapes"), [(swiglu, (X, W, W)), (activated, (X, W, (1024,)))])

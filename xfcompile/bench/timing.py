@@ -17,6 +17,11 @@ Call = Callable[[], Any]
 FLUSHED = 256 * 2**20
 """Bytes that are written to empty an L2 cache (50 MB on an H100), as `triton.testing.do_bench` does."""
 
+LONGEST = 0.01
+"""Seconds that a GPU waits for its host at most; a call that takes its host longer is timed with it."""
+CYCLES = 2e9
+"""Of a GPU, in a second: no more than so many."""
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -60,7 +65,8 @@ def interleaved(
 
     Each round has an order of its own: a chip that the call before has heated is slower for the next one.
 
-    cold: empty the L2 cache before each call. failed: is told of a call that raises, which then takes no further part;
+    cold: empty the L2 cache before each call, and keep a GPU busy until all of the call is launched: it is the GPU's
+    time then, also of calls that take less than their launches. failed: is told of a call that raises, which then takes no further part;
     without it the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -77,8 +83,13 @@ def interleaved(
                 del running[name], times[name]
                 failed(name, error)
 
+    launching: dict[str, float] = {}
+
+    def warm(name: str, call: Call) -> None:
+        launching[name] = _wall(call) / 1e3
+
     for _ in range(rounds.warmup):
-        attempt(lambda name, call: call())
+        attempt(warm)
     end = time.perf_counter() + rounds.seconds
     for done in range(rounds.most):
         if done >= rounds.least and time.perf_counter() > end:
@@ -87,7 +98,7 @@ def interleaved(
 
         def step(name: str, call: Call, events: dict[str, tuple[Any, Any]] = events) -> None:
             if device == "cuda":
-                events[name] = _recorded(call, cold)
+                events[name] = _recorded(call, cold, launching.get(name, 0.0))
             else:
                 times[name].append(_wall(call))
 
@@ -111,11 +122,12 @@ def milliseconds(call: Call, device: str) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def _recorded(call: Call, cold: bool) -> tuple[Any, Any]:
-    """The events around a call. Writing the L2 cache's worth takes so long that the host is ahead of a short call."""
+def _recorded(call: Call, cold: bool, launching: float) -> tuple[Any, Any]:
+    """The events around a call. launching: seconds that its host takes for it."""
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if cold:
         _flushing().zero_()
+        torch.cuda._sleep(int(min(1.5 * launching, LONGEST) * CYCLES))
     else:
         torch.cuda.synchronize()
     before.record()

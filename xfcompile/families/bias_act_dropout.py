@@ -52,7 +52,13 @@ _PRODUCT = Measured(
     "examples/results/hopper_gemm_h200.json",
 )
 
+_KERNELS = Measured(
+    "examples/bench_kernels.py", "2026-11-28", "H200, torch 2.11, triton 3.6", "examples/results/kernels_h200.json"
+)
+
 _HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
+    ("activated, dropped", True): Fact(Usual("triton", 4096), _KERNELS),
+    ("activated, dropped", False): Fact(Usual("inductor"), _MEASURED),
     ("activated", True): Fact(Usual("inductor"), _MEASURED),
     ("activated", False): Fact(Usual("epilogue", 4096), _PRODUCT),
     ("added", True): Fact(Usual("inductor"), _MEASURED),
@@ -71,10 +77,12 @@ beside it: another route has its place here only where a whole block is faster w
 
 
 def shape_class(site: BiasActDropoutSite) -> str:
-    """activated: a linear with an activation, and dropout or not. added: without one, with a residual or not."""
+    """activated: a linear with an activation, with dropout or without. added: without one, with a residual or not."""
     if site.product is None:
         return "no product"
-    return "activated" if X in sympy.diff(site.formula, X).free_symbols else "added"
+    if X not in sympy.diff(site.formula, X).free_symbols:
+        return "added"
+    return "activated, dropped" if site.dropout else "activated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +183,27 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
         return Route("inductor", "not measured to be faster than what Inductor makes of it")
     if rows.is_Integer and rows < usual.rows:
         return Route("inductor", f"fewer than {usual.rows} rows, for which Inductor is faster")
-    if usual.route == "epilogue":
-        reason = _why_no_epilogue(site, rows)
-        if reason is not None:
-            return Route("inductor", f"left to Inductor: {reason}")
+    reason = _why_no_epilogue(site, rows) if usual.route == "epilogue" else _why_not_after(site, rows)
+    if reason is not None:
+        return Route("inductor", f"left to Inductor: {reason}")
     return Route(usual.route)
 
 
 SHORTEST = 512
 """Features, of the input and of the result, from which on the product of matrices for Hopper was measured, about."""
+
+
+def _why_not_after(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
+    """Why our kernel after a product was not measured to be faster for such a site; None if it was."""
+    if not rows.is_Integer:
+        return "sizes that are not known at compile time"
+    if site.features < SHORTEST:
+        return f"not measured with fewer than {SHORTEST} features"
+    if site.tensors:
+        return "Inductor computes what is added together with what follows"
+    if {site.dtype, site.root.dtype} not in ({torch.float16}, {torch.bfloat16}):
+        return "not measured with numbers of other than 16 bits"
+    return None
 
 
 def _why_no_epilogue(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
