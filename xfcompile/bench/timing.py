@@ -66,8 +66,8 @@ def interleaved(
     Each round has an order of its own: a chip that the call before has heated is slower for the next one.
 
     cold: empty the L2 cache before each call, and keep a GPU busy until all of the call is launched: it is the GPU's
-    time then, also of calls that take less than their launches. failed: is told of a call that raises, which then takes no further part;
-    without it the error is raised.
+    time then, also of calls that take less than their launches. failed: is told of a call that raises, which then takes
+    no further part; without it the error is raised.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     running = dict(calls)
