@@ -7,6 +7,7 @@ A node is traced alone (`trace`), its ATen calls become `Value`s, and writes are
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -82,7 +83,10 @@ _DATA_DEPENDENT = {"nonzero", "item", "tolist", "unique", "unique_consecutive", 
 
 
 class Reading:
-    """The reading of one graph. `outer` maps its placeholders to the values that a calling graph passes."""
+    """The reading of one graph. `outer` maps its placeholders to the values that a calling graph passes.
+
+    repeated: the bodies that are called more than once in the outermost graph; found here if this is that one.
+    """
 
     def __init__(
         self,
@@ -92,8 +96,10 @@ class Reading:
         values: Values | None = None,
         programs: dict[Any, Program | None] | None = None,
         outer: Sequence[Any] | None = None,
+        repeated: frozenset[fx.GraphModule] | None = None,
     ) -> None:
         self.gm = gm
+        self.repeated = _repeated(gm) if repeated is None else repeated
         self.values = values or Values()
         self.programs: dict[Any, Program | None] = {} if programs is None else programs
         self.cells: dict[fx.Node, Any] = {}
@@ -203,9 +209,7 @@ class Reading:
             self.numbers.setdefault(self.cells[node], node)
 
     def _attribute(self, node: fx.Node) -> None:
-        target: Any = self.gm
-        for part in str(node.target).split("."):
-            target = getattr(target, part)
+        target = _attribute_of(self.gm, node)
         if isinstance(target, torch.Tensor):
             why = "learned" if isinstance(target, torch.nn.Parameter) else "input"
             self.cells[node] = Cell(self.values.leaf(meta_of(target), why), self._memory(target))
@@ -499,14 +503,13 @@ class Reading:
             "wrap",
             "invoke_subgraph",
         )
-        shared = any(
-            child.gm is body for body in bodies for _, child in self.children
-        )  # a body called twice has no single meaning of its inputs
         for body in bodies:
             placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-            known = checkpoint and not shared and len(bodies) == 1 and len(placeholders) == len(operands)
+            # What one call passes to a body is not what another does: a body that is called twice knows nothing of it.
+            alone = len(bodies) == 1 and body not in self.repeated
+            known = checkpoint and alone and len(placeholders) == len(operands)
             outer = [c.value if isinstance(c, Cell) else c for c in operands] if known else None
-            child = Reading(body, values=self.values, programs=self.programs, outer=outer)
+            child = self._inner(body, outer)
             self.children.append((node, child))
             wrote = any(m.external for e in child.effects.values() for m in e.writes)
             if wrote or not checkpoint:
@@ -521,6 +524,9 @@ class Reading:
 
         self.cells[node] = pytree.tree_map(fresh, example)
 
+    def _inner(self, body: fx.GraphModule, outer: Sequence[Any] | None) -> Reading:
+        return Reading(body, values=self.values, programs=self.programs, outer=outer, repeated=self.repeated)
+
     def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
         """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its
         forward and its backward compute. What is made of it has the gradient that its author wrote."""
@@ -529,12 +535,12 @@ class Reading:
         if len(bodies) != 2 or len(results) != 1 or not all(isinstance(c, Cell) for c in operands):
             return False
         given = [c.value for c in operands]
-        forward = Reading(bodies[0], values=self.values, programs=self.programs, outer=given)
+        forward = self._inner(bodies[0], given)
         outs, saved = _pair(forward)
         if len(outs) != 1 or None in saved or not isinstance(results[0], torch.Tensor):
             return False
         grad = self.values.leaf(meta_of(results[0]), "gradient")
-        backward = Reading(bodies[1], values=self.values, programs=self.programs, outer=[grad, *saved])
+        backward = self._inner(bodies[1], [grad, *saved])
         expected = sum(n.op == "placeholder" for n in bodies[1].graph.nodes)
         if expected != 1 + len(saved) or not (_is_pure(forward) and _is_pure(backward)):
             return False
@@ -556,6 +562,28 @@ class Reading:
 
 
 _UNKNOWN = object()
+
+
+def _repeated(gm: fx.GraphModule) -> frozenset[fx.GraphModule]:
+    """The bodies that are called more than once in a graph and in the bodies that it calls."""
+    calls: Counter[fx.GraphModule] = Counter()
+    todo = [gm]
+    while todo:
+        graph_module = todo.pop()
+        for node in graph_module.graph.nodes:
+            if node.op == "get_attr":
+                body = _attribute_of(graph_module, node)
+                if isinstance(body, fx.GraphModule):
+                    todo.extend([body] if not calls[body] else [])
+                    calls[body] += len(node.users)
+    return frozenset(body for body, times in calls.items() if times > 1)
+
+
+def _attribute_of(gm: fx.GraphModule, node: fx.Node) -> Any:
+    target: Any = gm
+    for part in str(node.target).split("."):
+        target = getattr(target, part)
+    return target
 
 
 def _outputs(reading: Reading) -> tuple[Any, ...]:
