@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -55,6 +56,40 @@ def test_an_attention_is_found_whoever_traced_the_graph(graph_of: Any, mask: str
         out = gm(x)
     assert [(s.matched, s.route, s.mask) for s in report.sites] == [(True, "sdpa", mask)]
     assert "scaled_dot_product_attention" in gm.code
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_node_without_examples_is_given_none() -> None:
+    """Not even one that takes no tensor: the mask of whole rows is spread over the keys."""
+
+    class Masked(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, masked: Tensor) -> Tensor:
+            return (q @ k.transpose(-1, -2)).masked_fill(masked, -1e30).softmax(-1) @ v
+
+    given = [*(torch.randn(2, 3, 5, 8) for _ in range(3)), torch.tensor([0, 1, 0, 1, 1]).bool()[:, None]]
+    gm = traced(Masked(), given[0])
+    with torch.no_grad():
+        report = xfcompile.rewrite(gm, given)
+        out = gm(*given)
+    assert [(s.matched, s.route) for s in report.sites] == [(True, "sdpa")]
+    assert "torch.zeros(" in gm.code
+    torch.testing.assert_close(out, Masked()(*given))
+
+
+def test_a_call_without_a_result_holds_nothing() -> None:
+    """`_foreach_mul_` on a tuple whose tensors no node holds yet."""
+    graph = torch.fx.Graph()
+    parts = graph.call_method("chunk", (graph.placeholder("x"), 3, -1))
+    graph.call_function(torch._foreach_mul_, (parts, 2.0))
+    q, k, v = (graph.call_function(operator.getitem, (parts, n)) for n in range(3))
+    scores = graph.call_function(torch.matmul, (q, graph.call_method("transpose", (k, -1, -2))))
+    graph.output(graph.call_function(torch.matmul, (graph.call_method("softmax", (scores, -1)), v)))
+    gm, x = torch.fx.GraphModule(nn.Module(), graph), torch.randn(2, 3, 5, 24)
+    with torch.no_grad():
+        expected = gm(x.clone())
+        report = xfcompile.rewrite(gm, [x])
+        out = gm(x.clone())
+    assert [(s.matched, s.route) for s in report.sites] == [(True, "sdpa")]
     torch.testing.assert_close(out, expected)
 
 

@@ -210,7 +210,7 @@ def _parse(gm: fx.GraphModule, inputs: list[Any], module: bool) -> Program | Non
             outputs = value if isinstance(value, (tuple, list)) else (value,)
             metas = tuple(meta_of(o) if isinstance(o, torch.Tensor) else None for o in outputs)
             refs = [Ref(len(calls), item) for item in range(len(outputs))]
-            aliases = tuple(storage.get(_memory(o)) if isinstance(o, torch.Tensor) else None for o in outputs)
+            aliases = tuple(storage.get(_memory(o)) for o in outputs)
             for o, ref in zip(outputs, refs, strict=True):
                 if isinstance(o, torch.Tensor):
                     storage.setdefault(_memory(o), ref)

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from equivalence import ALL, Outcome, check, rewriting, tensors
+
+from xfcompile.activation import X, with_ndtr
 
 Q, K, V = (2, 3, 4, 8), (2, 3, 4, 8), (2, 3, 4, 8)
 LONG = ((1, 1, 70, 8),) * 3
@@ -134,6 +137,17 @@ def features_split(x: Any, w: Any, b: Any, r: Any) -> Any:
     return F.gelu(F.linear(x, w, b)).reshape(4, 4, 2, 2) * r
 
 
+def one_and_erf_and_more(x: Any, w: Any) -> Any:
+    h = F.linear(x, w)
+    return torch.erf(h) + torch.tanh(h) + 1
+
+
+def written_and_not_read(q: Any, k: Any, v: Any, out: Any) -> Any:
+    """Who gave `out` reads it later."""
+    torch.matmul((q @ k.mT).softmax(-1), v, out=out)
+    return q * 2
+
+
 def a_bias_of_two_axes(y: Any, b: Any) -> Any:
     return F.gelu(y.sin() + b)
 
@@ -202,6 +216,8 @@ PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
     "a projection in two orders": (seen_in_two_orders, ((4, 4, 4), (4, 4), (4,))),
     "a projection in two orders of rows": (seen_in_two_orders_of_rows, ((4, 4, 4), (4, 4), (4,))),
     "features that are split": (features_split, ((4, 4, 4), (4, 4), (4,), (2,))),
+    "one, erf and something else": (one_and_erf_and_more, ((5, 8), (8, 8))),
+    "a result that only its owner reads": (written_and_not_read, (Q, K, V, Q)),
     "a bias of two axes": (a_bias_of_two_axes, ((4, 4), (4, 4))),
     "a bias of more axes than what it is added to": (a_bias_of_two_axes, ((8,), (1, 8))),
     "a bias that is broadcast over rows": (a_bias_of_two_axes, ((1, 8), (5, 8))),
@@ -231,7 +247,56 @@ RUNS = [
 @pytest.mark.parametrize("name, routes", RUNS, indirect=["routes"])
 def test_is_equal_to_eager(name: str, routes: dict[str, str] | None) -> None:
     program, shapes = PROGRAMS[name]
-    check(program, *tensors(*shapes, grad=True), grad=True, routes=routes, family=ALL)
+    grad = program is not written_and_not_read
+    check(program, *tensors(*shapes, grad=grad), grad=grad, routes=routes, family=ALL)
+
+
+@pytest.mark.parametrize(
+    "formula", [sympy.Max(1, sympy.erf(X)), sympy.Lt(1, sympy.erf(X)), 1 + sympy.erf(X) + sympy.tanh(X)], ids=str
+)
+def test_only_a_sum_of_one_and_erf_is_twice_a_normal_distribution(formula: sympy.Expr) -> None:
+    assert formula.args[0] == 1 and isinstance(formula.args[1], sympy.erf), "no near miss"
+    assert with_ndtr(formula) == formula
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_added_tensor_is_coarse_in_fp16_alone(dtype: torch.dtype) -> None:
+    """In others a mask is taken to hold the least number, or -inf, beside which nothing is left."""
+
+    def program(q: Any, k: Any, v: Any, m: Any) -> Any:
+        return (q @ k.mT + m).softmax(-1) @ v
+
+    outcome = check(program, *tensors(Q, K, V, (4, 4), dtype=dtype), family=ALL)
+    assert [s.route for s in outcome.matched] == ["sdpa"]
+
+
+def test_our_kernel_has_no_gradient_of_rows_that_may_see_all_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that is data may be so low that masked keys are as high."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def program(q: Any, k: Any, v: Any, m: Any) -> Any:
+        masked = torch.ones(4, 4, dtype=torch.bool).triu(1)
+        return (q @ k.mT + m).masked_fill(masked, torch.finfo(torch.float32).min).softmax(-1) @ v
+
+    far = torch.zeros(4, 4).index_fill(0, torch.tensor([2]), torch.finfo(torch.float32).min)
+    inputs = [*tensors(Q, K, V, grad=True), far]
+    outcome = check(program, *inputs, grad=True, routes={"attention": "triton"}, family="attention")
+    assert [s.route for s in outcome.matched] == ["inductor"]
+    assert "whose gradients no fused kernel has" in str(outcome.matched[0].reason)
+
+
+@pytest.mark.parametrize("route, taken", [("triton", "triton"), ("epilogue", "inductor")])
+def test_a_product_that_is_needed_is_not_multiplied_twice(
+    route: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def program(x: Any, w: Any) -> Any:
+        h = F.linear(x, w)
+        return F.gelu(h), h
+
+    outcome = check(program, *tensors((5, 8), (8, 8)), routes={"bias-act-dropout": route}, family=ALL)
+    assert [s.route for s in outcome.matched] == [taken]
 
 
 def test_what_is_not_below_a_number_may_be_nan(routes: dict[str, str] | None) -> None:
