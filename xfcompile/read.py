@@ -19,7 +19,7 @@ from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 from xfcompile.source import RewriteError, source_of
-from xfcompile.trace import Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
+from xfcompile.trace import Call, Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
 
 
@@ -353,7 +353,7 @@ class Reading:
             args = {k: operand(v) for k, v in call.args.items()}
             sizes = [m.shape if m is not None else () for m in call.outputs]
             written = [
-                (p.name, ref)
+                (p, ref)
                 for p in call.op._schema.arguments
                 if p.alias_info is not None and p.alias_info.is_write
                 for ref in pytree.tree_leaves(call.args[p.name])
@@ -364,20 +364,26 @@ class Reading:
             if torch.Tag.inplace_view in call.op.tags and isinstance(call.args["self"], Ref) and call.outputs[0]:
                 results = [self._reviewed(call, args, cell_of(call.args["self"]), sizes)]
             elif written:
-                _, ref = written[0]
-                target = cell_of(ref)
-                assert target is not None
-                if len(written) == 1 and call.outputs[0] is not None:
-                    value = self.values.make(call.op, args, target.value.meta, 0, sizes)
+                given_back = [_given_back(call, item, written) for item in range(len(call.outputs))]
+                targets = [cell_of(ref) for _, ref in written]
+                value = None
+                if len(written) == 1 and given_back == [written[0][1]]:
+                    assert targets[0] is not None
+                    value = self.values.make(call.op, args, targets[0].value.meta, 0, sizes)
                     note(call.op, value)
-                else:
-                    value = self.values.leaf(target.value.meta, "written")
-                for _, other in written[1:]:
-                    other_cell = cell_of(other)
-                    assert other_cell is not None
-                    self._write(node, other_cell, self.values.leaf(other_cell.value.meta, "written"))
-                self._write(node, target, value)
-                results = [target if m is not None else None for m in call.outputs]
+                for target in targets:
+                    assert target is not None
+                    contents = self.values.leaf(target.value.meta, "written") if value is None else value
+                    self._write(node, target, contents)
+                for ref, meta, alias in zip(given_back, call.outputs, call.aliases, strict=True):
+                    if ref is not None:
+                        results.append(cell_of(ref))
+                    elif meta is None:
+                        results.append(None)
+                    else:
+                        origin = None if alias is None else cell_of(alias)
+                        memory = Memory(external=False) if origin is None else origin.memory
+                        results.append(Cell(self.values.leaf(meta, "made beside a write"), memory))
             else:
                 for item, meta in enumerate(call.outputs):
                     if meta is None:
@@ -562,6 +568,15 @@ class Reading:
 
 
 _UNKNOWN = object()
+
+
+def _given_back(call: Call, item: int, written: list[tuple[Any, Ref]]) -> Ref | None:
+    """The tensor that an operation writes and gives back as one of its results, as its schema says; None if it makes
+    that, or has no result."""
+    returns = call.op._schema.returns
+    shared = returns[item].alias_info if len(returns) == len(call.outputs) else None
+    names = set() if shared is None else shared.before_set
+    return next((ref for parameter, ref in written if parameter.alias_info.before_set & names), None)
 
 
 def _repeated(gm: fx.GraphModule) -> frozenset[fx.GraphModule]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from equivalence import check, tensors
 from evaluate import compare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -116,6 +117,27 @@ def out_argument(x: Tensor, y: Tensor) -> Result:
     return x * 1, y * 1
 
 
+def two_out_arguments(x: Tensor, y: Tensor) -> Result:
+    low, high = torch.aminmax(x * y, dim=0, out=(x[0], y[1]))
+    return low * 1, high * 1, x * 1, y * 1
+
+
+@torch.library.custom_op("reading_tests::write_and_make", mutates_args=("x",))
+def write_and_make(x: Tensor, y: Tensor) -> Tensor:
+    x.add_(1)
+    return y * 2
+
+
+@write_and_make.register_fake
+def _(x: Tensor, y: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def a_result_beside_a_write(x: Tensor, y: Tensor) -> Result:
+    z = write_and_make(x, y)
+    return z * 1, x * 1, y * 1
+
+
 def foreach(x: Tensor, y: Tensor) -> Result:
     torch._foreach_mul_([x, y], 2.0)
     return x * 1, y * 1
@@ -165,6 +187,8 @@ PROGRAMS: list[Callable[[Tensor, Tensor], Result]] = [
     iadd,
     split_parts,
     out_argument,
+    two_out_arguments,
+    a_result_beside_a_write,
     foreach,
     unsqueezed_in_place,
     swapped,
@@ -181,6 +205,54 @@ def inputs() -> list[Tensor]:
 def test_contents(program: Callable[[Tensor, Tensor], Result]) -> None:
     known, _ = compare(program, inputs())
     assert known > 0
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def queries_are_the_second_of_two(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return attention(torch.aminmax(torch.stack([q, k, v]), dim=0, out=(x, y))[1], k, v)
+
+
+def queries_are_made_beside_a_write(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    return attention(write_and_make(x, q), k, v)
+
+
+def queries_are_written(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    write_and_make(x, q)
+    return attention(x, k, v)
+
+
+def queries_are_written_and_given_back(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    z = torch.add(q, y, out=x)
+    x.mul_(2)
+    return attention(z, k, v)
+
+
+def a_result_that_its_owner_reads_later(q: Tensor, k: Tensor, v: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    torch.matmul((q @ k.mT).softmax(-1), v, out=x)
+    return q * 2
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        queries_are_the_second_of_two,
+        queries_are_made_beside_a_write,
+        queries_are_written,
+        queries_are_written_and_given_back,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_what_a_write_gives_back(program: Callable[..., Tensor]) -> None:
+    outcome = check(program, *tensors(*[(2, 3, 4, 8)] * 5), family="attention")
+    assert [site.route for site in outcome.matched] == ["sdpa"]
+
+
+def test_a_result_is_written_where_its_owner_reads_it() -> None:
+    outcome = check(a_result_that_its_owner_reads_later, *tensors(*[(2, 3, 4, 8)] * 5), family="attention")
+    assert not outcome.matched
 
 
 FOLLOWED = [
