@@ -154,6 +154,28 @@ def dropped(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return F.dropout(masked.softmax(-1), 1e-30) @ v
 
 
+def masked_after(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """As `masked_twice`, the other way around."""
+    late = torch.arange(k.shape[-2]) > 20
+    masked = scores(q, k) + torch.where(keep[:, None, None, :], 0.0, LEAST)
+    return masked.masked_fill(late, LEAST).softmax(-1) @ v
+
+
+def sloped(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    slope = torch.arange(k.shape[-2]) * 0.1
+    return (scores(q, k) + slope + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
+def tempered(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, x: Tensor) -> Tensor:
+    return (scores(q, k) * torch.sigmoid(x) + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
+def sinking(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor) -> Tensor:
+    masked = scores(q, k) + torch.where(keep[:, None, None, :], 0.0, LEAST)
+    column = sink[:, None, None].expand(q.shape[0], -1, q.shape[2], 1)
+    return torch.cat([masked, column], -1).softmax(-1)[..., :-1] @ v
+
+
 @pytest.mark.parametrize("program", [capped, masked_twice, scaled_by_row, biased, dropped], ids=lambda f: f.__name__)
 def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program: Callable[..., Tensor]) -> None:
     inputs = [*qkv(batch=3), padding()]
@@ -164,6 +186,27 @@ def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program:
     (site,) = report.sites
     assert site.route == "inductor" and site.reason, site
     assert program is masked_twice or "send gradients" in site.reason
+    judge(step(program, doubled(inputs)), step(program, inputs), ours, EPS)
+
+
+@pytest.mark.parametrize(
+    "program, more",
+    [
+        (masked_after, []),
+        (sloped, []),
+        (tempered, [torch.tensor(1.5)]),
+        (sinking, [torch.tensor([0.3, -0.2], requires_grad=True)]),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_gradients_of_rows_whose_masks_were_added(
+    program: Callable[..., Tensor], more: list[Tensor], interpreter: None
+) -> None:
+    """Whatever runs them."""
+    inputs = [*qkv(batch=3), padding(), *more]
+    report = xfcompile.Report()
+    ours = step(compiled(program, "kernel", report), inputs)
+    assert [site.matched for site in report.sites] == [True]
     judge(step(program, doubled(inputs)), step(program, inputs), ours, EPS)
 
 
