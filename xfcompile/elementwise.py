@@ -258,8 +258,11 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
     if not (_exact(a) and _exact(b)):
         return None
     loads = a.atoms(Load) | b.atoms(Load)
-    if v.op not in ("eq", "ne") and any(e.loads[load.operand].dtype.is_floating_point for load in loads):
-        return None  # NaN is neither above nor below: `not (x < y)` is not `x >= y`, as sympy would have it
+    if any(e.loads[load.operand].dtype.is_floating_point for load in loads):
+        if v.op not in ("eq", "ne"):
+            return None  # NaN is neither above nor below: `not (x < y)` is not `x >= y`, as sympy would have it
+        if a == b or a.is_infinite or b.is_infinite:
+            return None  # NaN is not equal to itself, and a tensor may hold inf, which no real number is for sympy
     return fold(_COMPARISONS[v.op], a, b)
 
 

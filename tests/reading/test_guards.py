@@ -137,6 +137,14 @@ def features_split(x: Any, w: Any, b: Any, r: Any) -> Any:
     return F.gelu(F.linear(x, w, b)).reshape(4, 4, 2, 2) * r
 
 
+def halves(q: Any, k: Any, v: Any) -> Any:
+    return ((q @ k.mT).exp() / 2.0) @ v
+
+
+def queries_of_each_key(q: Any, k: Any, v: Any) -> Any:
+    return torch.einsum("bhijd,bhjd->bhij", q, k).softmax(-1) @ v
+
+
 def one_and_erf_and_more(x: Any, w: Any) -> Any:
     h = F.linear(x, w)
     return torch.erf(h) + torch.tanh(h) + 1
@@ -147,6 +155,8 @@ def a_bias_of_two_axes(y: Any, b: Any) -> Any:
 
 
 PROGRAMS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "a number is no sum": (halves, (Q, K, V)),
+    "queries of each key": (queries_of_each_key, ((2, 3, 4, 4, 8), K, V)),
     "a mean is no sum": (mean_for_a_sum, (Q, K, V)),
     "divided by a negative number": (attended(lambda i, j: (j - i) // -2 >= 0), (Q, K, V)),
     "divided by a fraction": (attended(lambda i, j: j.float() // 1.5 <= i), (Q, K, V)),
@@ -227,7 +237,7 @@ def routes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
 
 
 def attends(shapes: tuple[tuple[int, ...], ...]) -> bool:
-    return len(shapes[0]) == 4
+    return len(shapes[0]) >= 4
 
 
 RUNS = [
@@ -358,6 +368,13 @@ def test_a_result_lies_in_memory_as_it_did(name: str, routes: dict[str, str] | N
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert found.stride() == expected.stride()
     assert [s.route for s in outcome.matched] == ["sdpa" if routes is None else "triton"]
+
+
+def test_rows_are_not_searched_for_keys_where_all_have_some() -> None:
+    """A window's own position is always seen."""
+    outcome = check(attended(lambda i, j: (j <= i) & (i - j < 3)), *tensors(Q, K, V), family="attention")
+    assert [s.route for s in outcome.matched] == ["sdpa"]
+    assert "logical_not" not in outcome.graphs[0].code
 
 
 def test_what_lies_outside_of_a_padded_mask_is_not_loaded(routes: dict[str, str] | None) -> None:

@@ -360,3 +360,34 @@ def test_a_relative_bias_of_t5() -> None:
 
     outcome = check(t5, *tensors(*QKV, (16, H)))
     assert [(s.matched, s.route, s.mask) for s in outcome.sites] == [(True, "sdpa", "causal")], outcome.sites
+
+
+EQUALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "equal to -inf": lambda m: m == float("-inf"),
+    "equal to inf": lambda m: m == float("inf"),
+    "not equal to -inf": lambda m: ~(m != float("-inf")),
+    "not equal to itself": lambda m: m != m,
+    "infinite": torch.isinf,
+    "less than nothing": torch.isneginf,
+    "no number": torch.isnan,
+    "not finite": lambda m: ~torch.isfinite(m),
+    "equal to a choice": lambda m: m == torch.where(torch.arange(6) < 3, float("-inf"), 0.0),
+}
+
+
+@pytest.mark.parametrize("name, route", [*((name, None) for name in EQUALS), ("equal to -inf", "triton")])
+def test_what_a_tensor_holds_may_be_infinite_or_nan(
+    name: str, route: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if route is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return (q @ k.mT).masked_fill(EQUALS[name](m), -1e30).softmax(-1) @ v
+
+    m = torch.zeros(6, 6)
+    for n, x in enumerate((float("-inf"), float("inf"), float("nan"), -1.0)):
+        m.diagonal(n - 2).fill_(x)
+    routes = None if route is None else {"attention": route}
+    outcome = check(program, *tensors(*[(2, 3, 6, 8)] * 3), m, routes=routes, family="attention")
+    assert [site.matched for site in outcome.sites] == [True]
