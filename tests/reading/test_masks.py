@@ -365,6 +365,7 @@ def test_a_relative_bias_of_t5() -> None:
 EQUALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "equal to -inf": lambda m: m == float("-inf"),
     "equal to inf": lambda m: m == float("inf"),
+    "what inf is equal to": lambda m: torch.full((), float("inf")) == m,
     "not equal to -inf": lambda m: ~(m != float("-inf")),
     "not equal to itself": lambda m: m != m,
     "infinite": torch.isinf,
