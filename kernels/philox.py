@@ -128,13 +128,14 @@ def philox(seed, c0, c1, c2, c3):
     c1 = tl.cast(c1, tl.uint32)
     c2 = tl.cast(c2, tl.uint32)
     c3 = tl.cast(c3, tl.uint32)
-    a = tl.full([], 0xD2511F53, tl.uint32)
-    b = tl.full([], 0xCD9E8D57, tl.uint32)
     for _ in tl.static_range(10):
-        x0 = tl.umulhi(c2, tl.broadcast_to(b, c2.shape)) ^ c1 ^ k0
-        x2 = tl.umulhi(c0, tl.broadcast_to(a, c0.shape)) ^ c3 ^ k1
-        c1 = c2 * b
-        c3 = c0 * a
+        # Both halves of a product by one instruction.
+        ab = tl.cast(c0, tl.uint64) * tl.full([], 0xD2511F53, tl.uint64)
+        cd = tl.cast(c2, tl.uint64) * tl.full([], 0xCD9E8D57, tl.uint64)
+        x0 = tl.cast(cd >> 32, tl.uint32) ^ c1 ^ k0
+        x2 = tl.cast(ab >> 32, tl.uint32) ^ c3 ^ k1
+        c1 = tl.cast(cd, tl.uint32)
+        c3 = tl.cast(ab, tl.uint32)
         c0 = x0
         c2 = x2
         k0 += tl.full([], 0x9E3779B9, tl.uint32)
