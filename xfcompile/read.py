@@ -86,6 +86,7 @@ class Reading:
     """The reading of one graph. `outer` maps its placeholders to the values that a calling graph passes.
 
     repeated: the bodies that are called more than once in the outermost graph; found here if this is that one.
+    bodies: the readings of those that are read already: each is read, and a child, once.
     """
 
     def __init__(
@@ -97,9 +98,11 @@ class Reading:
         programs: dict[Any, Program | None] | None = None,
         outer: Sequence[Any] | None = None,
         repeated: frozenset[fx.GraphModule] | None = None,
+        bodies: dict[fx.GraphModule, Reading] | None = None,
     ) -> None:
         self.gm = gm
         self.repeated = _repeated(gm) if repeated is None else repeated
+        self.bodies: dict[fx.GraphModule, Reading] = {} if bodies is None else bodies
         self.values = values or Values()
         self.programs: dict[Any, Program | None] = {} if programs is None else programs
         self.cells: dict[fx.Node, Any] = {}
@@ -515,8 +518,12 @@ class Reading:
             alone = len(bodies) == 1 and body not in self.repeated
             known = checkpoint and alone and len(placeholders) == len(operands)
             outer = [c.value if isinstance(c, Cell) else c for c in operands] if known else None
-            child = self._inner(body, outer)
-            self.children.append((node, child))
+            child = self.bodies.get(body)
+            if child is None:
+                child = self._inner(body, outer)
+                self.children.append((node, child))
+                if body in self.repeated:
+                    self.bodies[body] = child
             wrote = any(m.external for e in child.effects.values() for m in e.writes)
             if wrote or not checkpoint:
                 for cell in list(self._cells_of(node.all_input_nodes)):
@@ -531,7 +538,8 @@ class Reading:
         self.cells[node] = pytree.tree_map(fresh, example)
 
     def _inner(self, body: fx.GraphModule, outer: Sequence[Any] | None) -> Reading:
-        return Reading(body, values=self.values, programs=self.programs, outer=outer, repeated=self.repeated)
+        values, programs, repeated, bodies = self.values, self.programs, self.repeated, self.bodies
+        return Reading(body, values=values, programs=programs, outer=outer, repeated=repeated, bodies=bodies)
 
     def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
         """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its

@@ -44,16 +44,17 @@ class Verification:
         self._done = False
 
     def _copy(self, reading: Reading) -> fx.GraphModule:
-        if reading.gm in self._copies:  # a body that is called twice
-            return self._copies[reading.gm]
         graph = copy.deepcopy(reading.gm.graph)
         self.twins.update(zip(reading.gm.graph.nodes, graph.nodes, strict=True))
         made = self._copies[reading.gm] = fx.GraphModule(reading.gm, graph)
-        children = {child.gm: self._copy(child) for _, child in reading.children}
-        for name, module in list(made.named_modules()):
-            if module in children:
+        for _, child in reading.children:
+            self._copy(child)
+        for name, module in list(
+            made.named_modules()
+        ):  # among them bodies that are children of another that calls them
+            if module in self._copies:
                 parent, _, last = name.rpartition(".")
-                setattr(made.get_submodule(parent), last, children[module])
+                setattr(made.get_submodule(parent), last, self._copies[module])
         return made
 
     def watch(

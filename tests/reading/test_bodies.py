@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from equivalence import check, tensors
 from torch import Tensor
 
@@ -57,3 +58,19 @@ def test_a_body_that_is_called_once_knows_what_it_is_given() -> None:
 
     outcome = check(program, *tensors(SHAPE, SHAPE, SHAPE), family="attention")
     assert [(site.route, site.mask) for site in outcome.matched] == [("sdpa", "causal")]
+
+
+@torch.compiler.nested_compile_region
+def a_whole_layer(x: Tensor, w: Tensor, b: Tensor, out: Tensor, c: Tensor) -> Tensor:
+    made = F.multi_head_attention_forward(
+        x, x, x, 8, 2, w, b, None, None, False, 0.0, out, c, training=False, need_weights=False
+    )
+    return made[0]
+
+
+def test_a_call_that_holds_an_attention_is_spelled_out_once() -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor, out: Tensor, c: Tensor) -> Tensor:
+        return a_whole_layer(x * 2, w, b, out, c) + a_whole_layer(x, w, b, out, c)
+
+    outcome = check(program, *tensors((5, 2, 8), (24, 8), (24,), (8, 8), (8,)), family="attention")
+    assert [site.route for site in outcome.matched] == ["sdpa"]
