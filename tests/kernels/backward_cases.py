@@ -41,12 +41,13 @@ def kernels(case: Case, x: Inputs, dout: Tensor) -> list[Tensor]:
 
 
 def sizes_of_terms(case: Case, x: Inputs, dout: Tensor) -> dict[str, float]:
-    """The sum of the sizes of what an operand's gradient is the sum of: what its roundings are measured in."""
+    """The sum of the sizes of what an operand's gradient is the sum of, and dv's, which is a sum of weights, not below
+    0, times dout: what their roundings are measured in."""
     found = gradients(case.spec, floating(x))
-    *_, loads = reference.backward(
-        case.spec, found, dout, x.q, x.k, x.v, x.operands, x.ints, x.floats, torch.float64, absolute=True
-    )
-    sizes: dict[str, float] = {}
+    arguments = (x.q, x.k, x.v, x.operands, x.ints, x.floats, torch.float64)
+    dv = reference.backward(case.spec, found, dout.abs(), *arguments)[2]
+    *_, loads = reference.backward(case.spec, found, dout, *arguments, absolute=True)
+    sizes = {"dv": dv.nan_to_num(0.0).abs().max().item() / 4}
     for load, value in zip(found.loads, loads, strict=True):
         name = f"t{load.load.operand}"
         sizes[name] = sizes.get(name, 0.0) + value.max().item()
@@ -79,7 +80,10 @@ def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
     names = ["dq", "dk", "dv", *(f"t{n}" for n in floating(x))]
     for name, a, b, theirs in zip(names, ours, right, eager, strict=True):
         assert a.shape == b.shape
-        assert a.dtype == (x.operands[int(name[1:])].dtype if name in terms else x.q.dtype) or name[0] == "t"
+        assert (
+            a.dtype == (x.operands[int(name[1:])].dtype if name[0] == "t" and name in terms else x.q.dtype)
+            or name[0] == "t"
+        )
         # An operand's gradient is a sum of very many numbers, of which partial sums are rounded.
         magnitude = max(b.abs().max().item(), 4 * terms.get(name, 0.0))
         eps = max(torch.finfo(a.dtype).eps, torch.finfo(x.q.dtype).eps)
