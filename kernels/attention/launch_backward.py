@@ -611,19 +611,25 @@ class _Call:
 
         where c is the score's derivative by q·k, a number. Keys and values are centred: their means cancel out.
         """
-        slope = torch.as_tensor(self._evaluator()(self.program.made.gradients.slope), device=self.q.device).float()
+        # A number stays one: a tensor of it on the device would be copied there, which no CUDA graph captures.
+        slope = self._evaluator()(self.program.made.gradients.slope)
+        slope = slope.float() if isinstance(slope, Tensor) else float(slope)
         dead = self.lse == -math.inf
-        dout = (
-            torch.where(dead[..., None], self.dout, 0.0).float().unflatten(1, (self.kv_heads, -1))
-        )  # [B, Hkv, g, i, Dv]
-        v = self.v.float() - self.v.float().mean(2, keepdim=True)  # [B, Hkv, j, Dv]
+        # [B, Hkv, g, i, Dv]
+        dout = torch.where(dead[..., None], self.dout, 0.0).float().unflatten(1, (self.kv_heads, -1))
+        v = _centred(self.v)
         if dq is not None:
-            k = self.k.float() - self.k.float().mean(2, keepdim=True)
-            more = dout @ (v.mT @ k)[:, :, None] * (slope / self.lk)
+            more = dout @ (v.mT @ _centred(self.k))[:, :, None] * (slope / self.lk)
             dq += more.flatten(1, 2).to(dq.dtype)
         if dk is not None:
             q = self.q.float().unflatten(1, (self.kv_heads, -1))
             dk += (v @ (dout.mT @ q).sum(2) * (slope / self.lk)).to(dk.dtype)
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Keys or values [B, Hkv, j, D] less their mean over j, in fp32."""
+    wide = x.float()
+    return wide - wide.mean(2, keepdim=True)
 
 
 def _summed(x: Tensor, axes: Sequence[sympy.Symbol]) -> Tensor:
