@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from xfcompile.bench import registry
 from xfcompile.bench.job import Place
 from xfcompile.bench.surroundings import surroundings
-
-AHEAD = 4_000_000
-"""Cycles that the device is kept busy for before a call: some 2 ms."""
+from xfcompile.bench.timing import Rounds, interleaved, wall
 
 
 def kernels(call: Callable[[], Any]) -> list[dict[str, Any]]:
@@ -38,22 +35,6 @@ def kernels(call: Callable[[], Any]) -> list[dict[str, Any]]:
     found = [x for x in seen.key_averages() if x.device_type == DeviceType.CUDA and x.self_device_time_total > 0]
     found.sort(key=lambda x: -x.self_device_time_total)
     return [{"kernel": x.key, "count": x.count, "ms": x.self_device_time_total / 1e3} for x in found]
-
-
-def timed(call: Callable[[], Any], rounds: int = 15) -> tuple[float, float]:
-    """Milliseconds on the device, and of the host until all is launched: medians."""
-    device, host = [], []
-    for _ in range(rounds):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(AHEAD)
-        start = time.perf_counter()
-        before.record()
-        call()
-        after.record()
-        host.append((time.perf_counter() - start) * 1e3)
-        torch.cuda.synchronize()
-        device.append(before.elapsed_time(after))
-    return statistics.median(device), statistics.median(host)
 
 
 def main() -> None:
@@ -77,9 +58,8 @@ def main() -> None:
         torch._dynamo.reset()
         with torch.set_grad_enabled(work.grad):  # type: ignore[union-attr]
             call = work.way(column)  # type: ignore[union-attr]
-            for _ in range(3):
-                call()
-            ms, host = timed(call)
+            ms = interleaved({column: call}, "cuda", Rounds(most=15))[column].ms
+            host = statistics.median(wall(call) for _ in range(15))
             found = kernels(call)
         results.append({"column": column, "ms": ms, "host": host, "kernels": found})
         print(f"{row.title}: {column}: {ms:.3f} ms, host {host:.3f}, kernels {sum(k['ms'] for k in found):.3f}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -31,17 +33,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, help="run one test in so many of each file: a first look")
 
 
+def numbered(items: list[pytest.Item]) -> list[tuple[int, pytest.Item]]:
+    """Each with its number in its file."""
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
+    return [(next(numbers[item.path.name]), item) for item in items]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    taken: dict[str, int] = {}
     every = config.getoption("--every")
-    for item in list(items) if every > 1 else ():
-        number = taken[item.path.name] = taken.get(item.path.name, -1) + 1
-        if number % every:
-            items.remove(item)
-    seen: dict[str, int] = {}
-    for item in items:
-        number = seen[item.path.name] = seen.get(item.path.name, -1) + 1
+    items[:] = [item for number, item in numbered(items) if number % every == 0]
+    for number, item in numbered(items):
         if number % THINNED.get(item.path.name, 1):
             item.add_marker(pytest.mark.slow)
 

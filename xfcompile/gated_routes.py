@@ -9,6 +9,7 @@ import sympy
 from xfcompile.evaluate import Unsupported
 from xfcompile.family import Route
 from xfcompile.kernels import philox
+from xfcompile.kernels.gemm import tiles
 from xfcompile.measured import GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.site import GatedMLPSite
 
@@ -32,22 +33,15 @@ _MEASURED = Measured(
     "examples/results/gated_h200.json",
 )
 
-_PRODUCT = Measured(
-    "examples/bench_hopper_gemm.py",
-    "2026-11-28",
-    "H200, torch 2.11, triton 3.6",
-    "examples/results/hopper_gemm_h200.json",
-)
-
 _HOPPER: Mapping[tuple[str, str, str], Fact[str]] = {
     ("inference", "separate", "one row"): Fact("inductor", _MEASURED),
     ("inference", "separate", "few rows"): Fact("inductor", _MEASURED),
     ("inference", "separate", "some rows"): Fact("inductor", _MEASURED),
-    ("inference", "separate", "many rows"): Fact("triton", _PRODUCT),
+    ("inference", "separate", "many rows"): Fact("triton", tiles.MEASURED),
     ("inference", "packed", "one row"): Fact("inductor", _MEASURED),
     ("inference", "packed", "few rows"): Fact("inductor", _MEASURED),
     ("inference", "packed", "some rows"): Fact("inductor", _MEASURED),
-    ("inference", "packed", "many rows"): Fact("triton", _PRODUCT),
+    ("inference", "packed", "many rows"): Fact("triton", tiles.MEASURED),
     ("training", "separate", "some rows"): Fact("inductor", _MEASURED),
     ("training", "separate", "many rows"): Fact("inductor", _MEASURED),
     ("training", "packed", "some rows"): Fact("inductor", _MEASURED),
@@ -127,10 +121,6 @@ def _why_not(site: GatedMLPSite, name: str) -> str | None:
     return None
 
 
-SHORTEST = 512
-"""Features, of the input and of the product, from which on the kernel for Hopper was measured, about."""
-
-
 def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
     """Why the product of matrices for Hopper, which is what was measured, does not compute a site; None if it does, as
     far as is known at compile time."""
@@ -140,8 +130,8 @@ def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
         return "weights that are transposed are not measured to be faster"
     if site.features % 8 != 0 or site.inner % 8 != 0:
         return "TMA reads rows that start at multiples of 16 bytes"
-    if min(site.features, site.inner) < SHORTEST:
-        return f"not measured with fewer than {SHORTEST} features"
+    if min(site.features, site.inner) < tiles.SHORTEST:
+        return f"not measured with fewer than {tiles.SHORTEST} features"
     if site.layout in ("gate even", "up even"):
         return "features of gate and up in turns are not measured to be faster"
     if site.dropout or site.root.dtype != site.dtype:

@@ -145,7 +145,7 @@ def choose(
     wanted = forced.get(site.family)
     words = told(site, score)
     sayable = words if isinstance(words, Told) else None
-    kernel = _why_no_kernel(site, score, training, bias_grad)
+    kernel = _why_no_kernel(site, score, sayable, training, bias_grad)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
     if training and site.call is None and (site.leaks or swallows(site, sayable)):
         sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"
@@ -235,9 +235,11 @@ def _why_slow_kernel(site: AttentionSite) -> str | None:
     return None
 
 
-def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool, bias_grad: bool) -> str | None:
+def _why_no_kernel(
+    site: AttentionSite, score: sympy.Expr, words: Told | None, training: bool, bias_grad: bool
+) -> str | None:
     if training:
-        reason = _why_no_backward(site, score, bias_grad)
+        reason = _why_no_backward(site, score, words, bias_grad)
         if reason is not None:
             return reason
     if site.dropout and not philox.fine_enough(site.dropout):
@@ -264,9 +266,8 @@ def _why_no_kernel(site: AttentionSite, score: sympy.Expr, training: bool, bias_
     return supports(device, _kernel_dtype(site), int(site.head_dim), int(site.value_dim))
 
 
-def _why_no_backward(site: AttentionSite, score: sympy.Expr, bias_grad: bool) -> str | None:
-    leaks = site.leaks and not _leaks_simply(site, score, bias_grad)
-    if leaks:
+def _why_no_backward(site: AttentionSite, score: sympy.Expr, words: Told | None, bias_grad: bool) -> str | None:
+    if site.leaks and not _leaks_simply(site, words, bias_grad):
         return "rows that may see no key send gradients through their added masks, which no fused kernel does"
     if site.full is not None or (site.rounding is not None and not site.leaks):
         return "nothing may be left of a row's scores beside its masks, whose gradients no fused kernel has"
@@ -277,15 +278,16 @@ def _why_no_backward(site: AttentionSite, score: sympy.Expr, bias_grad: bool) ->
     return why_no_gradient(score, site.sink)
 
 
-def _leaks_simply(site: AttentionSite, score: sympy.Expr, bias_grad: bool) -> bool:
+def _leaks_simply(site: AttentionSite, words: Told | None, bias_grad: bool) -> bool:
     """Whether what rows without keys send to their scores is linear in q and in k: the score is a multiple of q·k and
-    all keys are masked by one number, beside which none of it is left. Then it is made of a few small products."""
-    words = told(site, score)
-    if not isinstance(words, Told) or words.rest != 0 or words.coefficient.atoms(Load):
+    all keys are masked by one number, beside which none of it is left. Then it is made of a few small products.
+
+    words: the site in SDPA's, which knows no sinks."""
+    if words is None or words.rest != 0 or words.coefficient.atoms(Load):
         return False
     numbers = not words.coefficient.free_symbols & {B, H, I, J}
     as_one = site.dead == "mean" and site.one_fill and site.full is None
-    return numbers and as_one and site.sink is None and not site.dropout and not bias_grad
+    return numbers and as_one and not site.dropout and not bias_grad
 
 
 def _kernel_dtype(site: AttentionSite) -> torch.dtype:

@@ -49,9 +49,8 @@ class Verification:
         made = self._copies[reading.gm] = fx.GraphModule(reading.gm, graph)
         for _, child in reading.children:
             self._copy(child)
-        for name, module in list(
-            made.named_modules()
-        ):  # among them bodies that are children of another that calls them
+        # Among its modules are bodies that are children of another one that calls them.
+        for name, module in list(made.named_modules()):
             if module in self._copies:
                 parent, _, last = name.rpartition(".")
                 setattr(made.get_submodule(parent), last, self._copies[module])

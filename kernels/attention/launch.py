@@ -377,11 +377,11 @@ class FirstThatRuns:
 
     def __init__(self, first: Callable[..., None], other: Callable[[], Callable[..., None]]) -> None:
         self.launch = first
+        # None once it is known which of them it is: it may hold tensors.
         self.other: Callable[[], Callable[..., None]] | None = other
-        self.settled = self.replaced = False
 
     def __call__(self, *arguments: Any) -> None:
-        if self.settled or self.replaced:  # what the other one raises is raised: nothing else is left
+        if self.other is None:
             self.launch(*arguments)
             return
         try:
@@ -391,11 +391,9 @@ class FirstThatRuns:
             if other is not None:  # no other thread was here meanwhile
                 log.warning("%s does not run (%s: %s): another kernel takes its place", self.launch, type(error), error)
                 self.launch = other()
-                self.replaced = True
                 self.other = None
-            self.launch(*arguments)
-        self.settled = True
-        self.other = None  # which may hold tensors
+            self.launch(*arguments)  # what this one raises is raised: nothing else is left
+        self.other = None
 
 
 class _Blocks:

@@ -86,7 +86,7 @@ def interleaved(
     launching: dict[str, float] = {}
 
     def warm(name: str, call: Call) -> None:
-        launching[name] = _wall(call) / 1e3
+        launching[name] = wall(call) / 1e3
 
     for _ in range(rounds.warmup):
         attempt(warm)
@@ -100,7 +100,7 @@ def interleaved(
             if device == "cuda":
                 events[name] = _recorded(call, cold, launching.get(name, 0.0))
             else:
-                times[name].append(_wall(call))
+                times[name].append(wall(call))
 
         attempt(step)
         if device == "cuda":
@@ -136,7 +136,8 @@ def _recorded(call: Call, cold: bool, launching: float) -> tuple[Any, Any]:
     return before, after
 
 
-def _wall(call: Call) -> float:
+def wall(call: Call) -> float:
+    """Milliseconds until it returns: on a GPU, until it is launched."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3

@@ -16,6 +16,7 @@ from torch import fx
 from xfcompile.activation import KEEP, X
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Words
+from xfcompile.kernels.gemm import tiles
 from xfcompile.kernels.philox import fine_enough
 from xfcompile.layout import with_layout
 from xfcompile.meaning import Kernel, PointwiseMeaning, Tensor, called, dtype_name, tensor_of
@@ -45,13 +46,6 @@ _MEASURED = Measured(
     "examples/results/bias_act_dropout_h200.json",
 )
 
-_PRODUCT = Measured(
-    "examples/bench_hopper_gemm.py",
-    "2026-11-28",
-    "H200, torch 2.11, triton 3.6",
-    "examples/results/hopper_gemm_h200.json",
-)
-
 _KERNELS = Measured(
     "examples/bench_kernels.py", "2026-11-28", "H200, torch 2.11, triton 3.6", "examples/results/kernels_h200.json"
 )
@@ -60,7 +54,7 @@ _HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
     ("activated, dropped", True): Fact(Usual("triton", 4096), _KERNELS),
     ("activated, dropped", False): Fact(Usual("inductor"), _MEASURED),
     ("activated", True): Fact(Usual("inductor"), _MEASURED),
-    ("activated", False): Fact(Usual("epilogue", 4096), _PRODUCT),
+    ("activated", False): Fact(Usual("epilogue", 4096), tiles.MEASURED),
     ("added", True): Fact(Usual("inductor"), _MEASURED),
     ("added", False): Fact(Usual("inductor"), _MEASURED),
     ("no product", True): Fact(Usual("inductor"), _MEASURED),
@@ -189,16 +183,12 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
     return Route(usual.route)
 
 
-SHORTEST = 512
-"""Features, of the input and of the result, from which on the product of matrices for Hopper was measured, about."""
-
-
 def _why_not_after(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
     """Why our kernel after a product was not measured to be faster for such a site; None if it was."""
     if not rows.is_Integer:
         return "sizes that are not known at compile time"
-    if site.features < SHORTEST:
-        return f"not measured with fewer than {SHORTEST} features"
+    if site.features < tiles.SHORTEST:
+        return f"not measured with fewer than {tiles.SHORTEST} features"
     if site.tensors:
         return "Inductor computes what is added together with what follows"
     if {site.dtype, site.root.dtype} not in ({torch.float16}, {torch.bfloat16}):
@@ -212,18 +202,17 @@ def _why_no_epilogue(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
     from xfcompile.kernels.bias_act_dropout import text_of
     from xfcompile.kernels.bias_act_dropout.launch_hopper import unavailable
 
+    reason = _why_not_after(site, rows)
+    if reason is not None:
+        return reason
     assert site.product is not None
     inner = sympy.sympify(site.product.x.shape[-1])
-    if not (rows.is_Integer and inner.is_Integer):
+    if not inner.is_Integer:
         return "sizes that are not known at compile time"
-    if min(site.features, inner) < SHORTEST or site.features % 8 or inner % 8:
-        return f"not measured with fewer than {SHORTEST} features, or with no multiple of 8"
-    if site.tensors:
-        return "Inductor computes what is added together with what follows"
+    if inner < tiles.SHORTEST or site.features % 8 or inner % 8:
+        return f"not measured with fewer than {tiles.SHORTEST} features, or with no multiple of 8"
     if site.product.transposed:
         return "a weight that is transposed"
-    if {site.dtype, site.root.dtype} not in ({torch.float16}, {torch.bfloat16}):
-        return "not measured with numbers of other than 16 bits"
     return unavailable(text_of(site.formula), len(site.vectors), 0)
 
 
