@@ -120,10 +120,15 @@ def tile_sizes(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: 
     """Queries and keys of the tiles that lists are made of."""
     if device.type == "cpu":
         return INTERPRETED.block_m, INTERPRETED.block_n
-    if launch_hopper.why_not(program(key), device, dtype, dq, dv) is None:
+    if always_listed(key, device, dtype, dq, dv):
         return hopper.ROWS, hopper.KEYS
     tiles = choose(device_generation(device), dtype, dq, dv, lq)
     return tiles.block_m, tiles.block_n
+
+
+def always_listed(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> bool:
+    """Whether the kernel of such a site goes by lists, however few tiles there are: it makes what it is not given."""
+    return launch_hopper.why_not(program(key), device, dtype, dq, dv) is None
 
 
 def mask_of(key: str) -> str | None:

@@ -25,16 +25,19 @@ from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
+    Trait,
     choose_backward,
     columns,
     device_generation,
     smaller,
 )
-from xfcompile.score import POSITION, B, H, Load
+from xfcompile.score import POSITION, B, H, I, J, Load
 from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
 
+LISTED_APART = 64
+"""Tiles of lists that are no larger have tiles of their own in `tiles.BACKWARD`."""
 DEFINITION = "its gradients are computed by their definition, in plain PyTorch"
 
 
@@ -55,6 +58,20 @@ class Program:
     @property
     def spec(self) -> ScoreSpec:
         return launch.program(self.forward).spec
+
+    def traits(self, name: str, listed: tuple[int, int] | None) -> list[Trait]:
+        """What the tiles of a kernel are chosen by. listed: the sizes of the tiles of a list."""
+        if name.startswith("load"):
+            kind = self.made.gradients.loads[int(name.removeprefix("load"))].kind
+            return ["dense" if kind == "dense" else "diagonal"]
+        found: list[Trait] = []
+        if self.spec.band.lower is not None:
+            found.append("window")
+        if listed is not None and max(listed) <= LISTED_APART:
+            found.append("listed")
+        if any({I, J} <= load.free_symbols for load in self.spec.score.atoms(Load)):
+            found.append("dense")
+        return [*found, "linear" if self.made.slope is not None else "other"]
 
     def kernel(self, name: str, interpreted: bool) -> Any:
         return getattr(_module(self.forward, self.needed, interpreted), f"attention_backward_{name}")
@@ -476,9 +493,8 @@ class _Call:
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
 
         def find() -> Tiles:
-            kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
-            narrow = self.program.spec.band.lower is not None
-            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear, narrow)
+            kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
