@@ -32,8 +32,8 @@ def inputs() -> list[Tensor]:
 
 def lists_made(training: bool) -> int:
     """Of a graph in which each row has two tiles."""
-    with torch.set_grad_enabled(training):
-        outcome = check(layers, *inputs(), grad=training, routes=ROUTES)
+    q, *others = inputs()
+    outcome = check(layers, q.requires_grad_(training), *others, grad=training, routes=ROUTES)
     assert [site.route for site in outcome.sites] == ["triton", "triton"]
     return sum("attention_tiles" in str(n.target) for gm in outcome.programs for n in gm.graph.nodes)
 
