@@ -31,6 +31,7 @@ from xfcompile.kernels.attention.tiles import (
     device_generation,
     smaller,
 )
+from xfcompile.kernels.registration import Site
 from xfcompile.score import POSITION, B, H, I, J, Load
 from xfcompile.site import ScoreSpec
 
@@ -150,6 +151,7 @@ def run(
     block_n: int = 0,
     seed: Tensor | None = None,
     stream: int = 0,
+    site: Site | None = None,
 ) -> Gradients:
     """The gradients, by kernels: on a GPU, or interpreted on a CPU.
 
@@ -162,7 +164,11 @@ def run(
         log.debug("making the text of a backward failed", exc_info=error)
         fit.give_way(fit.DoesNotCompile(f"{type(error).__name__}: {error}"), forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
-    layout = _layout(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
+    layout: Layout | None = None if site is None else site.found
+    if layout is None:
+        layout = _layout(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
+        if site is not None and q.dtype is not torch.float32:  # how that is multiplied may change
+            site.found = layout
     made = layout.outputs()
     if layout.empty:
         for x in (*made[:3], *made[3]):
