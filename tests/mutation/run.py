@@ -42,6 +42,7 @@ TESTS = {
     "tests/reading/test_magnitude.py": "all",
     "tests/reading/test_diagonal.py": "all",
     "tests/reading/test_activation.py": "all",
+    "tests/reading/test_trace.py": "all",
     "tests/reading/test_mutation.py": "all",
     "tests/reading/test_bodies.py": "all",
     "tests/reading/test_hopper_routes.py": "all",

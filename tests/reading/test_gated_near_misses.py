@@ -78,6 +78,12 @@ def linear_and_relu(x: Tensor, w: Tensor) -> Tensor:
     return F.relu(L(x, w))
 
 
+@torch._dynamo.allow_in_graph
+def activated_without_grad(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.silu(L(x, w))
+
+
 def without_grad(x: Tensor, w: Tensor) -> Tensor:
     with torch.no_grad():
         return L(x, w)
