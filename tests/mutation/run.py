@@ -44,6 +44,8 @@ TESTS = {
     "tests/reading/test_activation.py": "all",
     "tests/reading/test_trace.py": "all",
     "tests/reading/test_unfold.py": "all",
+    "tests/reading/test_emit.py": "all",
+    "tests/reading/test_layout.py": "all",
     "tests/reading/test_mutation.py": "all",
     "tests/reading/test_bodies.py": "all",
     "tests/reading/test_hopper_routes.py": "all",
