@@ -1,11 +1,13 @@
-"""Numbers and tensors that a formula speaks of and no node holds: the site is left as it was, with that reason."""
+"""What is written for SDPA: numbers of a formula that a node holds, and nothing where a call says it already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from equivalence import check, tensors
 from torch import Tensor
 
@@ -51,3 +53,23 @@ def test_scores_are_said_to_sdpa_where_their_numbers_can_be_written(name: str) -
     (site,) = outcome.sites
     assert site.route == ("sdpa" if reason is None else "inductor"), site
     assert reason is None or reason in str(site.reason)
+
+
+CALLED: dict[str, tuple[Callable[[], dict[str, Any]], bool]] = {
+    "no mask": (dict, True),
+    "causal": (lambda: {"is_causal": True}, True),
+    "a causal mask": (lambda: {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril()}, False),
+    "a mask that hides nothing": (lambda: {"attn_mask": torch.ones(6, 6, dtype=torch.bool)}, False),
+    "a window": (lambda: {"attn_mask": torch.ones(6, 6, dtype=torch.bool).tril().triu(-2)}, True),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_call_of_sdpa_is_written_anew_where_it_need_not_have_a_mask(name: str) -> None:
+    arguments, stays = CALLED[name]
+    outcome = check(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **arguments()), *tensors(*SHAPES[1:], SHAPES[1])
+    )
+    (site,) = outcome.sites
+    assert site.route == "sdpa"
+    assert str(site.reason).startswith("as it was: ") == stays, site

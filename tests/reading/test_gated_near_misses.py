@@ -423,6 +423,7 @@ right(
 right("a linear and its activation after it, as one", lambda x, w, v, d: linear_and_relu(F.silu(L(x, w)) * L(x, v), d),
       ROWS, *[WEIGHT] * 3)  # fmt: skip
 
+miss("a gate without gradient, as one", "", lambda x, w, v: activated_without_grad(x, w) * L(x, v))
 miss(
     "weights of one dimension", "no bias stands between", lambda x, w, v: F.silu(L(x, w)) * L(x, v), SQUARE, (4,), (4,)
 )
