@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import gated_cases
 import pytest
 import torch
 from attention_cases import Inputs, Sizes, inputs, named
 from backward_cases import floating
 from torch import Tensor
 
+from xfcompile import activation
+from xfcompile.activation import X
 from xfcompile.kernels.attention import fit, launch, launch_backward, lists, prepare
 from xfcompile.kernels.attention.launch_backward import Needs
+from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+from xfcompile.kernels.bias_act_dropout import op as bias_op
+from xfcompile.kernels.bias_act_dropout import text_of
+from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import op as gated_op
 from xfcompile.kernels.registration import Site
 
 SIZES = Sizes(2, 2, 1, 40, 72, 16, 16)
@@ -124,3 +132,55 @@ def test_lists_ask_once(interpreter: None) -> None:
     lists.program(key).launches.clear()
     assert [run(x, site) for x in operands] == wanted and not lists.program(key).launches
     assert wanted[0] != wanted[1]
+
+
+GATED = gated_cases.Case(rows=20, features=12, inner=24)
+
+
+def test_gated_mlps_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = GATED.but(dtype=torch.float16, inner=32, layout="separate")
+    asked: list[Any] = []
+    original = gated_launch._layout_of
+    monkeypatch.setattr(gated_launch, "_layout_of", lambda x: asked.append(x) or original(x))
+    given = gated_cases.inputs(case)
+    x, weight = given.x, given.weights[0]
+    key = gated_cases.key_of("silu")
+    site = Site()
+
+    def run(x: Tensor, site: Site | None = None) -> Tensor:
+        return gated_op._gated_mlp(x, *rest, key, "separate", "dual", False, x.dtype, site=site)[0]
+
+    rest = (weight, weight.flip(0), None, None)
+    wanted = [run(x), run(-x)]
+    asked.clear()
+    found = [run(x, site), run(-x, site), run(x, site)]
+    assert len(asked) == 6  # of one call
+    assert all(map(torch.equal, found, [*wanted, wanted[0]])) and not torch.equal(*wanted)
+    memory = torch.empty(x.numel() + 1, dtype=x.dtype)
+    assert torch.equal(run(memory[1:].view(x.shape).copy_(x), site), wanted[0])
+    assert len(asked) == 12
+
+
+def test_activations_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    original = bias_launch._layout_of
+    monkeypatch.setattr(bias_launch, "_layout_of", lambda x: asked.append(x) or original(x))
+    gelu = text_of(activation.gelu(X, "none"))
+    generator = torch.Generator().manual_seed(0)
+    x, bias, weight = (torch.randn(*n, generator=generator).half() for n in ((4, 6, 16), (16,), (16, 16)))
+    sites = [Site(), Site()]
+
+    def run(x: Tensor, known: bool) -> list[Tensor]:
+        about = (bias, [], [], None, 0, gelu, 0.0, x.dtype)
+        one, other = sites if known else (None, None)
+        return [bias_op._forward(x, *about, site=one), bias_op._linear(x, weight, *about, False, site=other)[0]]
+
+    wanted = [run(x, False), run(-x, False)]
+    run(x, True)
+    assert sites[0].found is None and sites[1].found is None, "on CPUs, whether Triton interprets may change"
+    monkeypatch.setattr(bias_launch, "_setting", lambda x: False)
+    run(x, True)
+    asked.clear()
+    for y, right in ((-x, wanted[1]), (x, wanted[0])):
+        assert all(map(torch.equal, run(y, True), right))
+    assert asked == []
