@@ -268,24 +268,23 @@ class Reader:
         rule = _RULES.get(value.op)
         if rule is None or not value.dtype.is_floating_point:
             raise Miss(f"{value.op} is no function of one element", value)
+        if any(isinstance(x, sympy.Basic) and not x.is_number for x in value.args.values()):
+            raise Miss("a number that is not known at compile time", value)
         return rule(self, value)
 
     def operand(self, x: Any, value: Value) -> sympy.Expr:
         """One element of an operand of `value`, to whose shape it is broadcast."""
         if not isinstance(x, Value):
-            number = literal(x) if not isinstance(x, bool) else None
-            if number is None or not number.is_number or not number.is_finite:
-                raise Miss(f"{x} is no finite number that is known at compile time", value)
-            return number
+            return _known(literal(x), value)
         if x in self.found:
             if x.shape != value.shape:
                 raise Miss("a projection is broadcast", value)
             return self.found[x]
         return self._other(x, value)
 
-    def _other(self, x: Value, value: Value) -> sympy.Symbol:
+    def _other(self, x: Value, value: Value) -> sympy.Expr:
         if x.op == "full":
-            return rounded(literal(x["fill"]), x.dtype)
+            return _known(rounded(literal(x["fill"]), x.dtype), value)
         if not x.dtype.is_floating_point or x.meta.device != value.meta.device or x.dtype.is_complex:
             raise Miss(f"an operand of {x.dtype} on {x.meta.device}", x)
         while x.op == "expand":
@@ -302,14 +301,18 @@ class Reader:
         return any(formula == activation.tensor(n) for n in range(len(self.tensors)))
 
 
+def _known(number: sympy.Basic, value: Value) -> sympy.Expr:
+    if not number.is_number or not number.is_finite:
+        raise Miss(f"{number} is no finite number that is known at compile time", value)
+    return number
+
+
 # -- rules: (reader, value) -> formula ------------------------------------------------------------------------------
 
 
 def _add(r: Reader, v: Value) -> sympy.Expr:
     a, b = r.operand(v["self"], v), r.operand(v["other"], v)
     alpha = literal(v.args.get("alpha", 1))
-    if not alpha.is_number:
-        raise Miss("a factor that is not known at compile time", v)
     if v.op == "sub":
         return a - alpha * b
     if alpha == 1 and r.bias is None and r.users.get(r.start) == [v]:
