@@ -365,21 +365,26 @@ def _function(r: Reader, v: Value) -> sympy.Expr:
     return activation.ALL[v.op](r.operand(v["self"], v), v.args)
 
 
+def _itself(r: Reader, x: Value) -> sympy.Expr:
+    """One element of what is seen in another shape or dtype; a constant is one too, in the body of a function."""
+    return r.operand(x, x)
+
+
 def _same(r: Reader, v: Value) -> sympy.Expr:
     x = v["self"]
     if not x.dtype.is_floating_point or x.meta.device != v.meta.device:
         raise Miss("moved, or no real number before", v)
-    return r.found[x]
+    return rounded(_itself(r, x), v.dtype)
 
 
 def _reshape(r: Reader, v: Value) -> sympy.Expr:
     if v.ndim == 0 or v.shape[-1] != r.features:
         raise Miss("the last axis is reshaped", v)
-    return r.found[v["self"]]
+    return _itself(r, v["self"])
 
 
 def _permute(r: Reader, v: Value) -> sympy.Expr:
-    if v["dims"][-1] != v.ndim - 1 or r.found[v["self"]] != X or r.moved is not None:
+    if v["dims"][-1] != v.ndim - 1 or _itself(r, v["self"]) != X or r.moved is not None:
         raise Miss("moved in the middle of what is done to its elements", v)
     # Else what is computed of the projection in its own order would be taken for the same.
     inner = v["self"]

@@ -6,12 +6,13 @@ Here they are read and not run; what is written in place, and numbers, are `test
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from equivalence import check
-from test_bias_act_dropout import FAMILY, Fn, found, given
+from test_bias_act_dropout import FAMILY, Fn, as_text, found, given
 from torch import Tensor
 
 NEAR_MISSES: dict[str, tuple[str, Fn]] = {
@@ -59,6 +60,44 @@ NOTHING: dict[str, Fn] = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_is_made_of_what_is_no_site(name: str) -> None:
     assert found(NOTHING[name], *given()) == []
+
+
+def scaled(constant: Callable[[], Tensor]) -> Any:
+    """tanh times a constant, as a function with a backward of its own."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            ctx.save_for_backward(h)
+            return torch.tanh(h) * constant()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (h,) = ctx.saved_tensors
+            return grad * (1 - torch.tanh(h) ** 2) * constant()
+
+    return Scaled.apply
+
+
+# A constant, and whether a function that is scaled by it is read.
+CONSTANTS: dict[str, tuple[Callable[[], Tensor], bool]] = {
+    "one for each channel": (lambda: torch.full((16,), 2.0), True),
+    "a number": (lambda: torch.tensor(2.0), True),
+    "a number of another dtype": (lambda: torch.full((), 2.0, dtype=torch.float64).to(torch.float32), False),
+    "a whole number": (lambda: torch.full((), 2).to(torch.float32), False),
+    "without its axis": (lambda: torch.full((1,), 2.0).reshape(()), False),
+    "rows in another order": (lambda: torch.full((5, 2, 16), 2.0).transpose(0, 1), False),
+    "a random one": (lambda: torch.randn(()), False),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_an_autograd_function_may_be_scaled_by_a_constant(name: str) -> None:
+    constant, read = CONSTANTS[name]
+    fn = scaled(constant)
+    assert [
+        as_text(s) for s in found(lambda x, w, b: fn(F.linear(x, w, b)), *given()[:3]) if not isinstance(s, str)
+    ] == ["2*tanh(x)"] * read
 
 
 class WithLength(torch.nn.Module):
