@@ -12,8 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equivalence import check
-from test_bias_act_dropout import FAMILY, Fn, as_text, found, given
+from test_bias_act_dropout import FAMILY, Bloom, Fn, as_text, found, given
 from torch import Tensor
+
+from xfcompile.patterns import bias_act_dropout as pattern
+from xfcompile.site import BiasActDropoutSite
 
 NEAR_MISSES: dict[str, tuple[str, Fn]] = {
     "alpha dropout": ("alpha dropout", lambda h, r, g: F.alpha_dropout(h, 0.25, True)),
@@ -21,6 +24,7 @@ NEAR_MISSES: dict[str, tuple[str, Fn]] = {
     "dropout1d": ("whole channels", lambda h, r, g: F.dropout1d(h, 0.25)),
     "dropout2d": ("whole channels", lambda h, r, g: F.dropout2d(h[None], 0.25)),
     "used elsewhere": ("used elsewhere", lambda h, r, g: F.gelu(h) + h.sum()),
+    "two dropouts": ("two dropouts", lambda h, r, g: F.dropout(h, 0.25) + F.dropout(h.relu(), 0.5)),
 }  # fmt: skip
 
 
@@ -30,6 +34,25 @@ def test_a_near_miss_says_why(name: str) -> None:
     results = found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given())
     assert len(results) == 1 and isinstance(results[0], str), results
     assert reason in results[0]
+
+
+ONE = torch.tensor([2.0])
+NUMBER = torch.tensor(2.0)
+WHOLE = torch.arange(16)
+
+
+class OfTwo(torch.autograd.Function):
+    """A gradient for what it does not use."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, r: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        return torch.tanh(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (h,) = ctx.saved_tensors
+        return grad * (1 - torch.tanh(h) ** 2), grad * 3
 
 
 # Nothing of the kind: no word is lost over them.
@@ -53,13 +76,81 @@ NOTHING: dict[str, Fn] = {
     "a convolution": lambda x, w, b, r, g: F.gelu(F.conv1d(x.mT, w.view(16, 8, 1), b)),
     "one feature": lambda x, w, b, r, g: torch.sigmoid(F.linear(x, w[:1], b[:1])),
     "integers": lambda x, w, b, r, g: F.linear(x, w, b).round().long() + 1,
+    "an outer product": lambda x, w, b, r, g: F.gelu(torch.einsum("bsk,nm->bskn", x, w)),
+    "no sum": lambda x, w, b, r, g: F.gelu(torch.einsum("bk,nk->bnk", x[0], w)),
+    "a bias times a number": lambda x, w, b, r, g: F.gelu(torch.add(r.sin(), b, alpha=2)),
+    "a bias of nothing": lambda x, w, b, r, g: F.gelu(torch.zeros(5, 16) + b),
+    "a number for a bias": lambda x, w, b, r, g: F.gelu(r.sin() + NUMBER),
+    "a bias of one element": lambda x, w, b, r, g: F.gelu(r.sin() + ONE),
+    "numbers alone": lambda x, w, b, r, g: F.gelu(r.sum() + NUMBER),
+    "a vector's product": lambda x, w, b, r, g: F.gelu(torch.einsum("k,nk->n", x[0, 0], w)),
+    "whole numbers for a bias": lambda x, w, b, r, g: F.gelu(r.sin() + WHOLE),
+    "another view of a linear, and another bias": lambda x, w, b, r, g: F.linear(x, w).view(10, 16) + b,
+    "nothing of it is dropped out": lambda x, w, b, r, g: F.dropout(F.linear(x, w, b) * 0 + 1, 0.25),
+    "times a boolean": lambda x, w, b, r, g: F.silu(F.linear(x, w, b) * True),
     "times booleans": lambda x, w, b, r, g: F.silu(F.linear(x, w, b) * torch.full((16,), True)),
+    "times infinity": lambda x, w, b, r, g: F.silu(F.linear(x, w, b) * float("inf")),
+    "rounded down": lambda x, w, b, r, g: F.silu(torch.div(F.linear(x, w, b), 0.5, rounding_mode="floor")),
+    "an exponent": lambda x, w, b, r, g: F.silu(torch.pow(2.0, F.linear(x, w, b))),
+    "a power of another tensor": lambda x, w, b, r, g: F.silu(torch.pow(F.linear(x, w, b), g)),
+    "clamped by a vector": lambda x, w, b, r, g: F.silu(F.linear(x, w, b).clamp(min=g)),
+    "on another device": lambda x, w, b, r, g: F.silu(F.linear(x, w, b).to("meta")),
+    "in two orders, in the second dtype": lambda x, w, b, r, g: (lambda h: F.silu(h.transpose(0, 1)) + h[:1, :2])(
+        F.linear(x.half(), w.half()).float()
+    ),
+    "a function of two tensors": lambda x, w, b, r, g: OfTwo.apply(F.linear(x, w, b), r),
+    "a function of what is no projection any more": lambda x, w, b, r, g: Bloom.apply(F.linear(x, w, b) * 2),
 }
 
 
 @pytest.mark.parametrize("name", NOTHING)
 def test_nothing_is_made_of_what_is_no_site(name: str) -> None:
     assert found(NOTHING[name], *given()) == []
+
+
+# Larger than it is: the site ends before what is no function of one element, or not one that is known.
+ENDS: dict[str, tuple[str, Fn]] = {
+    "integers": ("9*x*sigmoid(9*x)", lambda h, r, g: F.silu(h * 9).long() * 2),
+    "whole numbers are added": ("x*sigmoid(x)", lambda h, r, g: F.silu(h) + torch.arange(16)),
+    "complex numbers are added": ("x*sigmoid(x)", lambda h, r, g: F.silu(h) + torch.complex(r, r)),
+    "broadcast": ("x*sigmoid(x)", lambda h, r, g: F.silu(h)[None] + torch.ones(3, 1, 1, 1)),
+    "moved to another device": ("x*sigmoid(x)", lambda h, r, g: F.silu(h).to("meta") * 2),
+    "a residual is dropped out": ("r0 + x*sigmoid(x)", lambda h, r, g: F.dropout(F.silu(h) + r, 0.25)),
+    "dropped out twice": ("keep*x", lambda h, r, g: F.dropout(F.dropout(h, 0.25), 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_site_ends_before_what_is_no_part_of_it(name: str) -> None:
+    expected, after = ENDS[name]
+    (site,) = found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given())
+    assert isinstance(site, BiasActDropoutSite) and as_text(site) == expected
+
+
+def test_a_site_ends_before_a_number_of_another_device() -> None:
+    """Which torch computes with, and no kernel can load."""
+    x, w = (t.to("meta") for t in given(grad=False)[:2])
+    (site,) = found(lambda x, w, n: F.silu(F.linear(x, w)) * n, x, w, NUMBER)
+    assert isinstance(site, BiasActDropoutSite) and as_text(site) == "x*sigmoid(x)" and not site.vectors
+
+
+def test_a_formula_ends_before_it_is_too_long() -> None:
+    def program(x: Tensor, w: Tensor) -> Tensor:
+        h = F.linear(x, w)
+        for _ in range(9):
+            h = F.silu(h)
+        return h
+
+    (site,) = found(program, *given()[:2])
+    assert isinstance(site, BiasActDropoutSite)
+    assert pattern.LONGEST / 3 < site.formula.count_ops(visual=False) <= pattern.LONGEST
+
+
+def test_a_bias_may_be_added_to_another_view_of_what_is_no_projection() -> None:
+    _, _, b, r, _ = given()
+    (site,) = found(lambda r, b: F.gelu(r.sin().view(10, 16) + b), r, b)
+    assert isinstance(site, BiasActDropoutSite) and site.bias is not None and site.x is not None
+    assert (site.x.op, site.x.shape) == ("reshape", (10, 16))
 
 
 def scaled(constant: Callable[[], Tensor]) -> Any:
