@@ -695,18 +695,6 @@ def test_a_probability_that_is_finer_than_our_numbers_is_left(p: float) -> None:
     assert "16 bits" in str(outcome.sites[0].reason)
 
 
-def test_eagers_own_numbers_are_asked_for() -> None:
-    with torch._inductor.config.patch(fallback_random=True):
-        outcome = check(
-            lambda x, w, b: F.dropout(F.gelu(F.linear(x, w, b)), 0.25),
-            *given()[:3],
-            routes={FAMILY: "triton"},
-            family=FAMILY,
-        )
-    assert [s.route for s in outcome.sites] == ["inductor"]
-    assert "fallback_random" in str(outcome.sites[0].reason)
-
-
 def test_on_a_cpu_without_the_interpreter_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
     for routes in ({}, {FAMILY: "triton"}):

@@ -220,3 +220,16 @@ def test_a_length_that_changes_is_no_number_of_a_formula(name: str, monkeypatch:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     outcome = check(WithLength(LENGTHS[name]), given()[0], dynamic=True, routes={FAMILY: "triton"}, family=FAMILY)
     assert not outcome.matched
+
+
+def test_eagers_own_numbers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with torch._inductor.config.patch(fallback_random=True):
+        outcome = check(
+            lambda x, w, b: F.dropout(F.gelu(F.linear(x, w, b)), 0.25),
+            *given()[:3],
+            routes={FAMILY: "triton"},
+            family=FAMILY,
+        )
+    assert [s.route for s in outcome.sites] == ["inductor"]
+    assert "fallback_random" in str(outcome.sites[0].reason)

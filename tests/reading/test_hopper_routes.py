@@ -40,6 +40,14 @@ def activated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.gelu(L(x, w, b))
 
 
+def biased(y: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(y.sin() + b)
+
+
+def from_columns(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(x @ w + b)
+
+
 def with_residual(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
     return F.gelu(L(x, w, b)) + r
 
@@ -96,6 +104,8 @@ ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict
     "gelu, few inputs": (activated, ((4096, 256), (1024, 256), (1024,)), {}, "inductor"),
     "gelu, odd features": (activated, (X, (1001, 512), (1001,)), {}, "inductor"),
     "gelu and a residual": (with_residual, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
+    "gelu of what no linear makes": (biased, (X, (512,)), {}, "inductor"),
+    "gelu, a weight that is transposed": (from_columns, (X, (512, 1024), (1024,)), {}, "inductor"),
     "gelu, fp32": (activated, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
 }
 
@@ -123,6 +133,10 @@ def dropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.dropout(F.gelu(L(x, w, b)), 0.1)
 
 
+def dropped_alone(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.dropout(L(x, w, b), 0.1)
+
+
 def dropped_and_added(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
     return F.dropout(F.gelu(L(x, w, b)), 0.1) + r
 
@@ -134,6 +148,7 @@ DROPPED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dic
     "few features": (dropped, (X, (504, 512), (504,)), {}, "inductor"),
     "rows that change": (dropped, (X, W, (1024,)), {"dynamic": True}, "inductor"),
     "fp32": (dropped, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
+    "nothing is activated": (dropped_alone, (X, W, (1024,)), {}, "inductor"),
     "a residual": (dropped_and_added, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
 }
 
