@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from xfcompile.elementwise import Elements, as_number
 from xfcompile.read import Reading
+from xfcompile.score import Load
 
 SIZES = (2, 3, 4)
 AXES = sympy.symbols("a b c", integer=True, nonnegative=True)
@@ -117,6 +118,28 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "expanded": lambda x: x[0, 0].expand(3, 4),
     "moved": lambda x: x.movedim(0, -1),
     "multiplied masks": lambda x: (torch.arange(4) > 0).float() * (torch.arange(4) < 3).float(),
+    "rounded positions, compared": lambda x: torch.arange(255, 260, dtype=torch.bfloat16) == 256,
+    "rounded positions, and others": lambda x: torch.arange(2047, 2052).half()[:, None] >= torch.arange(2047, 2052),
+    "a rounded sum, compared": lambda x: torch.arange(4).bfloat16() + 256 == 256,
+    "a difference of rounded positions": lambda x: (lambda i: i[:, None] - i == 0)(torch.arange(255, 260).bfloat16()),
+    "whole numbers, rounded and compared": lambda x: (lambda n: n == n.mT)(
+        ((x[0, 0] * 3).int() + 260).expand(4, 4).bfloat16()
+    ),
+    "fractions, rounded and compared": lambda x: x[0, 0].expand(4, 4).half() == -1.1259765625,
+    "rounded positions, whole again": lambda x: torch.arange(255, 260).bfloat16().int(),
+    "rounded positions, truncated": lambda x: torch.arange(255, 260).bfloat16() // 257,
+    "the rest of rounded positions": lambda x: torch.arange(255, 260).bfloat16() % 257,
+    "rounded positions that are none": lambda x: torch.logical_not(torch.arange(255, 260).bfloat16() - 257),
+    "rounded positions and a boolean": lambda x: torch.logical_and(
+        torch.arange(255, 260).bfloat16() - 257, torch.arange(5) < 4
+    ),
+    "rounded positions as booleans": lambda x: (torch.arange(255, 260).bfloat16() - 257).bool(),
+    "bytes below zero": lambda x: torch.arange(4, dtype=torch.uint8) - 2,
+    "bytes out of range": lambda x: torch.arange(4, dtype=torch.int8) * 100,
+    "positions as bytes": lambda x: torch.arange(-2, 2).to(torch.uint8),
+    "a mask of bytes": lambda x: (torch.arange(4) > 2).byte() - 1,
+    "data as bytes": lambda x: (x[0] * 300).int().to(torch.uint8),
+    "a complex constant": lambda x: torch.full((3,), 1, dtype=torch.complex64).real * 2,
     "minimum of masks": lambda x: (1 - (torch.arange(4) > 0).float()) * torch.finfo(torch.float32).min,
 }
 
@@ -133,6 +156,15 @@ def _set_slices() -> torch.Tensor:
 @pytest.mark.parametrize("name", list(FIXED))
 def test_an_element_of(name: str) -> None:
     assert_formula(FIXED[name], torch.randn(SIZES, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mask_of_few_digits_is_a_mask_still(dtype: torch.dtype) -> None:
+    """transformers' own: 1 - mask, in the model's dtype, is compared with 0, which rounding does not change."""
+    formula = assert_formula(lambda x: (1.0 - x.int().expand(4, 3).to(dtype)).bool(), torch.tensor([0.0, 1.0, 257.0]))
+    assert [load.indices for load in formula.atoms(Load)] == [(AXES[1],)], (
+        "the data itself, and not all that is made of it"
+    )
 
 
 def test_indices_stay_indices() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import check, tensors
+from equivalence import Outcome, check, rewriting, tensors
 
 SQUARE = (4, 4, 4, 4)
 """All axes of one size: an axis taken for another is no shape error, only wrong numbers."""
@@ -933,6 +933,27 @@ right(
     *[SQUARE] * 4,
     fused=None,
 )
+
+
+ROUNDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "positions": lambda n: torch.arange(260, dtype=torch.bfloat16).expand(260, 260),
+    "data": lambda n: n.expand(260, 260).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_positions_of_few_digits_are_compared_as_they_are(name: str) -> None:
+    """In bfloat16 257 is 256: a query sees a key that comes after it. (In fp64 it would not.)"""
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        i = ROUNDED[name](n)
+        return (q @ k.mT).masked_fill(i > i.mT, -INF).softmax(-1) @ v
+
+    inputs = [*tensors(*[(1, 1, 260, 8)] * 3), torch.arange(260)]
+    outcome = Outcome()
+    out = torch.compile(program, backend=rewriting(outcome))(*inputs)
+    assert [s.route for s in outcome.matched] == ["sdpa"]
+    torch.testing.assert_close(out, program(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(PROGRAMS))
