@@ -170,7 +170,7 @@ class Elements:
 
 
 def _mentions(expr: Any, mark: int) -> bool:
-    return isinstance(expr, sympy.Basic) and any(load.operand >= mark for load in expr.atoms(Load))
+    return any(load.operand >= mark for load in expr.atoms(Load))
 
 
 def is_mask(expr: Any) -> bool:
@@ -542,7 +542,10 @@ def _diff(e: Elements, v: Value, index: Index) -> Any:
         first = (*index[:d], at, *index[d + 1 :])
         return _choose(x, _below(e, at, n), lambda: e.at(before, first), lambda: e.at(x, inside))
 
-    return as_number(element(index[d] + 1)) - as_number(element(index[d]))
+    after, now = element(index[d] + 1), element(index[d])
+    if v.dtype == torch.bool:
+        return sympy.Xor(after, now)
+    return as_number(after) - as_number(now)
 
 
 def _cumsum(e: Elements, v: Value, index: Index) -> Any:
@@ -562,7 +565,7 @@ def _index(e: Elements, v: Value, index: Index) -> Any:
     x, tensors = v["self"], list(v["indices"])
     tensors += [None] * (x.ndim - len(tensors))
     used = [k for k, t in enumerate(tensors) if t is not None]
-    if not used or any(tensors[k].dtype == torch.bool for k in used) or used != list(range(used[0], used[-1] + 1)):
+    if any(tensors[k].dtype == torch.bool for k in used) or used != list(range(used[0], used[-1] + 1)):
         return None
     width = max(tensors[k].ndim for k in used)
     front = used[0]
@@ -603,7 +606,7 @@ def _row_statistic(e: Elements, v: Value, index: Index) -> Any:
     dims = v.args.get("dim", ())
     dims = dims if isinstance(dims, tuple) else (dims,)
     x = v["self"]
-    if len(dims) != 1 or v.op not in ("amax", "max") or dims[0] is None:
+    if len(dims) != 1 or v.op not in ("amax", "max"):
         return None
     d = dims[0] % x.ndim
     kept = index if v.args.get("keepdim") else (*index[:d], sympy.S.Zero, *index[d:])

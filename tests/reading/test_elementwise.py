@@ -140,6 +140,18 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "a mask of bytes": lambda x: (torch.arange(4) > 2).byte() - 1,
     "data as bytes": lambda x: (x[0] * 300).int().to(torch.uint8),
     "a complex constant": lambda x: torch.full((3,), 1, dtype=torch.complex64).real * 2,
+    "bits": lambda x: torch.arange(8) & 3,
+    "fractions that are equal": lambda x: torch.arange(4) * 0.1 == 0.3,
+    "repeat_interleave of all": lambda x: x[0].repeat_interleave(2),
+    "repeat_interleave by a tensor": lambda x: x.repeat_interleave(torch.tensor([1, 2, 1]), dim=1, output_size=4),
+    "cat of nothing": lambda x: torch.cat([x[0][:, :0], x[1][:, :0]], dim=-1),
+    "stack, seen whole": lambda x: torch.stack([torch.arange(3), torch.arange(3) * 2], 0),
+    "diff twice": lambda x: torch.diff(torch.arange(6) % 4, n=2),
+    "diff with an end": lambda x: torch.diff(torch.arange(5), append=torch.tensor([7, 9])),
+    "diff of a mask": lambda x: torch.diff(torch.arange(5) < 3),
+    "gather apart": lambda x: x[torch.arange(2), :, torch.arange(2)],
+    "index_select of one": lambda x: x.index_select(1, torch.tensor(1)),
+    "index_select by data": lambda x: x.index_select(2, x[0, 0, :2].abs().long()),
     "minimum of masks": lambda x: (1 - (torch.arange(4) > 0).float()) * torch.finfo(torch.float32).min,
 }
 
@@ -156,6 +168,42 @@ def _set_slices() -> torch.Tensor:
 @pytest.mark.parametrize("name", list(FIXED))
 def test_an_element_of(name: str) -> None:
     assert_formula(FIXED[name], torch.randn(SIZES, generator=torch.Generator().manual_seed(0)))
+
+
+LOADED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a long formula": lambda x: sum((torch.arange(8) * k % (k + 5) for k in range(1, 13)), torch.zeros(8)),
+    "many rows": lambda x: sum((x[0, k, :, None] + x[1, k] for k in range(3)), torch.zeros(4)),
+    "differences of floats": lambda x: torch.diff(torch.arange(5.0)),
+    "sums of data": lambda x: x[0][:, :1].expand(3, 4).cumsum(-1),
+    "squares": lambda x: torch.arange(4) ** 2,
+    "a logarithm of what is below 0": lambda x: torch.log(torch.where(torch.arange(4) > 1, 1.0, -1.0)),
+}
+
+
+@pytest.mark.parametrize("name", list(LOADED))
+def test_what_costs_more_to_compute_is_loaded(name: str) -> None:
+    gm = captured(LOADED[name], [torch.randn(SIZES)])
+    reading = Reading(gm)
+    value = reading.value(next(n for n in gm.graph.nodes if n.op == "output").args[0][0])
+    assert value is not None
+    axes = AXES[: value.ndim]
+    elements = Elements(dict(zip(axes, map(sympy.Integer, value.shape), strict=True)))
+    assert elements.at(value, axes) == Load(0, *axes) and elements.loads == [value]
+
+
+def test_what_a_mask_picks_is_loaded() -> None:
+    """How many that is says the data."""
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        found.extend(v for v in Reading(gm, examples).steps if v.op == "index")
+        return gm
+
+    inputs = torch.randn(SIZES), torch.tensor([True, False, True])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.compile(lambda x, m: x[:, m] * 2, backend=backend, dynamic=True)(*inputs)
+    (value,) = found
+    assert Elements({}).at(value, AXES) == Load(0, *AXES)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

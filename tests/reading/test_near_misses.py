@@ -218,6 +218,48 @@ miss(
     lambda q, k, v: (lambda s: s.masked_fill(s < 0.3, -INF).softmax(-1) @ v)(scores(q, k)),
 )
 miss(
+    "scores compared, and named second",
+    "compared",
+    lambda q, k, v: (lambda s: s.masked_fill(torch.gt(v[..., :1], s), -INF).softmax(-1) @ v)(scores(q, k)),
+)
+miss("scores over nothing", "division by zero", lambda q, k, v: (scores(q, k) / 0).softmax(-1) @ v)
+miss(
+    "a mask made by division by nothing",
+    "division by zero",
+    lambda q, k, v: (scores(q, k) - torch.ones(4, 4) / torch.ones(4, 4).tril()).softmax(-1) @ v,
+)
+miss(
+    "a mask of complex numbers",
+    "complex",
+    lambda q, k, v: scores(q, k).masked_fill(torch.complex(q[0, 0], k[0, 0]) == 0, -INF).softmax(-1) @ v,
+)
+miss("scores to a fraction", "pow", lambda q, k, v: (scores(q, k).abs() ** 0.5).softmax(-1) @ v)
+miss(
+    "scores less the place of their maximum",
+    "form of max",
+    lambda q, k, v: (lambda s: (s - s.max(-1, keepdim=True).indices).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of all keys and queries",
+    "form of amax",
+    lambda q, k, v: (lambda s: (s - s.amax((-1, -2), keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of all",
+    "form of max",
+    lambda q, k, v: (lambda s: (s - s.max()).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less their minimum",
+    "form of min",
+    lambda q, k, v: (lambda s: (s - s.min(-1, keepdim=True).values).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of a part",
+    "form of amax",
+    lambda q, k, v: (lambda s: (s - s[..., :3].amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
     "scores of top-k",
     None,
     lambda q, k, v: (lambda s: s.masked_fill(s < s.topk(2).values[..., -1:], -INF).softmax(-1) @ v)(scores(q, k)),
