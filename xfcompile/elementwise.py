@@ -115,8 +115,6 @@ class Elements:
         return not self._within(result, info.min, info.max)
 
     def _within(self, expr: sympy.Expr, low: int, high: int) -> bool:
-        if not expr.is_integer:
-            return False
         bounds = [extreme(expr, self.ranges, upper=upper) for upper in (False, True)]
         return all(b is not None and b.is_number and low <= b <= high for b in bounds)
 
@@ -132,11 +130,12 @@ class Elements:
             here = value.op == "to" and value["self"].dtype != torch.bool
         else:
             here = bool(result.is_integer)
-        if here or before:
+        mixed = value.op != "to" and _narrows(value)
+        if here or before or mixed:
             shift, rest = result.as_coeff_Add()
             one = isinstance(rest, Load) or rest.is_Symbol or isinstance(-rest, Load) or (-rest).is_Symbol
             whole = not here or value.op != "to" or not value["self"].dtype.is_floating_point
-            self.rounded[value] = one and whole and bool(abs(shift) <= SMALL) and all(before)
+            self.rounded[value] = one and whole and not mixed and bool(abs(shift) <= SMALL) and all(before)
 
     def told_apart(self, x: Any, other: Any = sympy.S.Zero) -> bool:
         """Whether a comparison with another formula may tell an operand from its own."""
@@ -285,6 +284,13 @@ def _div(e: Elements, v: Value, index: Index) -> Any:
     return floordiv(a, b, e.ranges)
 
 
+def _narrows(v: Value) -> bool:
+    """Whether an operation gives whole numbers, before it does what it does, a floating dtype of few digits."""
+    dtypes = {x.dtype for x in v.inputs() if x.dtype != torch.bool}
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return bool(floating) and floating != dtypes and all(dtype.itemsize <= 2 for dtype in floating)
+
+
 def _is_rounded(e: Elements, v: Value) -> bool:
     return any(x in e.rounded for x in v.inputs())
 
@@ -306,7 +312,7 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
     if S in a.free_symbols or S in b.free_symbols:
         raise Miss("scores are compared", v)
-    if not (_exact(a) and _exact(b)) or e.told_apart(v["self"], b) or e.told_apart(v["other"], a):
+    if not (_exact(a) and _exact(b)) or _narrows(v) or e.told_apart(v["self"], b) or e.told_apart(v["other"], a):
         return None
     loads = a.atoms(Load) | b.atoms(Load)
     if any(e.loads[load.operand].dtype.is_floating_point for load in loads):

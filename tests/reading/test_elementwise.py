@@ -120,6 +120,11 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "multiplied masks": lambda x: (torch.arange(4) > 0).float() * (torch.arange(4) < 3).float(),
     "rounded positions, compared": lambda x: torch.arange(255, 260, dtype=torch.bfloat16) == 256,
     "rounded positions, and others": lambda x: torch.arange(2047, 2052).half()[:, None] >= torch.arange(2047, 2052),
+    "positions, compared with rounded ones": lambda x: (
+        torch.arange(2047.0, 2052.0)[:, None] >= torch.arange(2047, 2052).half()
+    ),
+    "positions, rounded to be compared": lambda x: torch.arange(2047, 2052) > torch.tensor(2048.0).half(),
+    "positions, rounded to be added to": lambda x: torch.arange(2047, 2051) + torch.full((4,), -4.0).half() == 2045,
     "a rounded sum, compared": lambda x: torch.arange(4).bfloat16() + 256 == 256,
     "a difference of rounded positions": lambda x: (lambda i: i[:, None] - i == 0)(torch.arange(255, 260).bfloat16()),
     "whole numbers, rounded and compared": lambda x: (lambda n: n == n.mT)(
@@ -139,7 +144,7 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "positions as bytes": lambda x: torch.arange(-2, 2).to(torch.uint8),
     "a mask of bytes": lambda x: (torch.arange(4) > 2).byte() - 1,
     "data as bytes": lambda x: (x[0] * 300).int().to(torch.uint8),
-    "a complex constant": lambda x: torch.full((3,), 1, dtype=torch.complex64).real * 2,
+    "a complex constant": lambda x: torch.full((3,), 1, dtype=torch.complex64).abs(),
     "bits": lambda x: torch.arange(8) & 3,
     "fractions that are equal": lambda x: torch.arange(4) * 0.1 == 0.3,
     "repeat_interleave of all": lambda x: x[0].repeat_interleave(2),
@@ -149,7 +154,7 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "diff twice": lambda x: torch.diff(torch.arange(6) % 4, n=2),
     "diff with an end": lambda x: torch.diff(torch.arange(5), append=torch.tensor([7, 9])),
     "diff of a mask": lambda x: torch.diff(torch.arange(5) < 3),
-    "gather apart": lambda x: x[torch.arange(2), :, torch.arange(2)],
+    "gather apart": lambda x: torch.arange(24).view(SIZES)[torch.arange(2), :, torch.arange(2)],
     "index_select of one": lambda x: x.index_select(1, torch.tensor(1)),
     "index_select by data": lambda x: x.index_select(2, x[0, 0, :2].abs().long()),
     "minimum of masks": lambda x: (1 - (torch.arange(4) > 0).float()) * torch.finfo(torch.float32).min,
@@ -180,15 +185,40 @@ LOADED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", list(LOADED))
-def test_what_costs_more_to_compute_is_loaded(name: str) -> None:
-    gm = captured(LOADED[name], [torch.randn(SIZES)])
+def read(fn: Callable[[torch.Tensor], torch.Tensor], size: sympy.Expr | None = None) -> tuple[Any, list[bool]]:
+    """The formula of an element of a result, and of each loaded tensor whether it is that. size: of each axis."""
+    gm = captured(fn, [torch.randn(SIZES)])
     reading = Reading(gm)
     value = reading.value(next(n for n in gm.graph.nodes if n.op == "output").args[0][0])
     assert value is not None
     axes = AXES[: value.ndim]
-    elements = Elements(dict(zip(axes, map(sympy.Integer, value.shape), strict=True)))
-    assert elements.at(value, axes) == Load(0, *axes) and elements.loads == [value]
+    elements = Elements({a: sympy.Integer(n) if size is None else size for a, n in zip(axes, value.shape, strict=True)})
+    return elements.at(value, axes), [v is value for v in elements.loads]
+
+
+@pytest.mark.parametrize("name", list(LOADED))
+def test_what_costs_more_to_compute_is_loaded(name: str) -> None:
+    formula, loads = read(LOADED[name])
+    assert isinstance(formula, Load) and loads == [True]
+
+
+COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "positions, of any length": lambda x: torch.arange(4) + 1,
+    "positions of many digits, of any length": lambda x: torch.arange(4.0) + 1,
+    "a mask of bytes": lambda x: (torch.arange(4) > 2).byte(),
+    "few rounded positions": lambda x: torch.arange(4).half() > 2,
+}
+
+
+@pytest.mark.parametrize("name", list(COMPUTED))
+def test_what_needs_no_tensor_is_not_loaded(name: str) -> None:
+    size = sympy.Symbol("n", integer=True, positive=True) if "any length" in name else None
+    assert read(COMPUTED[name], size)[1] == []
+
+
+def test_bytes_are_loaded_from_where_they_are() -> None:
+    formula, loads = read(lambda x: x[0, 0].byte().expand(3, 4))
+    assert formula == Load(0, AXES[1]) and loads == [False]
 
 
 def test_what_a_mask_picks_is_loaded() -> None:
@@ -199,11 +229,11 @@ def test_what_a_mask_picks_is_loaded() -> None:
         found.extend(v for v in Reading(gm, examples).steps if v.op == "index")
         return gm
 
-    inputs = torch.randn(SIZES), torch.tensor([True, False, True])
+    inputs = torch.randn(SIZES), torch.ones(3, 4).tril() > 0
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        torch.compile(lambda x, m: x[:, m] * 2, backend=backend, dynamic=True)(*inputs)
+        torch.compile(lambda x, m: x[0][m] * 2, backend=backend, dynamic=True)(*inputs)
     (value,) = found
-    assert Elements({}).at(value, AXES) == Load(0, *AXES)
+    assert Elements({}).at(value, AXES[:1]) == Load(0, AXES[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
