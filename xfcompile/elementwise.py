@@ -107,9 +107,9 @@ class Elements:
 
     def _wraps(self, value: Value, result: Any) -> bool:
         """Whether a formula may leave the range of an integer dtype."""
-        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        if value.dtype.itemsize > 2 or value.dtype.is_floating_point or value.dtype == torch.bool:
             return False
-        if value.dtype.itemsize > 2 or is_mask(result) or (isinstance(result, Load) and value.op != "to"):
+        if is_mask(result) or (isinstance(result, Load) and value.op != "to"):
             return False
         info = torch.iinfo(value.dtype)
         return not self._within(result, info.min, info.max)

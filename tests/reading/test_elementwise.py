@@ -206,6 +206,7 @@ COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "positions, of any length": lambda x: torch.arange(4) + 1,
     "positions of many digits, of any length": lambda x: torch.arange(4.0) + 1,
     "a mask of bytes": lambda x: (torch.arange(4) > 2).byte(),
+    "positions beside fractions": lambda x: torch.arange(4) > torch.full((4,), 1.5),
     "few rounded positions": lambda x: torch.arange(4).half() > 2,
 }
 
