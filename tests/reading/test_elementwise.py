@@ -154,6 +154,7 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "diff twice": lambda x: torch.diff(torch.arange(6) % 4, n=2),
     "diff with an end": lambda x: torch.diff(torch.arange(5), append=torch.tensor([7, 9])),
     "diff of a mask": lambda x: torch.diff(torch.arange(5) < 3),
+    "gather by data": lambda x: x[0][:, x[0, 0, :2].abs().long()],
     "gather apart": lambda x: torch.arange(24).view(SIZES)[torch.arange(2), :, torch.arange(2)],
     "index_select of one": lambda x: x.index_select(1, torch.tensor(1)),
     "index_select by data": lambda x: x.index_select(2, x[0, 0, :2].abs().long()),
@@ -181,6 +182,7 @@ LOADED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "differences of floats": lambda x: torch.diff(torch.arange(5.0)),
     "sums of data": lambda x: x[0][:, :1].expand(3, 4).cumsum(-1),
     "squares": lambda x: torch.arange(4) ** 2,
+    "a logarithm": lambda x: torch.log(x[0, 0, :1].abs().expand(4)),
     "a logarithm of what is below 0": lambda x: torch.log(torch.where(torch.arange(4) > 1, 1.0, -1.0)),
 }
 
