@@ -233,3 +233,14 @@ def test_eagers_own_numbers_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         )
     assert [s.route for s in outcome.sites] == ["inductor"]
     assert "fallback_random" in str(outcome.sites[0].reason)
+
+
+@pytest.mark.parametrize(
+    "fn", [lambda x, w, b, r, g: F.gelu(F.linear(x, w, b)), lambda x, w, b, r, g: F.gelu(r.sin() + b)]
+)
+def test_features_of_which_nobody_knows_how_many_there_are_make_no_site(
+    fn: Fn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    outcome = check(fn, *given(), dynamic=True, routes={FAMILY: "triton"}, family=FAMILY)
+    assert not outcome.matched
