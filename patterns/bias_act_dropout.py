@@ -12,7 +12,7 @@ import torch
 from xfcompile import activation
 from xfcompile.activation import KEEP, X
 from xfcompile.contraction import contraction
-from xfcompile.elementwise import literal, rounded
+from xfcompile.elementwise import as_number, literal, rounded
 from xfcompile.evaluate import Evaluator
 from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value, depends
@@ -282,7 +282,7 @@ class Reader:
 
     def _other(self, x: Value, value: Value) -> sympy.Expr:
         if x.op == "full":
-            return _known(rounded(literal(x["fill"]), x.dtype), value)
+            return _known(rounded(as_number(literal(x["fill"])), x.dtype), value)
         if not x.dtype.is_floating_point or x.meta.device != value.meta.device:
             raise Miss(f"an operand of {x.dtype} on {x.meta.device}", x)
         while x.op == "expand":

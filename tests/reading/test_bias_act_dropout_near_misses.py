@@ -88,7 +88,6 @@ NOTHING: dict[str, Fn] = {
     "another view of a linear, and another bias": lambda x, w, b, r, g: F.linear(x, w).view(10, 16) + b,
     "nothing of it is dropped out": lambda x, w, b, r, g: F.dropout(F.linear(x, w, b) * 0 + 1, 0.25),
     "times a boolean": lambda x, w, b, r, g: F.silu(F.linear(x, w, b) * True),
-    "times booleans": lambda x, w, b, r, g: F.silu(F.linear(x, w, b) * torch.full((16,), True)),
     "times infinity": lambda x, w, b, r, g: F.silu(F.linear(x, w, b) * float("inf")),
     "rounded down": lambda x, w, b, r, g: F.silu(torch.div(F.linear(x, w, b), 0.5, rounding_mode="floor")),
     "an exponent": lambda x, w, b, r, g: F.silu(torch.pow(2.0, F.linear(x, w, b))),
@@ -116,6 +115,7 @@ ENDS: dict[str, tuple[str, Fn]] = {
     "broadcast": ("x*sigmoid(x)", lambda h, r, g: F.silu(h)[None] + torch.ones(3, 1, 1, 1)),
     "moved to another device": ("x*sigmoid(x)", lambda h, r, g: F.silu(h).to("meta") * 2),
     "a residual is dropped out": ("r0 + x*sigmoid(x)", lambda h, r, g: F.dropout(F.silu(h) + r, 0.25)),
+    "booleans are ones": ("x*sigmoid(x) + 1", lambda h, r, g: F.silu(h) + torch.full((16,), True)),
     "dropped out twice": ("keep*x", lambda h, r, g: F.dropout(F.dropout(h, 0.25), 0.5)),
 }  # fmt: skip
 
