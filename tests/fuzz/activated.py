@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
-from writer import REGIONS, Draw, Program, Writer, number_type, write
+from whole import Length, moved, small, truth, vector
+from writer import OWN, REGIONS, Draw, Program, Writer, number_type, write
 
 RATES = (0.1, 0.25, 0.5, 0.5, 0.9)
 
@@ -83,7 +84,7 @@ def activated(draw: Draw) -> Program:
     aot = w.chance(50) or (checkpointed and bool(s.dropped))
     return Program(
         w.source(shown, checkpointed=checkpointed), tuple(w.shapes), dtype, grad, w.chance(6), aot,
-        dropped=s.dropped, kept=kept, routes=routes,
+        dropped=s.dropped, kept=kept, exact="" if kept else w.exact(shown, checkpointed=checkpointed), routes=routes,
     )  # fmt: skip
 
 
@@ -145,6 +146,9 @@ def _activation(w: Writer, s: _State) -> None:
 
 
 def _number(w: Writer, s: _State) -> None:
+    if not s.dropped and w.chance(20):
+        _whole(w, s)
+        return
     w.line(
         w.one(
             "h = h * 0.5",
@@ -159,6 +163,37 @@ def _number(w: Writer, s: _State) -> None:
             "h = h.div(2)",
         )
     )
+
+
+LENGTHS = (
+    "h = h * x.shape[0]", "h = torch.add(h, h0.sum(), alpha=x.shape[0])", "h = h * torch.full((1,), x.shape[0])", "h = h.clamp(max=x.shape[0])", "h = F.hardtanh(h, 0, x.shape[0])", "h = F.leaky_relu(h, 1 / x.shape[0])", "h = F.elu(h, 1 / x.shape[0])",
+    "h = F.softplus(h, x.shape[0])", "h = F.softplus(h, 1, x.shape[0])", "h = F.celu(h, x.shape[0])", "h = h / x.shape[0]", "h = h + x.shape[0] / 2", "h = F.threshold(h, x.shape[0] / 8, 0.0)", "h = h * x.shape[0] ** -0.5", "h = x.shape[-1] - h", "h = h + torch.arange(h.shape[-1])",
+    *(f"h = {own}(h)" for own in OWN),
+)  # fmt: skip
+"""What takes a length for a number, and functions with a backward of their own."""
+
+
+def _whole(w: Writer, s: _State) -> None:
+    """What is made of positions, truth values, or lengths."""
+    if w.chance(40):
+        w.line(w.one(*LENGTHS))
+        return
+    if w.hazard(30):
+        w.line(f"h = {moved(w, 'h', s.wide, 'h.shape[-1]')}")
+        return
+    if w.chance(30):
+        w.line(
+            w.one(
+                f"h = h * {truth(w)}",
+                f"h = h + {truth(w)}",
+                f"h = {truth(w)} * h",
+                f"h = h - {truth(w)} * 1",
+                f"h = h / ({truth(w)} + 1)",
+            )
+        )
+        return
+    m = small(w, vector(w, Length(s.wide, w.one(str(s.wide), "h.shape[-1]"))))
+    w.line(w.one(f"h = h * {m}", f"h = h + {m}", f"h = {m} + h", f"h = h - {m}.float()", f"h = h * {m}.to(h.dtype)", f"h = h * (1 + {m})", f"h = h.masked_fill({m}.bool(), 0.5)", f"h = torch.where({m} > 0, h, 0.0)", f"h = h + {w.extra(5)}[{m}.long()]", f"h *= {m}"))  # fmt: skip
 
 
 def _vector(w: Writer, s: _State) -> None:

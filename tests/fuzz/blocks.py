@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from whole import Length, predicate
 from writer import AUTOCAST, Draw, Program, Writer
 
 
@@ -41,7 +42,9 @@ def blocks(draw: Draw) -> Program:
     w.line(w.one("x = x * 1.0", "x = x * 1.0", "x = x.transpose(0, 1).contiguous().transpose(0, 1)"))
     if w.chance(50):
         s.masked = True
-        w.line(w.one(
+        length = Length(s.length, w.one(str(s.length), "x.shape[1]"))
+        whole = predicate(w, length, length) if w.chance(30) else "keep"
+        w.line(f"keep = {whole}" if whole != "keep" else w.one(
             f"keep = torch.ones({s.length}, {s.length}, dtype=torch.bool).tril()", f"keep = ({w.extra(s.batch, 1, 1, s.length)} > -0.8) | (torch.arange({s.length}) == 0)",
             f"keep = torch.arange({s.length})[:, None] >= torch.arange({s.length})", f"keep = (torch.arange({s.length})[:, None] - torch.arange({s.length})).abs() < 2",
             f"keep = ({w.extra(s.length, s.length)} > -0.5) | torch.eye({s.length}, dtype=torch.bool)",
@@ -75,9 +78,11 @@ def blocks(draw: Draw) -> Program:
         w.region(AUTOCAST)
     routes = (("attention", "triton"), ("gated_mlp", "triton"), ("bias-act-dropout", w.one("triton", "epilogue")))
     source = w.source(shown, checkpointed=checkpointed)
+    exact = w.exact(shown, checkpointed=checkpointed)
     return Program(
-        source, tuple(w.shapes), dtype, grad, w.chance(5), bool(s.rate) or w.chance(50), dropped=s.rate, routes=routes
-    )
+        source, tuple(w.shapes), dtype, grad, w.chance(5), bool(s.rate) or w.chance(50), dropped=s.rate, exact=exact,
+        routes=routes,
+    )  # fmt: skip
 
 
 def _norm(w: Writer, s: _State, name: str, of: str | None) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
-from writer import REGIONS, Draw, Program, Writer, number_type, write
+from whole import Length, moved, small, truth, vector
+from writer import OWN, REGIONS, Draw, Program, Writer, number_type, write
 
 
 @dataclass
@@ -46,9 +47,13 @@ def gated(draw: Draw) -> Program:
     safe = ["x", "g", "u"]  # what is written in place must not be a leaf
     if w.hazard(40):
         w.one(_moved, _moved, _scaled)(w, s, w.one("g", "u"))
+    if w.chance(12):
+        _whole(w, s, w.one("g", "u"))
     write(w, safe, 6)
     _activated(w, s)
     write(w, [*safe, "a"], 6)
+    if w.chance(6):
+        _whole(w, s, "a")
     w.line(w.one(*["h = a * u"] * 12, "h = u * a", "h = torch.mul(a, u)", "h = a.mul_(u)", "h = a.mul(u)", "h = torch.multiply(u, other=a)",
                  "h = a; h *= u", *(["h = a * u"] if w.plain else PRODUCTS)))  # fmt: skip
     write(w, [*safe, "a", "h"], 6)
@@ -63,7 +68,8 @@ def gated(draw: Draw) -> Program:
         w.region(*REGIONS)
     source = w.source(shown, checkpointed=checkpointed)
     routes = (("gated_mlp", w.one("triton", "cublas") if "p" in source.split() else "triton"),)
-    return Program(source, tuple(w.shapes), dtype, grad, w.chance(6), w.chance(50), routes=routes)
+    exact = w.exact(shown, checkpointed=checkpointed)
+    return Program(source, tuple(w.shapes), dtype, grad, w.chance(6), w.chance(50), exact=exact, routes=routes)
 
 
 # -- projections ---------------------------------------------------------------------------------------------------
@@ -188,6 +194,28 @@ def _scaled(w: Writer, s: _State, t: str) -> None:
         f"{t} = {t} * {w.extra(s.wide)}", f"{t} = {t} * {w.extra()}", f"{t} = {t}.square()", f"{t} = {t}.float()", f"{t} = F.dropout({t}, 0.4, False)", f"{t} *= 2",
         f"{t} = {t}.nan_to_num()", f"{t} = {t} + float('inf')", f"{t} = {t} * 1e30", f"{t} = {t} * torch.tensor(0.5)",
     ))  # fmt: skip
+
+
+LENGTHS = (
+    "T = T * x.shape[0]", "T = T / x.shape[0]", "T = T * torch.full((1,), x.shape[0])", "T = T.clamp(max=x.shape[0])", "T = F.leaky_relu(T, 1 / x.shape[0])", "T = F.elu(T, 1 / x.shape[0])", "T = F.softplus(T, x.shape[0])", "T = T + x.shape[0] / 2", "T = T * x.shape[0] ** -0.5",
+    "T = T + torch.arange(T.shape[-1])", *(f"T = {own}(T)" for own in OWN), "T = F.hardtanh(T, 0, x.shape[0])", "T = torch.add(T, x.mean(), alpha=x.shape[0])",
+)  # fmt: skip
+"""What takes a length for a number, and functions with a backward of their own."""
+
+
+def _whole(w: Writer, s: _State, t: str) -> None:
+    """What is made of positions, truth values, or lengths."""
+    if w.chance(35):
+        w.line(w.one(*LENGTHS).replace("T ", f"{t} ").replace("(T", f"({t}").replace(" T.", f" {t}."))
+        return
+    if w.hazard(30):
+        w.line(f"{t} = {moved(w, t, s.wide, f'{t}.shape[-1]')}")
+        return
+    if w.chance(30):
+        w.line(w.one(f"{t} = {t} * {truth(w)}", f"{t} = {t} + {truth(w)}", f"{t} = {truth(w)} * {t}"))
+        return
+    m = small(w, vector(w, Length(s.wide, w.one(str(s.wide), f"{t}.shape[-1]"))))
+    w.line(w.one(f"{t} = {t} * {m}", f"{t} = {t} + {m}", f"{t} = {t} - {m}.float()", f"{t} = {t}.masked_fill({m}.bool(), 0.5)", f"{t} = {t} * (1 + {m})", f"{t} = torch.where({m} > 0, {t}, 0.0)"))  # fmt: skip
 
 
 ACTIVATIONS = (

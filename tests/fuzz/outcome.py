@@ -58,7 +58,7 @@ def fate(program: Program, route: str | None = None, families: frozenset[str] = 
         warnings.simplefilter("ignore")
         try:
             eager = run(fn, inputs, grad=program.grad, double=False)
-            exact = run(fn, inputs, grad=program.grad, double=True)
+            exact = run(program.in_fp64(), inputs, grad=program.grad, double=True)
         except (RuntimeError, ValueError, IndexError, TypeError):
             return "invalid", []
         routes = dict(program.routes) if route == "triton" else {"attention": route} if route else None
@@ -179,8 +179,12 @@ def _fails_without_us(program: Program) -> bool:
             called = torch.compile(fn, backend=backend, dynamic=program.dynamic)
             run(fn, inputs, grad=program.grad, double=False, called=called)
         else:
+            known = (
+                run(fn, inputs, grad=program.grad, double=False),
+                run(program.in_fp64(), inputs, grad=program.grad, double=True),
+            )
             check(fn, *inputs, grad=program.grad, dynamic=program.dynamic, rewrite=False, aot=program.aot,
-                  computed=program.computed)  # fmt: skip
+                  known=known, computed=program.computed)  # fmt: skip
     except Exception:
         return True
     return False

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
+from whole import Length, matrix, moved, predicate, small, truth
 from writer import Draw, Program, Writer, write
 
 
@@ -48,8 +49,9 @@ def programs(draw: Draw) -> Program:
     for _ in range(w.one(0, 0, 0, 1)):
         w.one(*_WEIGHT_OPS)(w, state)
     _values(w, state)
-    source = w.source(_shown(w, state))
-    return Program(source, tuple(w.shapes), dtype, grad, w.chance(8), w.chance(50))
+    shown = _shown(w, state)
+    source = w.source(shown)
+    return Program(source, tuple(w.shapes), dtype, grad, w.chance(8), w.chance(50), exact=w.exact(shown))
 
 
 @dataclass
@@ -63,6 +65,13 @@ class _State:
     grad: bool
     shown: tuple[str, ...] = ()
     masks: int = 0
+
+    def lengths(self, w: Writer) -> tuple[Length, Length]:
+        """Of the queries and of the keys."""
+        return (
+            Length(self.queries, w.one(str(self.queries), "q.shape[-2]")),
+            Length(self.keys, w.one(str(self.keys), "k.shape[-2]")),
+        )
 
 
 def _operand(w: Writer, name: str, shape: list[int], grad: bool) -> str:
@@ -182,13 +191,34 @@ def _position_bias(w: Writer, s: _State) -> None:
     ))  # fmt: skip
 
 
+def _whole_bias(w: Writer, s: _State) -> None:
+    m = small(w, matrix(w, *s.lengths(w)))
+    w.line(w.one(f"s = s + {m}", f"s = s + {m} * 0.3", f"s = s * {m}", f"s = {m} + s", f"s = s - {m}.float()", f"s = s + {m}.to(s.dtype)", f"s += {m}",
+                 f"s = torch.add(s, {m}, alpha=2)", f"s = s * (1 + {m} * 0.5)", f"s = s + {w.extra(5)}[{m}.long()]", f"s = s + {w.extra(5, s.keys)}[{m}.long(), torch.arange({s.keys})]"))  # fmt: skip
+
+
+def _moved(w: Writer, s: _State) -> None:
+    t = w.one("s", "s", "q", "k", "v")
+    if t == "s":
+        w.line(f"s = {moved(w, 's', s.keys, 'k.shape[-2]')}")
+    elif w.chance(50):
+        t, n = ("k", s.keys) if t == "q" else (t, s.keys)
+        w.line(w.one(f"{t} = torch.cat([{t}, {t}], -2)[..., -{n}:, :]", f"{t} = F.pad({t}, (0, 0, 3, 0))[..., -{t}.shape[-2]:, :][..., 3:, :]", f"{t} = {t}.narrow(-2, -{n}, {n})",
+                     f"{t} = F.pad({t}, (0, 0, 2, 1))[..., 2:-1, :]", f"{t} = {t}[..., -{t}.shape[-2]:, :]", f"{t} = {t}[..., torch.arange({n}) - {n}, :]"))  # fmt: skip
+    else:
+        w.line(w.one(f"s = s * {truth(w)}", f"s = s + {truth(w)}", f"s = s / ({truth(w)} + 1)", "s = s * q.shape[-2]", "s = s / k.shape[-2]", "s = s + k.size(-2)", "s = s * (1 / k.shape[-2])", "s = s.clamp(max=k.shape[-2])",
+                     "s = s * (q.shape[-1] ** 0.5 / 4)", "s = s - torch.arange(k.shape[-2]) / k.shape[-2]", "s = s * torch.full((1,), q.shape[-2])", "s = s + s.new_full((k.shape[-2],), q.shape[-2])"))  # fmt: skip
+
+
 def _predicate(w: Writer, s: _State, depth: int = 0) -> str:
     i, j = f"torch.arange({s.queries})[:, None]", f"torch.arange({s.keys})[None, :]"
     ones = f"torch.ones({s.queries}, {s.keys}, dtype=torch.bool)"
     if depth < 2 and w.chance(35):
         a, b = _predicate(w, s, depth + 1), _predicate(w, s, depth + 1)
         return w.one(f"({a} & {b})", f"({a} | {b})", f"(~{a})", f"torch.logical_and({a}, {b})", f"({a} ^ {b})")
-    kind = w.one("index", "index", "ones", "data", "data")
+    kind = w.one("index", "index", "ones", "data", "data", "whole", "whole")
+    if kind == "whole":
+        return predicate(w, *s.lengths(w))
     if kind == "data":
         name = w.input(f"x{len(w.names)}", *_broadcast(w, s))
         return w.one(
@@ -260,7 +290,7 @@ def _unusual(w: Writer, s: _State) -> None:
 
 _SCORE_OPS: list[Callable[[Writer, _State], None]] = [
     _scale, _scale, _bias, _bias, _bias, _mask, _mask, _mask, _mask, _position_bias, _tensor_scale, _shape_round_trip, _row_shift,
-    _unusual,
+    _unusual, _whole_bias, _moved,
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--family", choices=list(STRATEGIES), default="attention", help="what the programs are about")
     parser.add_argument("--route", choices=["sdpa", "triton", "inductor"], help="the route to force")
+    parser.add_argument("--dynamic", action="store_true", help="compile all with sizes that may change")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time")
     given_args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -49,6 +51,8 @@ def main() -> None:
     def search(program: Program) -> None:
         if time.time() - start > given_args.seconds:
             return
+        if given_args.dynamic:
+            program = replace(program, dynamic=True)
         try:
             word, why = fate(program, given_args.route)
             fates[word] += 1

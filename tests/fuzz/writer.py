@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import _disable_current_modes
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -20,9 +21,36 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
-
 """
+
+OWN = {
+    "scaled_tanh": ("torch.tanh(h) * torch.full((h.shape[-1],), 2.0)", "2 * (1 - torch.tanh(h) ** 2)"),
+    "cast_silu": ("F.silu(h) * torch.full((), 0.3, dtype=torch.float64).to(h.dtype)", "0.3 * h.sigmoid() * (1 + h * (1 - h.sigmoid()))"),
+    "whole_sigmoid": ("h.sigmoid() * torch.full((), 2).to(h.dtype)", "h.sigmoid() * (1 - h.sigmoid()) * 2"),
+    "truthful_tanh": ("torch.tanh(h) + torch.tensor(True)", "1 - torch.tanh(h) ** 2"),
+    "viewed_silu": ("F.silu(h) * torch.full((1,), 2.0).reshape(())", "2 * h.sigmoid() * (1 + h * (1 - h.sigmoid()))"),
+    "long_tanh": ("torch.tanh(h) * h.shape[0]", "(1 - torch.tanh(h) ** 2) * h.shape[0]"),
+}  # fmt: skip
+"""Functions with a backward of their own: what they make of h, and its derivative."""
+
+HEADER += "".join(
+    f"""
+class {name.title()}(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        ctx.save_for_backward(h)
+        return {value}
+
+    @staticmethod
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        return (grad * ({slope})).to(h.dtype)
+
+
+{name} = {name.title()}.apply
+"""
+    for name, (value, slope) in OWN.items()
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +60,7 @@ class Program:
     aot: compiled through AOTAutograd, and not run as the rewritten graph itself, which is quicker.
     dropped: the rate at which it drops elements out, 0 if it does not. kept: the same program with factors in the place
     of its only dropout, which the function takes as its last argument; "" where it has several.
+    exact: the same program with lines that in fp64 too are computed in the dtypes that they name; "" where it has none.
     routes: the ones to force where our kernels are to run.
     """
 
@@ -43,6 +72,7 @@ class Program:
     aot: bool = True
     dropped: float = 0.0
     kept: str = ""
+    exact: str = ""
     routes: tuple[tuple[str, str], ...] = (("attention", "triton"),)
 
     @property
@@ -54,14 +84,35 @@ class Program:
         return _function(self.source)
 
     def with_factors(self) -> Callable[..., Any]:
-        return _function(self.kept)
+        return _function(self.kept, self.dtype)
+
+    def in_fp64(self) -> Callable[..., Any]:
+        """What is to be run in fp64, to be compared with."""
+        return _function(self.exact or self.source, self.dtype)
 
     def __str__(self) -> str:
         return f"{self.source}\n# shapes {self.shapes}, {self.dtype}, grad={self.grad}, dynamic={self.dynamic}"
 
 
-def _function(source: str) -> Callable[..., Any]:
-    space: dict[str, Any] = {}
+def _as_is(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """Computes something of inputs of that dtype as eager does, also in the midst of fp64."""
+
+    def as_is(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        if torch.get_default_dtype() != torch.float64:
+            return compute(*inputs)
+        torch.set_default_dtype(torch.float32)
+        try:
+            with _disable_current_modes():
+                result = compute(*[x.to(dtype) for x in inputs])
+                return result.double() if result.is_floating_point() else result
+        finally:
+            torch.set_default_dtype(torch.float64)
+
+    return as_is
+
+
+def _function(source: str, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
+    space: dict[str, Any] = {"as_is": _as_is(dtype)}
     exec(compile(HEADER + source, "<fuzz>", "exec"), space)
     return space["program"]
 
@@ -78,8 +129,9 @@ class Writer:
         self.shapes: list[tuple[int, ...]] = []
         self.plain = self.chance(55)
         """Nothing is to go wrong in it: it is to be matched, as it is spelled."""
-        self.factors: dict[int, str] = {}
-        """For lines that drop out, what stands there in the program with factors."""
+        self.instead: dict[int, str] = {}
+        """For lines that drop out, or that say in which dtypes they are computed, what stands there in the program that
+        they are compared with."""
 
     def one(self, *choices: Any) -> Any:
         return self.random.choice(choices)
@@ -103,10 +155,19 @@ class Writer:
         """One more input."""
         return self.input(f"x{len(self.names)}", *shape)
 
-    def line(self, text: str, factor: str | None = None) -> None:
-        if factor is not None:
-            self.factors[len(self.lines)] = factor
+    def line(self, text: str, instead: str | None = None) -> None:
+        if instead is not None:
+            self.instead[len(self.lines)] = instead
         self.lines.append(text)
+
+    def exactly(self, text: str) -> str:
+        """A name of what is computed of inputs and sizes alone, and in the dtypes that the text names."""
+        name = f"n{len(self.lines)}"
+        inputs = ", ".join(dict.fromkeys(re.findall(r"\bx\d+\b", text)))
+        self.line(
+            f"{name} = {text}", f"{name} = as_is(lambda {inputs}: {text}, {inputs})".replace("lambda :", "lambda:")
+        )
+        return name
 
     def permuted(self, shape: list[int]) -> tuple[list[int], list[int]]:
         """A random order to store axes in, and the one that puts them back."""
@@ -135,22 +196,31 @@ class Writer:
         end = self.random.randint(start + 1, len(self.lines))
         inside = [f"    {line}" for line in self.lines[start:end]]
         self.lines[start:end] = [self.one(*headers), *inside]
-        self.factors = {
+        self.instead = {
             (n + 1 if n >= start else n): (f"    {text}" if start <= n < end else text)
-            for n, text in self.factors.items()
+            for n, text in self.instead.items()
         }
 
-    def body(self, *, factors: bool = False) -> list[str]:
-        lines = [self.factors.get(n, line) if factors else line for n, line in enumerate(self.lines)]
+    def body(self, *, compared: bool = False) -> list[str]:
+        lines = [self.instead.get(n, line) if compared else line for n, line in enumerate(self.lines)]
         return [f"    {line}" for line in lines]
 
-    def source(self, shown: list[str], *, checkpointed: bool = False, factors: bool = False) -> str:
-        """The program, of which some names are the results; inputs that nothing uses are left out."""
+    def exact(self, shown: list[str], *, checkpointed: bool = False) -> str:
+        """The program that this one is compared with in fp64, if that is another."""
+        return self.source(shown, checkpointed=checkpointed, compared=True) if self.instead else ""
+
+    def source(
+        self, shown: list[str], *, checkpointed: bool = False, compared: bool = False, factors: bool = False
+    ) -> str:
+        """The program, of which some names are the results; inputs that nothing uses are left out.
+
+        compared: with what stands in its lines for the one that it is compared with. factors: which takes factors.
+        """
         used = set(re.findall(r"\w+", "\n".join([*self.lines, *shown])))
         self.shapes = [shape for name, shape in zip(self.names, self.shapes, strict=True) if name in used]
         self.names = [name for name in self.names if name in used]
         names = ", ".join([*self.names, "keep"] if factors else self.names)
-        body = [*self.body(factors=factors), f"    return {', '.join(shown)}"]
+        body = [*self.body(compared=compared or factors), f"    return {', '.join(shown)}"]
         if checkpointed:
             body = [f"    def inner({names}):", *(f"    {line}" for line in body)]
             body.append(f"    return checkpoint(inner, {names}, use_reentrant=False)")
