@@ -35,7 +35,7 @@ def absorbing(x: float, dtype: torch.dtype) -> bool:
 
 def coarse(x: float, dtype: torch.dtype) -> bool:
     """Whether little is left of the scores that are added to a finite number in that dtype: -1e9 in fp32."""
-    return abs(x) < math.inf and spacing(x, dtype) >= COARSE
+    return spacing(x, dtype) >= COARSE
 
 
 _BOUNDED = CONTRACTIONS | frozenset(

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from xfcompile.elementwise import ROW
-from xfcompile.masking import separate, without_row_shift
+from xfcompile.masking import as_rounded, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, is_causal, prove
-from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.score import B, H, I, J, Load, Rounded, S, Where
 from xfcompile.site import Band, Miss
 
 ALWAYS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -165,6 +165,12 @@ def test_the_least_half_is_a_mask_of_half_scores_only() -> None:
     expr = Where(KEEP, S, -65504)
     assert parts(expr, torch.float16) == (S, KEEP, "mean")
     assert parts(expr, f32) == (expr, sympy.true, "")
+
+
+def test_where_a_bias_is_chosen_the_large_number_alone_rounds() -> None:
+    far = sympy.Float(-1e9)
+    expr = S + Where(KEEP, Load(1, I, J), far)
+    assert as_rounded(expr, f32, lambda _: False) == Where(KEEP, S + Load(1, I, J), Rounded(S + far, 24))
 
 
 def test_a_shift_of_the_row_vanishes() -> None:
