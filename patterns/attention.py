@@ -414,7 +414,7 @@ def _back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Inde
                 raise Miss("the weights are dropped out twice", value)
             dropout = float(value["p"])
             value = value["self"]
-        elif value.op == "to":
+        elif value.op == "to" and value.dtype.is_floating_point:
             value = value["self"]
         elif value.op == "nan_to_num" and value.args.get("nan") in (None, 0):  # weights are never infinite
             value, zeroed = value["self"], True
@@ -476,6 +476,8 @@ def _dots(scores: Value) -> Iterator[Contraction]:
 
 def _query_and_key(dot: Contraction, elements: Elements, walk: Walk, lead: tuple[sympy.Symbol, ...]) -> tuple[Any, Any]:
     """Which operand of the product is the query, and what each dimension of both is."""
+    if not dot.value.dtype.is_floating_point:
+        raise Miss("a product of whole numbers, which may overflow", dot.value)
     if dot.lhs is dot.rhs and dot.lhs_labels == dot.rhs_labels:
         raise Miss("queries and keys are one tensor, contracted with itself", dot.value)
     if len(dot.summed) != 1:

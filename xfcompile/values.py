@@ -124,7 +124,7 @@ class Values:
         base = name[1].rstrip("_") if op._schema.is_mutable else name[1]
         base = _RENAMED.get(base, base)
         canonical = getattr(self, f"_make_{base}", None)
-        if base in _RESHAPES:
+        if base in _RESHAPES and "dtype" not in args:  # `x.view(torch.int32)` has other numbers than x
             return self.reshape(args["self"], meta)
         if base in _PERMUTES:
             return self._permutation(base, args, meta)
@@ -179,7 +179,9 @@ class Values:
     def cast(self, x: Value, meta: Meta) -> Value:
         if x.dtype == meta.dtype and x.meta.device == meta.device:
             return x
-        return self.intern("to", {"self": x, "dtype": meta.dtype}, meta)
+        # What is left of a number in 8 bits is another number: no pattern looks through that.
+        coarse = meta.dtype.is_floating_point and meta.dtype.itemsize == 1
+        return self.intern("quantize" if coarse else "to", {"self": x, "dtype": meta.dtype}, meta)
 
     def _permutation(self, base: str, args: dict[str, Any], meta: Meta) -> Value:
         x = args["self"]

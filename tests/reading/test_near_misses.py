@@ -18,6 +18,7 @@ SQUARE = (4, 4, 4, 4)
 
 MIN = torch.finfo(torch.float32).min
 INF = float("inf")
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,16 @@ miss(
     lambda q, k, v: scores(q, k).long().softmax(-1, dtype=torch.float32) @ v,
     fused=False,
 )
+miss("weights as whole numbers", "to stands between", lambda q, k, v: scores(q, k).softmax(-1).int().float() @ v)
+miss("weights as booleans", "to stands between", lambda q, k, v: scores(q, k).softmax(-1).bool().float() @ v)
+miss(
+    "a product of whole numbers that overflows",
+    "whole numbers",
+    lambda q, k, v: ((50 * q).to(torch.int8) @ (50 * k).to(torch.int8).mT).float().softmax(-1) @ v,
+)
+miss("scores in fp8", "quantize", lambda q, k, v: scores(q, k).to(FP8).float().softmax(-1) @ v)
+miss("weights in fp8", "not multiplied with values", lambda q, k, v: scores(q, k).softmax(-1).to(FP8).float() @ v)
+right("queries and values in fp8", lambda q, k, v: scores(q.to(FP8).float(), k).softmax(-1) @ v.to(FP8).float())
 miss("nan_to_num of the scores", None, lambda q, k, v: scores(q, k).nan_to_num().softmax(-1) @ v, fused=None)
 miss(
     "a mixing of heads before",
