@@ -13,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from equivalence import check, tensors
 
+from xfcompile.operands import _widens
+from xfcompile.trace import Meta
+from xfcompile.values import Values
+
 SQUARE = (4, 4, 4, 4)
 """All axes of one size: an axis taken for another is no shape error, only wrong numbers."""
 
@@ -147,6 +151,8 @@ miss(
     lambda q, k, v: (scores(q, k).exp() / (1 + scores(q, k).exp().sum(-1, keepdim=True))) @ v,
     fused=False,
 )
+miss("exp over the sum of everything", "", lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum()) @ v)
+right("a number over the scores", lambda q, k, v: torch.div(2.0, scores(q, k)).softmax(-1) @ v, fused=False)
 miss("gumbel noise", "", lambda q, k, v: F.relu(scores(q, k)) @ v)
 miss(
     "softmax of softmax",
@@ -292,6 +298,57 @@ miss(
     lambda q, k, v: torch.einsum("bhij,bhjd->bid", scores(q, k).softmax(-1), v),
     fused=False,
 )
+miss(
+    "values without features",
+    "not multiplied with values",
+    lambda q, k, v: scores(q, k).softmax(-1) @ v,
+    SQUARE,
+    SQUARE,
+    (4,),
+)
+miss(
+    "weights summed by themselves",
+    "no contracted axis",
+    lambda q, k, v: torch.einsum("bhij,bhd->bhid", scores(q, k).softmax(-1), v[:, :, 0]),
+)
+miss(
+    "values summed by themselves",
+    "no contracted axis",
+    lambda q, k, v: torch.einsum("bhij,bhjd->bhij", scores(q, k).softmax(-1), v),
+)
+miss(
+    "values of each query",
+    "not [.., queries, keys]",
+    lambda q, k, v: torch.einsum("bhij,bhijd->bhid", scores(q, k).softmax(-1), v),
+    SQUARE,
+    SQUARE,
+    (4, *SQUARE),
+)
+miss(
+    "the weights on a diagonal",
+    "axis",
+    lambda q, k, v: scores(q, k).softmax(-1).reshape(4, 4, 16)[..., ::5].unsqueeze(-2) @ v,
+)
+miss(
+    "weights whose keys are shuffled",
+    "axis",
+    lambda q, k, v: scores(q, k).softmax(-1).unflatten(-1, (2, 2)).mT.flatten(-2) @ v,
+)
+right("one head of one batch", lambda q, k, v: scores(q, k).softmax(-1) @ v, *[(1, 1, 4, 4)] * 3)
+miss(
+    "two columns more than keys",
+    "more columns",
+    lambda q, k, v: torch.cat([scores(q, k), q[..., :2]], -1).softmax(-1)[..., :-2] @ v,
+)
+miss(
+    "queries with themselves alone",
+    "not one of queries with keys",
+    lambda q, v: torch.einsum("bhid,bhid->bhi", q, q).unsqueeze(-2).softmax(-1) @ v,
+    SQUARE,
+    SQUARE,
+)
+miss("SDPA of keys of fewer axes", "different ranks", lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v))
+miss("SDPA of values of fewer axes", "different ranks", lambda q, k, v: F.scaled_dot_product_attention(q, k, v[0]))
 miss("a diagonal of the keys", None, lambda q, k, v: torch.einsum("bhid,bhdd->bhid", q, k).softmax(-1) @ v, fused=False)
 miss(
     "an outer product",
@@ -323,6 +380,31 @@ right(
     fused=None,
 )
 right("linear attention", lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), fused=False)
+
+# -- operands that are views or multiples of others ----------------------------------------------------------------
+
+right("queries times a number that is a tensor", lambda q, k, v: ((torch.full((), 0.5) * q) @ k.mT).softmax(-1) @ v)
+right("queries over a number that is a tensor", lambda q, k, v: ((q / torch.full((), 0.5)) @ k.mT).softmax(-1) @ v)
+right("queries times a number for each feature", lambda q, k, v: ((torch.full((4,), 0.5) * q) @ k.mT).softmax(-1) @ v)
+right("a number over queries", lambda q, k, v: ((torch.full((), 0.5) / q) @ k.mT).softmax(-1) @ v)
+right("queries times true", lambda q, k, v: ((q * True) @ k.mT).softmax(-1) @ v)
+right(
+    "whole numbers that overflow, then a number",
+    lambda q, k, v: (((50 * q).to(torch.int8) * 100 * 0.01) @ k.mT).softmax(-1) @ v,
+)
+right(
+    "queries over a number, rounded",
+    lambda q, k, v: (torch.div(q, 0.5, rounding_mode="floor") @ k.mT).softmax(-1) @ v,
+)
+right("one query for all", lambda q, k, v: scores(q.expand(SQUARE), k).softmax(-1) @ v, (4, 4, 1, 4), SQUARE, SQUARE)
+right("one key for all", lambda q, k, v: scores(q, k.expand(SQUARE)).softmax(-1) @ v, SQUARE, (4, 4, 1, 4), SQUARE)
+right(
+    "keys that are repeated by a tensor",
+    lambda q, k, v: scores(q, torch.repeat_interleave(k, torch.tensor([1, 3]), dim=1, output_size=4)).softmax(-1) @ v,
+    SQUARE,
+    (4, 2, 4, 4),
+    SQUARE,
+)
 
 # -- arguments that are not accounted for --------------------------------------------------------------------------
 
@@ -958,3 +1040,22 @@ def test_left_alone_and_equal_to_eager(name: str) -> None:
     assert not fused, outcome.sites
     if p.why:
         assert outcome.sites and all(p.why in str(site.reason) for site in outcome.sites), outcome.sites
+
+
+def test_how_many_heads_share_one_is_known() -> None:
+    def program(q: Any, k: Any, v: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    outcome = check(program, *tensors((2, 8, 5, 16), (2, 4, 5, 16), (2, 4, 5, 16)), dynamic=True)
+    assert "do not broadcast" in outcome.reasons
+
+
+def test_a_copy_to_another_device_is_no_wider_reading() -> None:
+    values = Values()
+
+    def meta(dtype: torch.dtype, device: str) -> Meta:
+        return Meta((4,), (1,), dtype, torch.device(device))
+
+    half = values.leaf(meta(torch.float16, "cpu"))
+    assert _widens(values.cast(half, meta(torch.float32, "cpu")))
+    assert not _widens(values.cast(half, meta(torch.float32, "cuda")))
