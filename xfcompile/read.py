@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
@@ -79,7 +80,6 @@ class Scope:
 
 _SCOPES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_sdpa_kernel"}
 _BACKENDS = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION"}
-_DATA_DEPENDENT = {"nonzero", "item", "tolist", "unique", "unique_consecutive", "masked_select", "argwhere", "bincount"}
 
 
 class Reading:
@@ -278,7 +278,7 @@ class Reading:
         return [self.cells.get(x) if isinstance(x, fx.Node) else x for x in flat], spec
 
     def _program(self, node: fx.Node) -> Program | None:
-        if _name(node) in _DATA_DEPENDENT:
+        if _makes_sizes(node):
             return None
         fn = _callable(node, self.gm)
         if fn is None:
@@ -673,6 +673,17 @@ def _reshape_of(before: Value, base: Value) -> bool:
     source = before["self"] if before.op == "reshape" else before
     origin = base["self"] if base.op == "reshape" else base
     return source is origin or source is base
+
+
+def _makes_sizes(node: fx.Node) -> bool:
+    """Whether a result's size depends on data, as `nonzero`'s: traced again, it would be another one."""
+
+    def sizes(n: fx.Node) -> set[sympy.Symbol]:
+        leaves = (x for x in pytree.tree_leaves(_example(n)) if isinstance(x, (torch.Tensor, torch.SymInt)))
+        return set().union(*map(free_unbacked_symbols, leaves))
+
+    made = sizes(node)
+    return bool(made) and not made <= set().union(*map(sizes, node.all_input_nodes))
 
 
 def _name(node: fx.Node) -> str:
