@@ -683,8 +683,7 @@ def _makes_sizes(node: fx.Node) -> bool:
         leaves = (x for x in pytree.tree_leaves(_example(n)) if isinstance(x, (torch.Tensor, torch.SymInt)))
         return set().union(*map(free_unbacked_symbols, leaves))
 
-    made = sizes(node)
-    return bool(made) and not made <= set().union(*map(sizes, node.all_input_nodes))
+    return not sizes(node) <= set().union(*map(sizes, node.all_input_nodes))
 
 
 def _name(node: fx.Node) -> str:

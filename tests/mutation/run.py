@@ -43,6 +43,8 @@ TESTS = {
     "tests/reading/test_diagonal.py": "all",
     "tests/reading/test_mutation.py": "all",
     "tests/reading/test_bodies.py": "all",
+    "tests/reading/test_replace.py": "all",
+    "tests/test_devices.py": "quick",
     "tests/reading/test_reading.py": "all",
     "tests/reading/test_custom_gradients.py": "all",
     "tests/reading/test_hopper_routes.py": "all",

@@ -234,6 +234,20 @@ miss(
     "scores read at two positions", None, lambda q, k, v: (scores(q, k) + scores(q, k).mT).softmax(-1) @ v, fused=False
 )
 right("scores and their double", lambda q, k, v: (lambda s: (s + 2 * s).softmax(-1) @ v)(scores(q, k)))
+miss(
+    "scores gated by themselves", "linear", lambda q, k, v: (lambda s: (s * s.sigmoid()).softmax(-1) @ v)(scores(q, k))
+)
+miss(
+    "scores that cancel out",
+    "linear",
+    lambda q, k, v, m: (lambda s: ((s + m) * v - s * v).softmax(-1) @ v)(scores(q, k)),
+    *[SQUARE] * 4,
+)
+miss(
+    "keys beyond the last",
+    "no key is kept",
+    lambda q, k, v: scores(q, k).masked_fill(torch.arange(4) < 9, -INF).softmax(-1) @ v,
+)
 miss("scores squared", "linear", lambda q, k, v: scores(q, k).square().softmax(-1) @ v)
 miss("scores rounded", "between", lambda q, k, v: scores(q, k).round().softmax(-1) @ v)
 miss("scores as integers", None, lambda q, k, v: scores(q, k).int().float().softmax(-1) @ v, fused=False)
