@@ -26,6 +26,7 @@ LONGEST_MASK = 64
 _COMPARISONS: dict[str, Callable[..., Any]] = {
     "le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "eq": sympy.Eq, "ne": sympy.Ne,
 }  # fmt: skip
+_NARROW = frozenset({torch.uint8, torch.int8, torch.int16, torch.uint16})
 _VIEWS = frozenset("reshape permute expand slice select repeat_interleave repeat flip roll".split())
 
 
@@ -89,14 +90,21 @@ class Elements:
             return self.load(value, index)
         mark = len(self.loads)
         result = rule(self, value, index)
-        if is_mask(result):
+        if is_mask(result) or (isinstance(result, sympy.Expr) and result.is_Integer):
             result = fold(lambda x: rounded(x, value.dtype), result)
-        if result is None or not self._gained(value, index, result):
+        if result is None or not self._fits(value, result) or not self._gained(value, index, result):
             if not any((v in self.loads[:mark]) for v in self.loads[mark:]):
                 del self.loads[mark:]
                 self._memo = {k: v for k, v in self._memo.items() if not _mentions(v, mark)}
             return self.load(value, index)
         return result
+
+    def _fits(self, value: Value, result: Any) -> bool:
+        """Whether a whole number of few bits is what a formula says of it: in uint8, 0 - 1 is 255."""
+        if value.dtype not in _NARROW or value.op in _VIEWS | _MOVES | {"where"} or is_mask(result):
+            return True
+        held = torch.iinfo(value.dtype)
+        return nonnegative(result - held.min, self.ranges) and nonnegative(held.max - result, self.ranges)
 
     def _gained(self, value: Value, index: Index, result: Any) -> bool:
         """Whether a formula is better than loading the value: no loads at all, or smaller ones, or a mask found."""
@@ -159,7 +167,9 @@ def as_number(x: Any) -> sympy.Expr:
 
 
 def rounded(x: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
-    """A number as a tensor of that dtype holds it: finfo(float32).min in bf16 is -inf."""
+    """A number as a tensor of that dtype holds it: finfo(float32).min in bf16 is -inf, and -1 in uint8 is 255."""
+    if x.is_Integer and dtype in _NARROW:
+        return sympy.Integer(torch.tensor(int(x)).to(dtype).item())
     if not x.is_number or not dtype.is_floating_point or x in (sympy.oo, -sympy.oo):
         return x
     return literal(torch.tensor(float(x), dtype=torch.float64).to(dtype).item())

@@ -362,6 +362,41 @@ def test_a_relative_bias_of_t5() -> None:
     assert [(s.matched, s.route, s.mask) for s in outcome.sites] == [(True, "sdpa", "causal")], outcome.sites
 
 
+def tril(n: int) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.uint8).tril()
+
+
+WRAPS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], int]] = {
+    "a difference": (lambda i, j: i.to(torch.uint8) - j.to(torch.uint8) < 200, 8),
+    "a product": (lambda i, j: (i.to(torch.int8) * 30) >= (j.to(torch.int8) * 30), 8),
+    "a position": (lambda i, j: j.to(torch.int8) <= i.to(torch.int8), 300),
+    "a triangle less one": (lambda i, j: tril(8) - 1 <= 0, 8),
+    "a triangle, negative": (lambda i, j: -tril(8) <= 0, 8),
+    "nothing less one": (lambda i, j: torch.zeros(8, 8, dtype=torch.uint8) - 1 > i, 8),
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_whole_numbers_of_few_bits_wrap_around(name: str) -> None:
+    keep, n = WRAPS[name]
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(n)
+        return (q @ k.mT).masked_fill(~keep(i[:, None], i), -1e30).softmax(-1) @ v
+
+    outcome = check(program, *tensors(*[(1, 1, n, 8)] * 3), family="attention")
+    assert [site.matched for site in outcome.sites] == [True]
+
+
+def test_positions_that_few_bits_hold_are_read() -> None:
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(8).to(torch.uint8)
+        return (q @ k.mT).masked_fill((1 - tril(8)).bool() | (i + 2 < i[:, None]), -1e30).softmax(-1) @ v
+
+    outcome = check(program, *tensors(*[(1, 1, 8, 8)] * 3), family="attention")
+    assert [site.mask for site in outcome.sites] == ["causal & window(3)"]
+
+
 EQUALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "equal to -inf": lambda m: m == float("-inf"),
     "equal to inf": lambda m: m == float("inf"),
