@@ -47,7 +47,7 @@ next one."""
 
 _UNBOUNDED = frozenset("log log2 log10 log1p log_softmax logit reciprocal rsqrt pow exp exp2 expm1 empty".split())
 
-_POSITIONS = frozenset("slice narrow select".split())
+_POSITIONS = frozenset("slice slice_of narrow select select_of".split())
 """Operations whose numbers say where, not what."""
 
 
