@@ -57,6 +57,16 @@ def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q @ k.mT * 0.5
 
 
+def with_bias(bias: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An attention with a bias of positions."""
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        j = torch.arange(4)
+        return (scores(q, k) + bias(j[:, None], j)).softmax(-1) @ v
+
+    return program
+
+
 # -- the softmax runs over another axis ----------------------------------------------------------------------------
 
 miss("softmax over queries", "axis", lambda q, k, v: scores(q, k).softmax(-2) @ v)
@@ -433,6 +443,15 @@ right(
 )
 right("a bool mask added", lambda q, k, v, m: (scores(q, k) + (m > 0)).softmax(-1) @ v, *[SQUARE] * 4)
 right("a bool mask multiplied", lambda q, k, v, m: (scores(q, k) * (m > 0)).softmax(-1) @ v, *[SQUARE] * 4, fused=None)
+right("bool masks that are added to each other", with_bias(lambda i, j: ((i <= j) + (i == j)).float() * -3))
+
+right("a bool mask to which nothing is added", with_bias(lambda i, j: torch.add(i < j, i == j, alpha=False) * 3.0))
+right(
+    "a bias that is padded by its mirror image",
+    with_bias(lambda i, j: F.pad(torch.arange(3.0)[None], (1, 0), "reflect")),
+)
+right("a bias that is padded by its end", with_bias(lambda i, j: F.pad(torch.arange(2.0)[None], (1, 1), "replicate")))
+right("a bias that is padded in a circle", with_bias(lambda i, j: F.pad(torch.arange(2.0)[None], (1, 1), "circular")))
 right("an integer bias", lambda q, k, v, m: (scores(q, k) + m.int()).softmax(-1) @ v, *[SQUARE] * 4)
 right("a keyword scale", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=-0.7))
 right("softmax in a narrower dtype", lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.bfloat16) @ v.bfloat16())
