@@ -346,13 +346,17 @@ def _slice_start(start: Any, end: Any, size: Any, length: Any, step: Any) -> Any
     length may tell from where it is counted, and whether there are as many elements."""
     if isinstance(start, int) and (start >= 0 or isinstance(size, int)):
         return max(0, size + start) if start < 0 else start
-    sign = sympy.sympify(start).is_nonnegative
-    if sign:
+    if sympy.sympify(start).is_nonnegative:
         return start
-    starts = {size + start, 0} if sign is False else {start, size + start, 0}
-    ends = {size} if end is None or end == sys.maxsize else {size, end, size + end}
+    starts, ends = _counted(start, size), {size} if end is None or end == sys.maxsize else _counted(end, size)
     fitting = [s for s in starts if any(_is_length(length, s, e, step) for e in ends)]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def _counted(bound: Any, size: Any) -> set[Any]:
+    """What a slice's bound may be, counted from the front: no less than 0, and no more than the size."""
+    sign = sympy.sympify(bound).is_nonnegative
+    return ({bound, size} if sign is not False else set()) | ({size + bound, 0} if not sign else set())
 
 
 def _is_length(length: Any, start: Any, end: Any, step: Any) -> bool:

@@ -371,6 +371,10 @@ SLICED: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
     "the last positions, to the last": (lambda n, m, p: upto(torch.arange(m)[-n:m], m), True),
     "the last positions, from a number on": (lambda n, m, p: upto(torch.arange(m)[m - n :], m), True),
     "the last positions, by their number": (lambda n, m, p: upto(torch.arange(m).narrow(0, -n, n), m), True),
+    "rows of a larger mask": (
+        lambda n, m, p: torch.ones(64, 64, dtype=torch.bool).tril()[m - n : m, :m],
+        True,
+    ),
     "the last rows": (lambda n, m, p: torch.ones(m, m, dtype=torch.bool).tril()[-n:], True),
     "more than there are": (lambda n, m, p: upto(torch.arange(m)[-2 * n :][:n], m), True),
     "all but the last": (lambda n, m, p: upto(torch.arange(m)[-n - 1 : -1], m), True),
