@@ -1,9 +1,10 @@
-"""Measures what the backward's tile sizes rest on: each kernel of it, with many tile sizes, for a few programs.
+"""Times the kernels of attention's backward with many tile sizes: what `choose_backward` rests on.
 
-    python examples/bench_backward.py --compile 15    # fills Triton's cache, in so many processes
-    python examples/bench_backward.py --out examples/results/backward.json
+    python examples/bench_backward.py --out examples/results/backward.json --processes 15
 
-Needs a CUDA GPU. Times are medians in ms of the kernels alone, in bf16 (`triton.testing.do_bench`).
+Needs a CUDA GPU. Programs are compiled as a user's are and made to take our kernels; times are a profiler's, in ms, of
+each kernel of a backward alone, in bf16, the median of a few. In a first pass the kernels are compiled by so many
+processes, in a second one they are timed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,114 +25,175 @@ import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
-from xfcompile.bench.programs import Program, Sizes, programs, tensors
-from xfcompile.kernels.attention import launch_backward, prepare
-from xfcompile.kernels.attention.launch_backward import Needs
+from xfcompile.bench import attention, columns
+from xfcompile.bench.programs import Sizes, programs, tensors
+from xfcompile.kernels.attention import fit, launch_backward
 from xfcompile.kernels.attention.tiles import Tiles
 
 SIZES = (Sizes(4, 32, 4096, 64), Sizes(4, 16, 4096, 128))
-PROGRAMS = ("no mask", "soft-cap, causal")
-CANDIDATES = {
-    "dq": [
-        Tiles(m, n, w, s)
-        for m, n, w, s in (
-            (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 2),
-            (128, 128, 8, 1), (64, 128, 4, 2), (128, 32, 8, 3), (64, 32, 4, 3),
-        )
-    ],
-    "dkdv": [
-        Tiles(m, n, w, s)
-        for m, n, w, s in (
-            (64, 128, 8, 3), (64, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 8, 3),
-            (32, 128, 4, 2), (128, 128, 8, 2), (128, 128, 8, 1), (128, 64, 8, 2), (32, 64, 4, 3),
-        )
-    ],
+KERNELS = {
+    "no mask": ("dq", "dkdv"), "soft-cap, causal": ("dq", "dkdv"), "dense bias": ("dq", "dkdv", "load"),
+    "T5 bias": ("load",), "documents": ("dq", "dkdv"), "sliding window": ("dq", "dkdv"),
 }  # fmt: skip
-NEEDS = {"dq": Needs(True, False, False), "dkdv": Needs(False, True, True)}
+"""Of programs, those that are timed."""
 
 
-class Case:
-    """A program's tensors, its forward run once."""
+def _tiles(*sizes: tuple[int, int, int, int]) -> list[Tiles]:
+    return [Tiles(*each) for each in sizes]
 
-    def __init__(self, program: Program, sizes: Sizes) -> None:
-        q, k, v, *rest = tensors(program, sizes, torch.device("cuda"), torch.bfloat16)
-        self.key, self.operands = prepare(program.spec(sizes)), program.operands(sizes, *rest)
-        out, lse = torch.ops.xfcompile.attention(q, k, v, self.operands, [], [], self.key)
-        self.tensors: tuple[Tensor, ...] = (torch.randn_like(q), q, k, v, out, lse)
 
-    def run(self, kernel: str, sizes: Tiles) -> Any:
-        """The backward with these tiles for one of its kernels."""
-        backward = launch_backward.prepare(self.key, ())
-        q, v = self.tensors[1], self.tensors[3]
-        for name in ("dq", "dkdv"):
-            kind = (name, q.device.index, q.dtype, q.shape[3], v.shape[3], None, NEEDS[kernel])
-            backward.fitting[kind] = sizes if name == kernel else Tiles(64, 64, 4, 2)
-        return launch_backward.run(*self.tensors, self.operands, [], [], self.key, NEEDS[kernel])
+CANDIDATES = {
+    "dq": _tiles(
+        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 3),
+        (128, 128, 8, 2), (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
+    ),
+    "dkdv": _tiles(
+        (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 64, 8, 3),
+        (128, 128, 8, 2), (32, 128, 4, 2), (32, 64, 4, 3), (32, 64, 4, 2),
+    ),
+    "load": _tiles(
+        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 1), (128, 64, 8, 1), (128, 64, 8, 2), (64, 128, 8, 2),
+        (128, 128, 8, 1), (128, 128, 16, 1), (128, 128, 8, 2), (128, 64, 4, 1),
+    ),
+}  # fmt: skip
+RUNS = len(CANDIDATES["dq"])
+REPEATS = 3
+
+
+@dataclass
+class Trial:
+    """The tiles that the next backward takes: the candidates of one number. used: what they became, by kernel."""
+
+    number: int = 0
+    used: dict[str, Tiles] = field(default_factory=dict)
+
+    def install(self) -> None:
+        chosen, launched = launch_backward.choose_backward, fit.launch
+        asked: list[tuple[str, Tiles]] = []
+
+        def choose(name: str, *about: Any) -> Tiles:
+            kernel = "load" if name.startswith("load") else name
+            asked.append((kernel, CANDIDATES[kernel][self.number] if self.number >= 0 else chosen(name, *about)))
+            return asked[-1][1]
+
+        def launch(call: Callable[[Tiles], Any], candidates: Sequence[Any], *about: Any) -> Tiles:
+            if not asked:  # of a forward
+                return launched(call, candidates, *about)
+            kernel, _ = asked.pop()
+            self.used[kernel] = launched(call, candidates, *about)
+            return self.used[kernel]
+
+        def definition(*about: Any) -> Any:
+            raise RuntimeError("no tiles fit")
+
+        launch_backward.choose_backward = choose  # type: ignore[assignment]
+        launch_backward.by_definition = definition  # type: ignore[assignment]
+        fit.launch = launch  # type: ignore[assignment]
+
+
+def step(name: str, sizes: Sizes) -> Callable[[], Any]:
+    """A forward and backward of a program, by our kernels."""
+    (program,) = (p for p in programs(torch.bfloat16) if p.name == name)
+    x = tensors(program, sizes, torch.device("cuda"), torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x if program.learned else x[:3])]
+    fn = columns.compiled(program.plain, "xformers-triton", attention.FAMILY, dynamic=False)
+    dout = torch.randn_like(x[0])
+    return lambda: torch.autograd.grad(fn(*x), leaves, dout)
+
+
+def times(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of each kernel of a backward."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(REPEATS):
+            call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profile.events() or ():
+        if event.name.startswith("attention_backward_"):
+            name = event.name.removeprefix("attention_backward_").rstrip("0123456789")
+            found.setdefault(name, []).append(event.device_time / 1e3)
+    return {name: statistics.median(each) for name, each in found.items()}
+
+
+def measured(name: str, sizes: Sizes, trial: Trial, call: Callable[[], Any], timed: bool) -> list[dict[str, Any]]:
+    trial.used.clear()
+    launch_backward.prepare.cache_clear()
+    about = {"program": name, "dim": sizes.dim, "candidate": trial.number}
+    try:
+        call()
+        torch.cuda.synchronize()
+        found = times(call) if timed else {}
+    except Exception as error:
+        return [{**about, "failed": f"{type(error).__name__}: {error}"[:120]}]
+    return [
+        {**about, "kernel": kernel, "tiles": asdict(trial.used[kernel]), "ms": found[kernel]}
+        for kernel in KERNELS[name]
+        if kernel in found
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the numbers, versions and hardware there")
-    parser.add_argument("--compile", type=int, metavar="PROCESSES", help="only compile, in so many processes")
+    parser.add_argument("--processes", type=int, default=1, help="that compile at once")
+    parser.add_argument("--only", action="append", help="a program; may be repeated")
     parser.add_argument("--part", type=int, nargs=2, metavar=("N", "OF"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this measures GPUs and none was found")
-    if options.compile:
-        command = [sys.executable, __file__, "--part"]
-        parts = [subprocess.Popen([*command, str(n), str(options.compile)]) for n in range(options.compile)]
+    chosen = options.only or list(KERNELS)
+    jobs = [(sizes, name, n) for sizes in SIZES for name in chosen for n in range(-1, RUNS)]
+    if options.processes > 1 and not options.part:
+        more = [word for name in chosen for word in ("--only", name)]
+        command = [sys.executable, __file__, *more, "--part"]
+        parts = [subprocess.Popen([*command, str(n), str(options.processes)]) for n in range(options.processes)]
         for part in parts:
             part.wait()
-        return
-    chosen = {p.name: p for p in programs(torch.bfloat16)}
-    jobs = [
-        (sizes, name, kernel, tiles)
-        for sizes in SIZES
-        for name in PROGRAMS
-        for kernel, candidates in CANDIDATES.items()
-        for tiles in candidates
-    ]
     if options.part:
+        # Neighbours are compiled by different processes.
         jobs = jobs[options.part[0] :: options.part[1]]
+    trial = Trial()
+    trial.install()
     rows: list[dict[str, Any]] = []
-    cases: dict[tuple[str, int], Case] = {}
-    with torch.no_grad():
-        for sizes, name, kernel, tiles in track(jobs, "kernels", disable=bool(options.part)):
-            small = Sizes(1, 2, 256, sizes.dim) if options.part else sizes
-            if (name, sizes.dim) not in cases:
-                cases.clear()
-                cases[name, sizes.dim] = Case(chosen[name], small)
-            case = cases[name, sizes.dim]
-            row: dict[str, Any] = {"program": name, "dim": sizes.dim, "kernel": kernel, "tiles": vars(tiles)}
-            try:
-                case.run(kernel, tiles)
-                if not options.part:
-                    row["ms"] = triton.testing.do_bench(
-                        lambda case=case, kernel=kernel, tiles=tiles: case.run(kernel, tiles),
-                        warmup=10, rep=40, return_mode="median",
-                    )  # fmt: skip
-            except Exception as error:  # tiles that do not fit are a result
-                row["failed"] = f"{type(error).__name__}: {error}"[:120]
-            rows.append(row)
-            if options.out:
-                found = {
-                    "hardware": torch.cuda.get_device_name(), "python": platform.python_version(),
-                    "torch": torch.__version__, "triton": triton.__version__, "rows": rows,
-                }  # fmt: skip
-                options.out.write_text(json.dumps(found, indent=1) + "\n")
-    if options.part:
-        return
+    calls: dict[tuple[str, int], Callable[[], Any]] = {}
+    for sizes, name, number in track(jobs, "kernels", disable=bool(options.part)):
+        trial.number = number
+        if (name, sizes.dim) not in calls:
+            calls.clear()
+            torch._dynamo.reset()
+            calls[name, sizes.dim] = step(name, sizes)
+        rows += measured(name, sizes, trial, calls[name, sizes.dim], not options.part)
+        if options.out and not options.part:
+            found = {
+                "hardware": torch.cuda.get_device_name(), "python": platform.python_version(),
+                "torch": torch.__version__, "triton": triton.__version__, "rows": rows,
+            }  # fmt: skip
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+    if not options.part:
+        show(rows)
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
     console = Console()
     for sizes in SIZES:
         for kernel in CANDIDATES:
-            table = Table("tiles", *PROGRAMS, title=f"{kernel}, D{sizes.dim}: ms")
-            for tiles in CANDIDATES[kernel]:
-                mine = [r for r in rows if (r["dim"], r["kernel"], r["tiles"]) == (sizes.dim, kernel, vars(tiles))]
-                cells = [f"{r['ms']:.3f}" if "ms" in r else r.get("failed", "") for r in mine]
-                table.add_row(f"{tiles.block_m}x{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages}", *cells)
+            mine = [r for r in rows if (r["dim"], r.get("kernel")) == (sizes.dim, kernel)]
+            names = list(dict.fromkeys(r["program"] for r in mine))
+            table = Table("tiles", *names, title=f"{kernel}, D{sizes.dim}: ms, and what fitted where the tiles did not")
+            for number in range(-1, RUNS):
+                wanted = "the default" if number < 0 else _words(CANDIDATES[kernel][number])
+                cells = []
+                for name in names:
+                    of = [r for r in mine if (r["program"], r["candidate"]) == (name, number)]
+                    words = _words(Tiles(**of[0]["tiles"])) if of else ""
+                    cells.append(f"{of[0]['ms']:.3f}{'' if words == wanted else f' ({words})'}" if of else "-")
+                table.add_row(wanted, *cells)
             console.print(table)
+
+
+def _words(tiles: Tiles) -> str:
+    return f"{tiles.block_m}x{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages}"
 
 
 if __name__ == "__main__":

@@ -214,7 +214,9 @@ def compile_job(job: Job) -> Compiled | None:
         return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[job.dim] if job.kernel == "hopper" else 1))
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
     if job.kernel in (*BACKWARD, "load0"):
-        tiles = choose_backward(job.kernel, kind, job.dtype, job.dim, job.dim, "soft-cap" not in job.program)
+        tiles = choose_backward(
+            job.kernel, kind, job.dtype, job.dim, job.dim, backward_of(job).traits(job.kernel, None)
+        )
         return outcome(job, compile_backward(job, target, tiles), tiles)
     if job.kernel == "attention_forward":
         sizes = Sizes(4, 32, 4096, job.dim)
@@ -367,12 +369,17 @@ def compile_kernel(
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
-def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
-    """As a launch would; gradients of operands are wanted where the job is of the kernel of a load."""
+def backward_of(job: Job) -> launch_backward.Program:
+    """Gradients of operands are wanted where the job is of the kernel of a load."""
     program = next(p for p in programs(job.dtype) if p.name == job.program)
     spec = program.spec(Sizes(4, 32, 4096, job.dim))
     needed = tuple(range(len(spec.operands))) if job.kernel == "load0" else ()
-    backward = launch_backward.prepare(prepare(spec), needed)
+    return launch_backward.prepare(prepare(spec), needed)
+
+
+def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:
+    """As a launch would."""
+    backward = backward_of(job)
     kernel = backward.kernel(job.kernel, False)
     wide_q, wide_v = columns(job.dim, job.dim)
     constants: dict[str, object] = {

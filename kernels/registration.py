@@ -18,6 +18,19 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {}
 """Of each op the functions that are registered for "cuda" and "cpu"."""
 
 
+class Site:
+    """A call of such a function in generated code whose tensors are laid out alike each time.
+
+    found: what the function comes to by their layouts, which it need not look at again. Functions that take it have a
+    parameter `site`.
+    """
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: Any = None
+
+
 def register(
     library: torch.library.Library,
     op: str,

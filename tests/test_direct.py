@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from xfcompile import direct
 from xfcompile.kernels.attention import attention, prepare
-from xfcompile.kernels.registration import register
+from xfcompile.kernels.registration import Site, register
 from xfcompile.score import S
 from xfcompile.site import ScoreSpec
 
@@ -41,9 +41,27 @@ def scaled() -> Callable[..., Tensor]:
     return torch.ops.xfcompile.scaled_for_tests  # type: ignore[no-any-return]
 
 
+SITES: list[Any] = []
+
+
+def lengthened(x: Tensor, length: int, site: Any = None) -> Tensor:
+    SITES.append(site)
+    return x.new_full((length, *x.shape), 3.0)
+
+
+@pytest.fixture(scope="module")
+def longer() -> Callable[..., Tensor]:
+    LIBRARY.define("lengthened_for_tests(Tensor x, SymInt length) -> Tensor")
+    fake = lambda x, length: x.new_empty((length, *x.shape))  # noqa: E731
+    register(LIBRARY, "lengthened_for_tests", lengthened, lengthened, fake)
+    direct.lower()
+    return torch.ops.xfcompile.lengthened_for_tests  # type: ignore[no-any-return]
+
+
 @pytest.fixture(autouse=True)
 def _no_calls() -> None:
     CALLS.clear()
+    SITES.clear()
 
 
 class Seen(TorchDispatchMode):
@@ -149,6 +167,31 @@ def test_lengths_that_change_and_calls_in_a_branch(program: Callable[..., Tensor
         generated = [*generated, *codes]
     assert any("= xfcompile_attention_cpu(" in code for code in generated)
     assert not any("= torch.ops.xfcompile" in code for code in generated)
+
+
+def test_each_call_has_a_place_for_what_follows_from_layouts(longer: Callable[..., Tensor]) -> None:
+    run = torch.compile(lambda x, y: longer(x, 2).sum() + longer(y, 2).sum(), backend="xformers")
+    with torch.no_grad():
+        for _ in range(2):
+            assert run(torch.ones(3), torch.ones(4)) == 42.0
+    one, other, *again = SITES
+    assert isinstance(one, Site) and isinstance(other, Site) and one is not other
+    assert again[0] is one and again[1] is other
+
+
+@pytest.mark.parametrize("changes", ["a size", "a number"])
+def test_calls_whose_sizes_change_have_none(longer: Callable[..., Tensor], changes: str) -> None:
+    if changes == "a size":
+        run = torch.compile(lambda x, n: longer(x, 2).sum(), backend="xformers", dynamic=True)
+    else:
+        run = torch.compile(lambda x, n: longer(x[:3], n.shape[0]).sum(), backend="xformers")
+    with torch.no_grad():
+        for size in (4, 5, 6):
+            x, n = torch.ones(size if changes == "a size" else 3), torch.ones(size)
+            if changes == "a number":
+                torch._dynamo.mark_dynamic(n, 0)
+            assert run(x, n) == 3 * (2 * size if changes == "a size" else 3 * size)
+    assert SITES == [None, None, None]
 
 
 def test_what_inductor_compiles_without_us_calls_the_op(program: Callable[..., Tensor]) -> None:

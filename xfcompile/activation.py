@@ -268,6 +268,6 @@ def power(x: sympy.Expr, exponent: Any) -> sympy.Expr:
     """Whole powers, as products; the reciprocal where that is a sigmoid."""
     if exponent == -1:
         return quotient(sympy.S.One, x)
-    if isinstance(exponent, bool) or exponent not in (1, 2, 3, 4):
+    if exponent not in (1, 2, 3, 4):
         raise Miss(f"a gate to the power of {exponent}")
     return x ** int(exponent)

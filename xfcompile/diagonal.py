@@ -32,7 +32,7 @@ Make = Callable[[], fx.Node]
 def vector(emitter: Emitter, site: AttentionSite, load: Load) -> tuple[fx.Node, Load] | None:
     """What an element [b, h, i, j] of the score loads, as a tensor [b or 1, h or 1, 1, queries + keys - 1], and the
     indices of the load in it; None if it is no function of j - i, or is there already."""
-    if not {I, J} <= load.free_symbols or site.queries == 1:
+    if not {I, J} <= load.free_symbols:
         return None
     value = site.loads[load.operand]
     diagonal = _Diagonal(emitter, site)

@@ -8,13 +8,14 @@ gradients disabled.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from xfcompile.kernels.registration import KERNELS
+from xfcompile.kernels.registration import KERNELS, Site
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +68,32 @@ def _direct() -> Any:
         def codegen(self, wrapper: Any) -> None:
             other = V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False)
             if not other and ours():  # else a cache's key may not say which version of us has these functions
-                self.python_kernel_name = _imported(self.op_overload, self.get_device(), wrapper)
+                self.python_kernel_name = _imported(self.op_overload, self.get_device(), wrapper, _static(self))
             super().codegen(wrapper)
 
     return Direct
 
 
-def _imported(op: Any, device: Any, wrapper: Any) -> str:
-    """The name of the function in a generated module, which imports it."""
+def _imported(op: Any, device: Any, wrapper: Any, static: bool) -> str:
+    """The name of the function in a generated module, which imports it. static: whether all sizes and strides are
+    numbers, on which Inductor's own kernels rely as well."""
     name = op._opname
     function = KERNELS[name][device.type]
     alias = f"xfcompile_{name}_{device.type}"
     root = wrapper.get_root_graph() if hasattr(wrapper, "get_root_graph") else wrapper
     root.add_import_once(f"from {function.__module__} import {function.__name__} as {alias}")
-    return alias
+    if not static or "site" not in inspect.signature(function).parameters:
+        return alias
+    number = root.xfcompile_sites = getattr(root, "xfcompile_sites", 0) + 1
+    root.add_import_once(f"from functools import partial as xfcompile_partial\nfrom {Site.__module__} import Site")
+    root.add_import_once(f"{alias}_{number} = xfcompile_partial({alias}, site=Site())")
+    return f"{alias}_{number}"
+
+
+def _static(call: Any) -> bool:
+    """Whether no argument of a call has a symbol: lengths may be arguments of their own."""
+    try:
+        numbers = [n for x in call.inputs for n in (*x.get_size(), *x.get_stride())]
+        return not call.get_free_symbol_uses() and all(int(n) == n for n in numbers)
+    except (AttributeError, NotImplementedError, TypeError):  # a symbol, or what has no layout
+        return False

@@ -61,20 +61,24 @@ CLASSES = ((1, "one row"), (16, "few rows"), (1023, "some rows"))
 weights; from about 1024 rows on the products take longer than that on an H200, of 4096 by 11008 and larger."""
 
 
-def rows_class(rows: sympy.Expr) -> str | None:
-    """The class of a number of rows; None if it is not known at compile time."""
+def rows_class(rows: sympy.Expr) -> str:
+    """The class of a number of rows; of one that is not known at compile time, one that is not in the table."""
     if not rows.is_Integer:
-        return None
+        return "any number of rows"
     return next((name for most, name in CLASSES if rows <= most), "many rows")
 
 
 def usual(site: GatedMLPSite, training: bool) -> str:
     """The usual route on GPUs."""
-    rows = rows_class(site.rows)
-    if rows is None or site.experts is not None or site.dtype.itemsize != 2:
+    if site.experts is not None or site.dtype.itemsize != 2:
         return "inductor"
     weights = "separate" if site.layout == "separate" else "packed"
-    place = (hardware_of(site.root.meta.device), "training" if training else "inference", weights, rows)
+    place = (
+        hardware_of(site.root.meta.device),
+        "training" if training else "inference",
+        weights,
+        rows_class(site.rows),
+    )
     return USUAL.get(place, Fact("inductor")).value
 
 

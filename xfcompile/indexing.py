@@ -48,7 +48,7 @@ def _extreme_of_term(term: sympy.Expr, ranges: Ranges, upper: bool) -> sympy.Exp
         return term
     coefficient, rest = term.as_coeff_Mul()
     if coefficient < 0:
-        bound = _extreme_of_term(rest, ranges, not upper) if rest != term else None
+        bound = _extreme_of_term(rest, ranges, not upper)
         return None if bound is None else coefficient * bound
     if coefficient != 1:
         bound = _extreme_of_term(rest, ranges, upper)

@@ -134,7 +134,7 @@ class Reader:
 
 def known(x: Any) -> sympy.Expr:
     """A number of the program, if it is one when the program is compiled."""
-    if not isinstance(x, sympy.Expr) or not x.is_number or not x.is_finite:
+    if not x.is_number or not x.is_finite:
         raise Miss(f"a gate is computed with {x}, which is no finite number that is known at compile time")
     fraction = float(x) * 2**FRACTION
     return sympy.Rational(int(fraction), 2**FRACTION) if x.is_Float and fraction.is_integer() else x
@@ -167,7 +167,7 @@ def _reciprocal(r: Reader, v: Value, index: Index) -> sympy.Expr:
 
 
 def _pow(r: Reader, v: Value, index: Index) -> sympy.Expr:
-    if isinstance(v["exponent"], Value) or not isinstance(v["self"], Value):
+    if isinstance(v["exponent"], Value):
         raise Miss("a gate to a power that is a tensor", v)
     return activation.power(r.argument(v["self"], v, index), v["exponent"])
 

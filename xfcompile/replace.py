@@ -258,19 +258,19 @@ def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype)
     except Unsupported as error:
         raise Miss(str(error), site.root) from error
     loaded: tuple[Any, Any, Any] = (operands, ints, [])
-    tiles = _tiles(emitter, site, dtype, q, loaded, key)
+    tiles = _tiles(emitter, candidate, dtype, q, loaded, key)
     more: dict[str, Any] = {"heads_first": True} if _heads_first(candidate) else {}
     if site.dropout:
         more["seed"], more["stream"] = emitter.seed(site.root.meta.device)
     if candidate.training and tiles:
-        more["tiles_by_key"] = _tiles(emitter, site, dtype, q, loaded, key, by_key=True)[0]
+        more["tiles_by_key"] = _tiles(emitter, candidate, dtype, q, loaded, key, by_key=True)[0]
     made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **more)
     return emitter.call(operator.getitem, made, 0)
 
 
 def _tiles(
     emitter: Emitter,
-    site: AttentionSite,
+    candidate: AttentionCandidate,
     dtype: torch.dtype,
     like: fx.Node,
     loaded: tuple[Any, Any, Any],
@@ -279,18 +279,21 @@ def _tiles(
 ) -> tuple[Any, ...]:
     """The lists of the tiles under the site's mask, made once for all attentions under it, and the sizes of the tiles;
     nothing where the kernel needs none, or makes them by itself."""
-    from xfcompile.kernels.attention import FEW_TILES, mask_arguments, mask_of, tile_sizes
+    from xfcompile.kernels.attention import FEW_TILES, always_listed, mask_arguments, mask_of, tile_sizes
 
-    mask = mask_of(key)
+    site, mask = candidate.site, mask_of(key)
     queries = sympy.sympify(site.queries)
     device = site.root.meta.device
     if mask is None or (queries.is_Integer and queries < FEW_QUERIES):
         return ()
     many = int(queries) if queries.is_Integer else MANY
-    block_m, block_n = tile_sizes(key, device, dtype, int(site.head_dim), int(site.value_dim), many)
+    dims = int(site.head_dim), int(site.value_dim)
+    block_m, block_n = tile_sizes(key, device, dtype, *dims, many)
     keys = sympy.sympify(site.keys)
     if keys.is_Integer and keys <= FEW_TILES * block_n:
-        return ()
+        # A backward does without lists then, and would be given them.
+        if candidate.training or not always_listed(key, device, dtype, *dims):
+            return ()
     operands, ints, floats = mask_arguments(key, *loaded)
     batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else sympy.S.One
     heads = site.sizes[-1] if len(site.lead) >= 2 else sympy.S.One

@@ -162,6 +162,8 @@ def _candidates(
 def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.Node]:
     """The nodes that compute the root of a site, none of which has a part of it under other modes than the rest."""
     makers = [n for n in reading.makers.get(site.root, ()) if reading.value(n) is site.root]
+    if not makers:
+        raise Miss("it stands inside of a call that cannot be spelled out", site.root)
     makers = [n for n in makers if not reading.effects[n].writes & reading.effects[n].reads or _unseen(reading, n)]
     if not makers:
         raise Miss("the result is written into a tensor that is there already", site.root)

@@ -195,8 +195,6 @@ def _parse(gm: fx.GraphModule, inputs: list[Any], module: bool) -> Program | Non
             env[node] = Constant(constant.item(), meta_of(constant))
         elif node.op == "output":
             return Program(tuple(calls), pytree.tree_map(operand, node.args[0]))
-        elif node.op != "call_function":
-            return None
         elif not isinstance(node.target, torch._ops.OpOverload):
             env[node] = _plain(node, env)
             if env[node] is None:
@@ -241,7 +239,7 @@ def _bind(op: torch._ops.OpOverload, args: Any, kwargs: Any, operand: Callable[[
         elif parameter.name in kwargs:
             given = kwargs[parameter.name]
         else:
-            given = parameter.default_value if parameter.has_default_value() else None
+            given = parameter.default_value
         bound[parameter.name] = _tree(given, operand)
     return bound
 

@@ -3,6 +3,7 @@
 from xfcompile.kernels.attention.gradient import why_no_gradient
 from xfcompile.kernels.attention.launch import (
     FEW_TILES,
+    always_listed,
     mask_arguments,
     mask_of,
     source_of_kernel,
@@ -14,6 +15,7 @@ from xfcompile.kernels.attention.tiles import supports
 
 __all__ = [
     "FEW_TILES",
+    "always_listed",
     "attention",
     "attention_tiles",
     "mask_arguments",

@@ -84,6 +84,7 @@ def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
     return _Writer(spec, found).module(tuple(needed))
 
 
+FLAGS = "MASKED", "EDGE"
 Loop = Callable[..., str]
 """(start, end, *, masked, edge) -> the text of a loop between the two."""
 
@@ -217,18 +218,15 @@ class _Writer:
 
     # -- the gradient of a tile of scores ----------------------------------------------------------------------
 
-    def _masked(self, *, edge: str, scores: Sequence[str], flags: bool = True) -> list[str]:
-        """Scores x, -inf where masked. edge: what is inside of the last tile. flags: whether MASKED and EDGE say which
-        masks there are; else there are all."""
+    def _masked(self, *, edge: str, scores: Sequence[str], flags: tuple[str, str] = FLAGS) -> list[str]:
+        """Scores x, -inf where masked. edge: what is inside of the last tile. flags: what says whether the site's mask
+        applies, and whether the tile may be a last one."""
         masked = 'x = tl.where({}, x, float("-inf"))'
-        masks = [] if self.spec.keep == sympy.true else [("MASKED", masked.format(f"keep({self.site})"))]
-        masks.append(("EDGE", masked.format(edge)))
-        return [
-            *scores,
-            *(line for flag, mask in masks for line in ([f"if {flag}:", f"    {mask}"] if flags else [mask])),
-        ]
+        masks = [] if self.spec.keep == sympy.true else [(flags[0], masked.format(f"keep({self.site})"))]
+        masks.append((flags[1], masked.format(edge)))
+        return [*scores, *(line for flag, mask in masks for line in (f"if {flag}:", f"    {mask}"))]
 
-    def _scores(self, *, across: bool = False, edge: str = KEYS, flags: bool = True) -> list[str]:
+    def _scores(self, *, across: bool = False, edge: str = KEYS, flags: tuple[str, str] = FLAGS) -> list[str]:
         """From s to the weights p of [M, N], or of [N, M] with `across`; see `_masked`."""
         rows, log2e = ("None, :" if across else ":, None"), float(LOG2E)
         exact = f"p = tl.exp2((x - top[{rows}]) * {log2e!r}) * inverse[{rows}]"
@@ -579,7 +577,7 @@ class _Writer:
         body = [
             SCORES.format("q, tl.trans(k)", "[M, N]"),
             "dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)",
-            *self._scores(flags=False),
+            *self._scores(flags=("True", "EDGE_N")),
             *self._dropped("dp"),
             "dx = p * (dp - delta[:, None])",
         ]

@@ -178,8 +178,6 @@ LOAD_KERNEL = '''\
     tiles = (lk + BLOCK_N - 1) // BLOCK_N
     batches, own_heads = {batches}, {own_heads}
 {place}
-    offs_dq = tl.arange(0, BLOCK_DQ)[None, :]
-    offs_dv = tl.arange(0, BLOCK_DV)[None, :]
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
     for n in tl.range(0, steps * (batch // batches) * (heads // own_heads)):
         b = {batch}
@@ -189,18 +187,18 @@ LOAD_KERNEL = '''\
         offs_m = first + tl.arange(0, BLOCK_M)
         row = tl.minimum(offs_m, lq - 1)
         i = row[:, None]
-        wide_b, wide_h, wide_i = tl.cast(b, tl.int64), tl.cast(h, tl.int64), i.to(tl.int64)
+        wide_b, wide_h = tl.cast(b, tl.int64), tl.cast(h, tl.int64)
         vector = (wide_b * heads + h) * lq
-        top, delta = load_pairs(pair_ptr + 2 * vector, first, lq, BLOCK_M, True)
-        inverse = load_vector(inverse_ptr + vector, first, lq, BLOCK_M, True)
+        top, delta = load_pairs(pair_ptr + 2 * vector, first, lq, BLOCK_M, EDGE_M)
+        inverse = load_vector(inverse_ptr + vector, first, lq, BLOCK_M, EDGE_M) if EXACT else top
         dout_head = dout_ptr + wide_b * stride_gb + wide_h * stride_gh
         q_head = q_ptr + wide_b * stride_qb + wide_h * stride_qh
         k_head = k_ptr + wide_b * stride_kb + tl.cast(h // group, tl.int64) * stride_kh
         v_head = v_ptr + wide_b * stride_vb + tl.cast(h // group, tl.int64) * stride_vh
-        q = tl.load(q_head + wide_i * stride_qm + offs_dq * stride_qd, mask=offs_dq < DQ, other=0.0)
-        dout = tl.load(dout_head + wide_i * stride_gm + offs_dv * stride_gd, mask=offs_dv < DV, other=0.0)
-        k = load_rows(k_head, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, True)
-        v = load_rows(v_head, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, True)
+        q = load_rows(q_head, first, lq, stride_qm, stride_qd, DQ, BLOCK_M, BLOCK_DQ, EDGE_M)
+        dout = load_rows(dout_head, first, lq, stride_gm, stride_gd, DV, BLOCK_M, BLOCK_DV, EDGE_M)
+        k = load_rows(k_head, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE_N)
+        v = load_rows(v_head, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, EDGE_N)
         if UPCAST:
             q, k, v, dout = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), dout.to(tl.float32)
 {rows}
@@ -208,7 +206,10 @@ LOAD_KERNEL = '''\
         j = tl.minimum(offs_n, lk - 1)
 {columns}
 {body}
-        total += tl.where((offs_m[:, None] < lq) & (offs_n < lk), dx * {derivative}, 0.0)
+        more = dx * {derivative}
+        if EDGE_M or EDGE_N:
+            more = tl.where((offs_m[:, None] < lq) & (offs_n < lk), more, 0.0)
+        total += more
 {store}
 '''
 

@@ -25,7 +25,7 @@ from xfcompile.kernels.attention import (
     template,
 )
 from xfcompile.kernels.attention.blocks import Summary, summary
-from xfcompile.kernels.attention.repeat import Blank, Launch
+from xfcompile.kernels.attention.repeat import ALIGNED, Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
@@ -36,6 +36,7 @@ from xfcompile.kernels.attention.tiles import (
     padded,
     smaller,
 )
+from xfcompile.kernels.registration import Site
 from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
@@ -120,10 +121,15 @@ def tile_sizes(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: 
     """Queries and keys of the tiles that lists are made of."""
     if device.type == "cpu":
         return INTERPRETED.block_m, INTERPRETED.block_n
-    if launch_hopper.why_not(program(key), device, dtype, dq, dv) is None:
+    if always_listed(key, device, dtype, dq, dv):
         return hopper.ROWS, hopper.KEYS
     tiles = choose(device_generation(device), dtype, dq, dv, lq)
     return tiles.block_m, tiles.block_n
+
+
+def always_listed(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: int) -> bool:
+    """Whether the kernel of such a site goes by lists, however few tiles there are: it makes what it is not given."""
+    return launch_hopper.why_not(program(key), device, dtype, dq, dv) is None
 
 
 def mask_of(key: str) -> str | None:
@@ -187,6 +193,7 @@ def run(
     seed: Tensor | None = None,
     stream: int = 0,
     tiles_by_key: Tensor | None = None,
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kernel on a GPU, or interpreted on a CPU. check: called at the first of all calls with such tensors.
 
@@ -195,8 +202,11 @@ def run(
     prepared = _programs.get(key) or program(key)
     random = random_of(prepared.spec, seed, stream) if prepared.spec.dropout else ()
     scalars = prepared.numbers(ints, floats)
-    layout = layout_of(q, k, v, operands, tiles, block_m, block_n, heads_first)
-    call = prepared.calls.get(layout)
+    call = None if site is None or not _aligned(q, k, v) else site.found
+    layout: object = None
+    if call is None:
+        layout = layout_of(q, k, v, operands, tiles, block_m, block_n, heads_first)
+        call = prepared.calls.get(layout)
     if call is None:
         if len(prepared.calls) >= MANY_CALLS:
             prepared.calls.clear()
@@ -205,11 +215,19 @@ def run(
             prepared, q, k, v, operands, tiles is not None, (block_m, block_n), heads_first
         )
     try:
-        return call(q, k, v, operands, scalars, tiles, *random)
+        made = call(q, k, v, operands, scalars, tiles, *random)
     except fit.Unavailable as error:
         fit.give_way(error, key, "it is computed by its definition, in plain PyTorch")
+        layout = layout or layout_of(q, k, v, operands, tiles, block_m, block_n, heads_first)
         call = prepared.calls[layout] = _by_definition(prepared.spec, heads_first)
-        return call(q, k, v, operands, scalars, tiles, *random)
+        made = call(q, k, v, operands, scalars, tiles, *random)
+    if site is not None and q.dtype is not torch.float32 and _aligned(q, k, v):  # how fp32 is multiplied may change
+        site.found = call
+    return made
+
+
+def _aligned(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNED
 
 
 def _by_definition(spec: ScoreSpec, heads_first: bool) -> Call:
@@ -269,7 +287,7 @@ def layout_of(
         q.shape, q.stride(), dtype, q.device,
         k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNED,
         heads_first, block_m, block_n,
         None if tiles is None else (tiles.shape, tiles.stride(), tiles.dtype, tiles.device),
         dtype is torch.float32 and precision(dtype),

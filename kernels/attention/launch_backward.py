@@ -25,16 +25,20 @@ from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
+    Trait,
     choose_backward,
     columns,
     device_generation,
     smaller,
 )
-from xfcompile.score import POSITION, B, H, Load
+from xfcompile.kernels.registration import Site
+from xfcompile.score import POSITION, B, H, I, J, Load
 from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
 
+LISTED_APART = 64
+"""Tiles of lists that are no larger have tiles of their own in `tiles.BACKWARD`."""
 DEFINITION = "its gradients are computed by their definition, in plain PyTorch"
 
 
@@ -55,6 +59,20 @@ class Program:
     @property
     def spec(self) -> ScoreSpec:
         return launch.program(self.forward).spec
+
+    def traits(self, name: str, listed: tuple[int, int] | None) -> list[Trait]:
+        """What the tiles of a kernel are chosen by. listed: the sizes of the tiles of a list."""
+        if name.startswith("load"):
+            kind = self.made.gradients.loads[int(name.removeprefix("load"))].kind
+            return ["dense" if kind == "dense" else "diagonal"]
+        found: list[Trait] = []
+        if self.spec.band.lower is not None:
+            found.append("window")
+        if listed is not None and max(listed) <= LISTED_APART:
+            found.append("listed")
+        if any({I, J} <= load.free_symbols for load in self.spec.score.atoms(Load)):
+            found.append("dense")
+        return [*found, "linear" if self.made.slope is not None else "other"]
 
     def kernel(self, name: str, interpreted: bool) -> Any:
         return getattr(_module(self.forward, self.needed, interpreted), f"attention_backward_{name}")
@@ -133,6 +151,7 @@ def run(
     block_n: int = 0,
     seed: Tensor | None = None,
     stream: int = 0,
+    site: Site | None = None,
 ) -> Gradients:
     """The gradients, by kernels: on a GPU, or interpreted on a CPU.
 
@@ -145,7 +164,11 @@ def run(
         log.debug("making the text of a backward failed", exc_info=error)
         fit.give_way(fit.DoesNotCompile(f"{type(error).__name__}: {error}"), forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
-    layout = _layout(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
+    layout: Layout | None = None if site is None else site.found
+    if layout is None:
+        layout = _layout(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
+        if site is not None and q.dtype is not torch.float32:  # how that is multiplied may change
+            site.found = layout
     made = layout.outputs()
     if layout.empty:
         for x in (*made[:3], *made[3]):
@@ -476,9 +499,8 @@ class _Call:
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
 
         def find() -> Tiles:
-            kind_of_gpu, linear = device_generation(self.q.device), self.program.made.slope is not None
-            narrow = self.program.spec.band.lower is not None
-            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, linear, narrow)
+            kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.

@@ -11,7 +11,7 @@ from torch import Tensor
 from xfcompile.kernels.attention import launch, launch_backward, lists, reference
 from xfcompile.kernels.attention.launch import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
-from xfcompile.kernels.registration import refused, register
+from xfcompile.kernels.registration import Site, refused, register
 
 __all__ = ["attention", "attention_tiles", "prepare"]
 
@@ -116,6 +116,7 @@ def _attention_cuda(
     tiles_by_key: Tensor | None = None,
     seed: Tensor | None = None,
     stream: int = 0,
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor]:
     operands, ints, floats = operands or (), ints or (), floats or ()
     return launch.run(
@@ -134,6 +135,7 @@ def _attention_cuda(
         seed,
         stream,
         tiles_by_key,
+        site,
     )
 
 
@@ -213,8 +215,9 @@ def _tiles_cuda(
     block_n: int,
     kernel: str,
     by_key: bool = False,
+    site: Site | None = None,
 ) -> Tensor:
-    return lists.run(like, operands or (), ints or (), floats or (), shape, block_m, block_n, kernel, by_key)
+    return lists.run(like, operands or (), ints or (), floats or (), shape, block_m, block_n, kernel, by_key, site)
 
 
 def _tiles_fake(
@@ -253,10 +256,12 @@ def _backward_cuda(
     block_n: int = 0,
     seed: Tensor | None = None,
     stream: int = 0,
+    site: Site | None = None,
 ) -> launch_backward.Gradients:
     wanted = launch_backward.Needs.of(needs)
     listed = (tiles, tiles_by_key, block_m, block_n)
-    return launch_backward.run(dout, q, k, v, out, lse, operands, ints, floats, kernel, wanted, *listed, seed, stream)
+    tensors = (dout, q, k, v, out, lse, operands)
+    return launch_backward.run(*tensors, ints, floats, kernel, wanted, *listed, seed, stream, site)
 
 
 def _backward_cpu(

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class Launch:
         # By which of the pointers are aligned; and, asked first, where all are.
         self._compiled: dict[tuple[bool, ...], Any] = {}
         self._usual: Any = None
+        self._descriptors: dict[tuple[int, int], _Quick] = {}
         self._failed: fit.Unavailable | None = None
 
     def __call__(self, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> Any:
@@ -91,12 +93,21 @@ class Launch:
         arguments: Sequence[Any] = pointers
         if self.described:
             n = len(self.described)
-            arguments = [*map(_Quick, pointers[:n], self.described), *pointers[n:]]
+            arguments = [*map(self._described_at, range(n), pointers), *pointers[n:]]
         compiled.run(
             *self.grid, _stream(self._device), compiled.function, compiled.packed_metadata, None, None, None,
             *arguments, *self.numbers, *free, *self._last,
         )  # fmt: skip
         return compiled
+
+    def _described_at(self, n: int, pointer: int) -> _Quick:
+        """A descriptor: tensors come back at the addresses that they had."""
+        found = self._descriptors.get((n, pointer))
+        if found is None:
+            if len(self._descriptors) >= MANY_DESCRIPTORS:
+                self._descriptors.clear()
+            found = self._descriptors[n, pointer] = _Quick(pointer, self.described[n])
+        return found
 
     def _first(self, tensors: Sequence[Tensor], pointers: Sequence[int], free: Sequence[Any]) -> Any:
         device = tensors[0].device
@@ -140,6 +151,8 @@ class Launch:
         self._compiled[aligned] = compiled
         if all(aligned):
             self._usual = compiled
+        if self.described:
+            encode_once(compiled.run)
 
 
 def _aligned(pointers: Sequence[int]) -> tuple[bool, ...]:
@@ -188,17 +201,54 @@ def _stream(device: int) -> int:
 
 
 class _Quick:
-    """A tensor as Triton's launcher reads descriptors, without what it checks of a new one. It is its own base."""
+    """A tensor as Triton's launcher reads descriptors, without what it checks of a new one. It is its own base.
 
-    __slots__ = ("base", "pointer", "shape", "strides")
+    encoded: what the launcher makes of it, once it has: of the same tensor with the same blocks it is the same.
+    """
+
+    __slots__ = ("base", "encoded", "pointer", "shape", "strides")
     padding = "zero"
     round_f32_to_tf32 = False
 
     def __init__(self, pointer: int, like: Described) -> None:
         self.base, self.pointer, self.shape, self.strides = self, pointer, like.shape, like.strides
+        self.encoded: list[Any] | None = None
 
     def data_ptr(self) -> int:
         return self.pointer
+
+
+MANY_DESCRIPTORS = 256
+"""That a launch remembers."""
+
+ENCODE = "make_tensordesc_arg"
+"""Triton's function that makes arguments of a descriptor, as its launchers call it by name."""
+
+
+def encode_once(launcher: Any) -> None:
+    """Has a launcher of Triton's make arguments of each of our descriptors once, and not at each launch.
+
+    Its function `launch` is replaced by one of the same code, in whose globals `ENCODE` remembers. A launcher that is
+    made otherwise stays as it is.
+    """
+    launch = getattr(launcher, "launch", None)
+    if not isinstance(launch, FunctionType) or ENCODE not in launch.__code__.co_names:
+        return
+    encode = launch.__globals__.get(ENCODE)
+    if encode is None or getattr(encode, "remembers", False):
+        return
+
+    def remembering(descriptor: Any, *about: Any) -> Any:
+        if type(descriptor) is not _Quick:
+            return encode(descriptor, *about)
+        found = descriptor.encoded
+        if found is None:
+            found = descriptor.encoded = encode(descriptor, *about)
+        return found
+
+    remembering.remembers = True  # type: ignore[attr-defined]
+    names = {**launch.__globals__, ENCODE: remembering}
+    launcher.launch = FunctionType(launch.__code__, names, launch.__name__, launch.__defaults__, launch.__closure__)
 
 
 def aligned_strides(x: Tensor) -> tuple[int, ...]:

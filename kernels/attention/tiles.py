@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.utils._triton import has_triton_package
@@ -104,41 +105,55 @@ def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
 _BACKWARD = Measured(
     "examples/bench_backward.py", "2026-11-25", "H200, torch 2.11, triton 3.6", "examples/results/backward_h200.json"
 )
+_MORE = Measured(
+    "examples/bench_backward.py", "2026-11-28", "H200, torch 2.11, triton 3.6",
+    "examples/results/backward_more_h200.json",
+)  # fmt: skip
+
+Trait = Literal["window", "listed", "dense", "diagonal", "linear", "other"]
+"""What tiles of a backward are chosen by. window: a row sees a window of keys, of which small tiles waste least.
+listed: it sees tiles of a list, of 64 or less. dense: what is added has a value of its own for each score, or a place
+that it is read from, which take registers; diagonal: it goes by distance, so that what one diagonal of tiles has is
+summed (of kernels of loads). linear: the score's derivative by q·k is one number. other: it is not."""
 
 
-def _both(linear: Tiles, other: Tiles, measured: Measured | None = None) -> Fact[tuple[Tiles, Tiles]]:
-    return Fact((linear, other), measured)
+Place = tuple[str, str, int, int, Trait]
+"""(kernel, hardware, bits of an element, head dim padded to a power of two, trait)."""
 
 
-# Of the backward's kernels, by (kernel, hardware, bits of an element, head dim padded to a power of two): for scores
-# that are a multiple of q·k and what is added, and for others. What was measured is the best or near for two programs.
-BACKWARD: dict[tuple[str, str, int, int], Fact[tuple[Tiles, Tiles]]] = {
-    ("dq", HOPPER, 16, 64): _both(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3), _BACKWARD),
-    ("dq", HOPPER, 16, 128): _both(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), _BACKWARD),
-    ("dq", HOPPER, 16, 256): _both(Tiles(64, 32, 8, 1), Tiles(64, 32, 8, 1)),
-    ("dkdv", HOPPER, 16, 64): _both(Tiles(32, 64, 4, 3), Tiles(64, 64, 4, 3), _BACKWARD),
-    ("dkdv", HOPPER, 16, 128): _both(Tiles(64, 128, 8, 3), Tiles(64, 64, 4, 2), _BACKWARD),
-    ("dkdv", HOPPER, 16, 256): _both(Tiles(32, 64, 8, 1), Tiles(32, 64, 8, 1)),
-    ("load", HOPPER, 16, 64): _both(Tiles(64, 64, 4, 1), Tiles(64, 64, 4, 1), _BACKWARD),
-    ("load", HOPPER, 16, 128): _both(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1), _BACKWARD),
-    ("load", HOPPER, 16, 256): _both(Tiles(64, 64, 8, 1), Tiles(64, 64, 8, 1)),
+def _hopper(measured: Measured | None, name: str, dim: int, **tiles: Tiles) -> dict[Place, Fact[Tiles]]:
+    return {(name, HOPPER, 16, dim, trait): Fact(each, measured) for trait, each in tiles.items()}  # type: ignore[misc]
+
+
+# What was measured is the best or near for two programs.
+BACKWARD: dict[Place, Fact[Tiles]] = {
+    **_hopper(_BACKWARD, "dq", 64, linear=Tiles(64, 64, 4, 3), other=Tiles(64, 64, 4, 3)),
+    **_hopper(_MORE, "dq", 64, window=Tiles(64, 64, 4, 1), listed=Tiles(64, 64, 4, 1), dense=Tiles(64, 32, 4, 3)),
+    **_hopper(_BACKWARD, "dq", 128, linear=Tiles(128, 64, 8, 3), other=Tiles(128, 64, 8, 3)),
+    **_hopper(_MORE, "dq", 128, window=Tiles(64, 64, 4, 2), listed=Tiles(64, 64, 4, 2)),
+    **_hopper(None, "dq", 256, linear=Tiles(64, 32, 8, 1), other=Tiles(64, 32, 8, 1)),
+    **_hopper(_BACKWARD, "dkdv", 64, linear=Tiles(32, 64, 4, 3), other=Tiles(64, 64, 4, 3)),
+    **_hopper(_MORE, "dkdv", 64, window=Tiles(64, 64, 4, 1), listed=Tiles(32, 64, 4, 3), dense=Tiles(32, 64, 4, 3)),
+    **_hopper(_BACKWARD, "dkdv", 128, linear=Tiles(64, 128, 8, 3), other=Tiles(64, 64, 4, 2)),
+    **_hopper(_MORE, "dkdv", 128, window=Tiles(32, 64, 4, 3), listed=Tiles(32, 64, 4, 3), dense=Tiles(32, 64, 4, 3)),
+    **_hopper(None, "dkdv", 256, linear=Tiles(32, 64, 8, 1), other=Tiles(32, 64, 8, 1)),
+    **_hopper(_MORE, "load", 64, dense=Tiles(64, 64, 4, 2), diagonal=Tiles(64, 64, 4, 2)),
+    **_hopper(_MORE, "load", 128, dense=Tiles(64, 128, 8, 2), diagonal=Tiles(64, 64, 4, 2)),
+    **_hopper(None, "load", 256, dense=Tiles(64, 64, 8, 1), diagonal=Tiles(64, 64, 8, 1)),
 }
 # Blackwell's are Hopper's.
-BACKWARD |= {(name, BLACKWELL, *size): Fact(fact.value) for (name, _, *size), fact in BACKWARD.items()}  # type: ignore
+BACKWARD |= {(name, BLACKWELL, *rest): Fact(fact.value) for (name, _, *rest), fact in BACKWARD.items()}  # type: ignore
 
 
-def choose_backward(
-    name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, linear: bool, narrow: bool = False
-) -> Tiles:
-    """The first tiles to try for a kernel of the backward: "dq", "dkdv", or that of a load. linear: whether the score's
-    derivative by q·k is one number. narrow: whether a row sees a window of keys, of which small tiles waste least."""
+def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, traits: Sequence[Trait]) -> Tiles:
+    """The first tiles to try for a kernel of the backward: "dq", "dkdv", or that of a load. traits: of the score, those
+    that count first before the others; the last of the two loops' kernels is "linear" or "other"."""
     wide = max(64, padded(max(dq, dv)))
     name = "load" if name.startswith("load") else name
-    found = BACKWARD.get((name, kind, 8 * dtype.itemsize, wide))
-    if found is not None and narrow and name != "load" and wide == 64:
-        return Tiles(64, 64, 4, 3)
-    if found is not None:
-        return found.value[0 if linear else 1]
+    for trait in traits:
+        found = BACKWARD.get((name, kind, 8 * dtype.itemsize, wide, trait))
+        if found is not None:
+            return found.value
     # Elsewhere nothing is measured: tiles that spill few registers (examples/cross_compile.py).
     if name == "load":  # square: tiles along a diagonal then have the same distances at the same places
         return Tiles(64, 64, 4, 1) if kind == AMD or wide == 64 else Tiles(32, 32, 4, 1)

@@ -20,6 +20,7 @@ from xfcompile.kernels.attention.tiles import HOPPER, device_generation, interpr
 from xfcompile.kernels.bias_act_dropout import launch_hopper
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.template import module
+from xfcompile.kernels.registration import Site
 from xfcompile.measured import Fact
 
 log = logging.getLogger(__name__)
@@ -163,6 +164,12 @@ def _layout_of(x: Tensor | None) -> object:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device)
 
 
+def _keep(site: Site | None, call: Callable[..., Any] | None, x: Tensor) -> None:
+    """What a site comes to again, unless it depends on a setting."""
+    if site is not None and not _setting(x) and x.dtype is not torch.float32:
+        site.found = call
+
+
 def _setting(x: Tensor) -> object:
     """What may change between calls besides their tensors: whether Triton interprets, and products in fp32."""
     if x.device.type == "cpu":
@@ -181,11 +188,14 @@ def forward(
     p: float,
     dtype: torch.dtype,
     check: Callable[..., bool],
+    site: Site | None = None,
 ) -> Tensor | None:
     """The result, contiguous; None where the kernels do not run. Raises `fit.Unavailable`.
 
     check: whether they do, for tensors, the first of all that are laid out like these.
     """
+    if site is not None and site.found is not None:
+        return site.found(x, bias, vectors, tensors, seed, stream)
     given = (x, bias, *vectors, *tensors)
     key = ("forward", text, p, dtype, len(vectors), seed is None, _setting(x), *map(_layout_of, given))
 
@@ -195,6 +205,7 @@ def forward(
         return _forward(x, bias, vectors, tensors, text, p, dtype)
 
     call = _remembered(key, make)
+    _keep(site, call, x)
     return None if call is None else call(x, bias, vectors, tensors, seed, stream)
 
 
@@ -247,9 +258,12 @@ def linear(
     dtype: torch.dtype,
     save: bool,
     check: Callable[..., bool],
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """x [.., K], weight [N, K]; the result [.., N] and, where it is saved, the product without its bias, else nothing.
     None where the kernels do not run. check: as that of `forward`."""
+    if site is not None and site.found is not None:
+        return site.found(x, weight, bias, vectors, tensors, seed, stream)
     given = (x, weight, bias, *vectors, *tensors)
     key = ("linear", text, p, dtype, save, len(vectors), seed is None, _setting(x), *map(_layout_of, given))
 
@@ -260,6 +274,7 @@ def linear(
         return _linear(x, weight, bias, vectors, tensors, text, p, dtype, save, check)
 
     call = _remembered(key, make)
+    _keep(site, call, x)
     return None if call is None else call(x, weight, bias, vectors, tensors, seed, stream)
 
 

@@ -13,7 +13,7 @@ from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import runs
 from xfcompile.kernels.bias_act_dropout import launch, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
-from xfcompile.kernels.registration import refused, register
+from xfcompile.kernels.registration import Site, refused, register
 
 DEFINITION = "it is computed by its definition, in plain PyTorch"
 
@@ -97,10 +97,11 @@ def _forward(
     formula: str,
     p: float,
     dtype: torch.dtype,
+    site: Site | None = None,
 ) -> Tensor:
     vectors, tensors = vectors or (), tensors or ()
     try:
-        made = launch.forward(x, bias, vectors, tensors, seed, stream, formula, p, dtype, _checked)
+        made = launch.forward(x, bias, vectors, tensors, seed, stream, formula, p, dtype, _checked, site)
         if made is not None:
             return made
     except fit.Unavailable as error:
@@ -137,10 +138,12 @@ def _linear(
     p: float,
     dtype: torch.dtype,
     save: bool,
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor]:
     vectors, tensors = vectors or (), tensors or ()
     try:
-        made = launch.linear(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save, _checked)
+        about = (seed, stream, formula, p, dtype, save, _checked, site)
+        made = launch.linear(x, weight, bias, vectors, tensors, *about)
         if made is not None:
             return made
     except fit.Unavailable as error:

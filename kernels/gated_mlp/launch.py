@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,11 +17,12 @@ from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
-from xfcompile.kernels.attention.repeat import Blank, Described, Launch
+from xfcompile.kernels.attention.repeat import ALIGNED, Blank, Described, Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import codegen, launch_hopper, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
 from xfcompile.kernels.gemm.launch import multiprocessors
+from xfcompile.kernels.registration import Site
 from xfcompile.site import Layout
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,14 @@ def _layout_of(x: Tensor | None) -> object:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 
+def _all_aligned(tensors: Sequence[Tensor | None]) -> bool:
+    start = 0
+    for x in tensors:
+        if x is not None:
+            start |= x.data_ptr()
+    return start % ALIGNED == 0
+
+
 def starts(layout: Layout, features: int) -> tuple[int, int, int]:
     """Where gate's and up's features start in what holds both, and the step between neighbours."""
     gate, up = reference.STARTS[layout]
@@ -173,6 +182,7 @@ def forward(
     seed: Tensor | None,
     p: float,
     check: Callable[[], None],
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `outputs` says, filled.
 
@@ -181,6 +191,8 @@ def forward(
     prepared = _programs.get(key) or program(key)
     seed = seed if p != 0.0 else None
     given = (x, weight, up_weight, gate_bias, up_bias, seed)
+    if site is not None and site.found is not None and _all_aligned(given):
+        return site.found(*given)
     setting = x.dtype is torch.float32 and precision(x.dtype)
     described = ("forward", layout, save, dtype, p, setting, *map(_layout_of, given))
 
@@ -188,7 +200,10 @@ def forward(
         check()
         return _Forward(prepared, x, weight, up_weight, gate_bias, up_bias, layout, save, dtype, Dropout(seed, p))
 
-    return _remembered(prepared, described, make)(*given)
+    call = _remembered(prepared, described, make)
+    if site is not None and x.dtype is not torch.float32 and _all_aligned(given):
+        site.found = call
+    return call(*given)
 
 
 class _Forward:

@@ -11,7 +11,7 @@ from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import interpreting, runs
 from xfcompile.kernels.gated_mlp import launch, reference
 from xfcompile.kernels.gated_mlp.launch import Dropout
-from xfcompile.kernels.registration import refused, register
+from xfcompile.kernels.registration import Site, refused, register
 from xfcompile.site import Layout
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
@@ -113,6 +113,7 @@ def _gated_mlp(
     dtype: torch.dtype,
     seed: Tensor | None = None,
     p: float = 0.0,
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor]:
     def checked() -> None:
         check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
@@ -130,7 +131,7 @@ def _gated_mlp(
     if form == "dual":
         about = (known, save, dtype, seed, p)
         try:
-            return launch.forward(kernel, x, weight, up_weight, gate_bias, up_bias, *about, checked)
+            return launch.forward(kernel, x, weight, up_weight, gate_bias, up_bias, *about, checked, site)
         except fit.Unavailable as error:
             fit.give_way(error, kernel, "it is computed by PyTorch's products and a kernel after them")
     out, saved = launch.outputs(x, weight, up_weight, False, dtype)

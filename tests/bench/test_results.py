@@ -32,6 +32,7 @@ def test_a_row_is_done_when_it_has_something_in_every_column() -> None:
     assert not made.done(row, ["inductor", "flex"])
     assert not made.done(Row("a", "forward", (("S", 4096),)), ["inductor"])
     assert made.done(Row("b", "forward", (("S", 1024),)), ["inductor"])
+    assert not results({**entry("a", inductor=4.0), "disturbed": "another process ..."}).done(row, ["inductor"])
 
 
 def test_a_row_that_is_measured_again_gives_way() -> None:

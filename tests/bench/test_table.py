@@ -37,6 +37,7 @@ def test_what_has_no_number_says_why() -> None:
         {**entry("b", inductor={}), "skipped": "timm is not installed"},
         {**entry("c", inductor=1.0), "errors": "not compared: out of memory"},
         entry("d", inductor=1.0, xformers=cell(1.0, failures=["bug in us"])),
+        {**entry("f", inductor=1.0), "disturbed": "another process computes on the GPU"},
     )
     made.not_run = [{"row": "e, forward", "reason": "the budget of 5 s was over"}]
     shown = text(made)
@@ -45,6 +46,7 @@ def test_what_has_no_number_says_why() -> None:
     assert "not measured: timm is not installed (b, forward, S1024)" in shown
     assert "not measured: errors not compared: out of memory (c, forward, S1024)" in shown
     assert "failed: xformers, an error of this package: bug in us (d, forward, S1024)" in shown
+    assert "failed: timed while another process computes on the GPU (f, forward, S1024)" in shown
     assert "not run: 1 rows" in shown and "e, forward: the budget of 5 s was over" in shown
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
+import torch
 
-from xfcompile.bench.timing import Rounds, Times, interleaved
+from xfcompile.bench import timing
+from xfcompile.bench.timing import Rounds, Times, interleaved, wait_until_quiet
 
 
 def test_calls_take_turns() -> None:
@@ -50,3 +53,42 @@ def test_a_call_that_fails_on_the_way_takes_no_further_part() -> None:
     assert list(found) == ["runs"] and found["runs"].rounds == 5
     with pytest.raises(RuntimeError, match="now"):
         interleaved({"fails": fails}, "cpu", Rounds(1, 3, 5, 9.0))
+
+
+class Shared:
+    """A GPU on which a product takes 0.2 ms, and what lasts longer than a slice of time as often as long as there are
+    processes."""
+
+    def __init__(self, processes: list[int]) -> None:
+        self.processes, self.asked = processes, 0
+
+    def __call__(self, call: timing.Call) -> float:
+        products = call()
+        if not isinstance(products, list):
+            return 0.2
+        self.asked += 1
+        return 0.2 * len(products) * self.processes[min((self.asked - 1) // 2, len(self.processes) - 1)]
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Shared]:
+    def made(*processes: int) -> Shared:
+        gpu = Shared([*processes])
+        monkeypatch.setattr(timing, "_between", gpu)
+        monkeypatch.setattr(timing, "_multiplied", lambda: torch.ones(1, 1))
+        return gpu
+
+    return made
+
+
+def test_a_gpu_that_others_use_is_waited_for(shared: Callable[..., Shared]) -> None:
+    gpu = shared(2, 3, 1)
+    assert wait_until_quiet("cuda") is None
+    assert gpu.asked == 6
+
+
+def test_a_gpu_that_others_go_on_using_is_told_of(shared: Callable[..., Shared]) -> None:
+    shared(2)
+    reason = wait_until_quiet("cuda", 0.0)
+    assert reason is not None and "another process computes on the GPU: 2.0 times as long" in reason
+    assert wait_until_quiet("cpu") is None

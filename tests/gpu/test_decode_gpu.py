@@ -28,14 +28,14 @@ MODEL = Sizes(2, 32, 8, 1, 4096, 128, 128)
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     counted: list[int] = []
-    launched = launch_decode._launch
+    launched = launch_decode.Pair.__call__
 
-    def counting(*args: Any, **more: Any) -> Any:
+    def counting(self: launch_decode.Pair, *args: Any) -> Any:
         counted.append(1)
-        return launched(*args, **more)
+        return launched(self, *args)
 
     monkeypatch.setattr(launch_decode, "MANY_KEYS", 1)
-    monkeypatch.setattr(launch_decode, "_launch", counting)
+    monkeypatch.setattr(launch_decode.Pair, "__call__", counting)
     return counted
 
 

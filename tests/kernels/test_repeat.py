@@ -15,11 +15,12 @@ import torch
 from attention_cases import Case, Inputs, Sizes, call, inputs, named
 from backward_cases import floating, kernels
 from torch import Tensor
+from triton.backends.nvidia import driver
 
 from xfcompile import activation
 from xfcompile.activation import X
 from xfcompile.kernels.attention import launch, launch_backward, lists, prepare, repeat
-from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.repeat import MANY_DESCRIPTORS, Described, Launch, encode_once
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.gated_mlp import gated_mlp_backward
@@ -473,3 +474,76 @@ def test_gated_mlps_by_the_product_for_hopper(saves: bool, p: float, monkeypatch
         given = [x, weight, up, *stored, x[0], x, *([seed] if p else [])]
         assert seen[called] == ([y.data_ptr() for y in given], [*dropout.numbers, 0] if p else [])
     assert len(seen) == 2
+
+
+class Launcher:
+    """Triton's launcher of a kernel with a descriptor and a number, its arguments noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.encoded: list[Any] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+        def encode(descriptor: Any, metadata: Any) -> list[Any]:
+            self.encoded.append((descriptor.base.data_ptr(), *descriptor.shape, *descriptor.strides, metadata))
+            return [("encoded", descriptor.data_ptr()), *descriptor.shape, *descriptor.strides]
+
+        monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+        signature = {0: "tensordesc<bf16[64, 64],NVMMA>", 1: "i32"}
+        self.launch = driver.wrap_handle_tensordesc(lambda *given: self.launched.append(given), signature, ["about"])
+
+    def __call__(self, descriptor: Any, number: int) -> Any:
+        """As Triton's do: arguments come one by one, or the kernel's in a tuple."""
+        base = len(getattr(driver, "_BASE_ARGS_FORMAT", "")) or None
+        if base is None:
+            self.launch("grid", (descriptor, number))
+        else:
+            self.launch(*["grid"] * base, descriptor, number)
+        last = self.launched[-1]
+        return list(last[-1]) if base is None else list(last[base:])
+
+
+def test_a_descriptor_is_encoded_once_and_again_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Launcher(monkeypatch)
+    encode_once(launcher)
+    encode_once(launcher)
+    like = Described((4, 64), (64, 1), lambda x: x)
+    one = Launch(Kernel(), 1, (), {}, {}, [like])
+    for pointer, number in ((64, 7), (64, 8), (128, 9), (64, 10)):
+        given = launcher(one._described_at(0, pointer), number)
+        assert given == [("encoded", pointer), 4, 64, 64, 1, number]
+    assert launcher.encoded == [(64, 4, 64, 64, 1, "about"), (128, 4, 64, 64, 1, "about")]
+
+
+def test_another_launchs_descriptor_at_the_same_place_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Launcher(monkeypatch)
+    encode_once(launcher)
+    for rows in (4, 2):
+        one = Launch(Kernel(), 1, (), {}, {}, [Described((rows, 64), (64, 1), lambda x: x)])
+        assert launcher(one._described_at(0, 64), 7) == [("encoded", 64), rows, 64, 64, 1, 7]
+
+
+def test_descriptors_of_triton_are_encoded_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Launcher(monkeypatch)
+    encode_once(launcher)
+    other = SimpleNamespace(shape=(4, 64), strides=(64, 1), data_ptr=lambda: 64)
+    other.base = other
+    for number in (7, 8):
+        assert launcher(other, number) == [("encoded", 64), 4, 64, 64, 1, number]
+    assert len(launcher.encoded) == 2
+
+
+def test_many_descriptors_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Launch(Kernel(), 1, (), {}, {}, [Described((4, 64), (64, 1), lambda x: x)])
+    first = one._described_at(0, 0)
+    assert one._described_at(0, 0) is first
+    for n in range(1, MANY_DESCRIPTORS + 1):
+        one._described_at(0, 64 * n)
+    assert len(one._descriptors) == 1
+    assert one._described_at(0, 0) is not first
+
+
+@pytest.mark.parametrize("launch", [None, len, lambda *given: given])
+def test_a_launcher_that_is_made_otherwise_stays_as_it_is(launch: Any) -> None:
+    launcher = SimpleNamespace(launch=launch)
+    encode_once(launcher)
+    assert launcher.launch is launch

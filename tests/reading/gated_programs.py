@@ -261,6 +261,7 @@ spell("scaled after", lambda x, w, v: F.silu(F.linear(x, w)) * F.linear(x, v) * 
 spell("divided after", lambda x, w, v: F.silu(F.linear(x, w)) * F.linear(x, v) / 4, formula="gate*up*sigmoid(gate)/4")
 spell("up times gate times its sigmoid", lambda x, w, v: (lambda g: F.linear(x, v) * g * g.sigmoid())(F.linear(x, w)))
 spell("clamped after", lambda x, w, v: (F.silu(F.linear(x, w)) * F.linear(x, v)).clamp(-1, 1), formula=None)
+spell("activated after the product too", lambda x, w, v: torch.tanh(F.silu(F.linear(x, w)) * F.linear(x, v)))
 spell("two activations", lambda x, w, v: torch.sigmoid(F.linear(x, w)) * torch.tanh(F.linear(x, v)), formula=None)
 spell("product in fp32, cast back", lambda x, w, v: (F.silu(F.linear(x, w).float()) * F.linear(x, v).float()).to(x.dtype),
       dtype=torch.bfloat16)  # fmt: skip

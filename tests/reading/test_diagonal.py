@@ -12,6 +12,11 @@ import torch.nn.functional as F
 from equivalence import Outcome, check, tensors
 from torch import Tensor
 
+from xfcompile.diagonal import _Diagonal
+from xfcompile.score import I
+from xfcompile.trace import Meta
+from xfcompile.values import Value, Values
+
 HEADS, BUCKETS = 3, 32
 
 
@@ -98,7 +103,34 @@ def rewritten(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     return attend(q, k, v, bias)
 
 
-DENSE: list[Callable[..., Tensor]] = [grid, sums, twice_as_far, given, rewritten]
+def embedded_grid(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    i, j = torch.arange(q.shape[-2])[:, None], torch.arange(k.shape[-2])
+    return attend(q, k, v, F.embedding((i // 8 - j // 8).abs(), table).permute(2, 0, 1))
+
+
+def in_two_tables(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """A row and a column of each head's table: two indices with another between them, whose results come first."""
+    near = distances(q, k).clamp(-12, 12) + 12
+    heads = torch.stack([table, table.flip(0), table * 2])  # [heads, 32, 3]
+    return attend(q, k, v, heads.transpose(0, 1)[near, :, distances(q, k).clamp(-1, 1) + 1].permute(2, 0, 1))
+
+
+def by_half(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    bias = table[bucket(distances(q, k))]
+    return attend(q, k, v, torch.add(bias, table[distances(q, k).abs() % 32], alpha=0.5).permute(2, 0, 1))
+
+
+def rewritten_after(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """The table holds other numbers by now."""
+    table = table * 1
+    bias = table[bucket(distances(q, k))].permute(2, 0, 1)
+    table.zero_()
+    return attend(q, k, v, bias + table[0, 0])
+
+
+DENSE: list[Callable[..., Tensor]] = [
+    grid, sums, twice_as_far, given, rewritten, embedded_grid, in_two_tables, by_half, rewritten_after,
+]  # fmt: skip
 
 
 def run(program: Callable[..., Tensor], queries: int, keys: int, **how: Any) -> Outcome:
@@ -134,6 +166,30 @@ def test_lengths_that_are_symbols(program: Callable[..., Tensor]) -> None:
 @pytest.mark.parametrize("program", DENSE, ids=lambda f: f.__name__)
 def test_other_biases_stay_as_they_are(program: Callable[..., Tensor]) -> None:
     assert run(program, 50, 60).squares(50, 60)
+
+
+class Known(_Diagonal):
+    """Knows how to compute anything but an indexed tensor."""
+
+    def __init__(self) -> None:
+        pass
+
+    def plan(self, value: Value, index: Any) -> Any:
+        return lambda: None
+
+    def _gather(self, table: Value, index: list[Any]) -> Any:
+        return lambda: None
+
+
+@pytest.mark.parametrize("dtypes, planned", [([torch.int64], True), ([torch.bool], False), ([], False)])
+def test_only_whole_numbers_index_a_table_of_distances(dtypes: list[torch.dtype], planned: bool) -> None:
+    values = Values()
+    table, rows = (
+        Meta((8,), (1,), dtype, torch.device("cpu")) for dtype in (torch.float32, *(dtypes or [torch.int64]))
+    )
+    indices = (values.leaf(rows),) if dtypes else (None,)
+    value = values.intern("index", {"self": values.leaf(table), "indices": indices}, table)
+    assert (Known()._indexed(value, (I,)) is not None) == planned
 
 
 def test_one_query_has_as_many_distances_as_keys() -> None:

@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from equivalence import tensors
 from gated_programs import ROUTES, check
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import xfcompile
+from xfcompile.families.gated_mlp import GATED_MLP
+from xfcompile.read import Reading
+from xfcompile.search import Found, Search
 
 SQUARE = (4, 4, 4)
 """All axes of one size: an axis taken for another is no shape error, only wrong numbers."""
@@ -35,6 +39,7 @@ class Program:
     fused: bool | None = None
     dtype: torch.dtype = torch.float32
     grad: bool = True
+    dynamic: bool = False
 
 
 PROGRAMS: dict[str, Program] = {}
@@ -50,6 +55,39 @@ def right(name: str, fn: Callable[..., Any], *shapes: tuple[int, ...], fused: bo
 
 
 L = F.linear
+
+
+def long_activation(x: Tensor) -> Tensor:
+    for _ in range(60):
+        x = torch.tanh(x * 1.5 + 0.5)
+    return x
+
+
+def per_expert(x: Tensor, w: Tensor) -> Tensor:
+    """A row of each expert."""
+    return torch.einsum("ed,edf->ef", x, w)
+
+
+def into_the_first_rows(out: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    out = out * 1
+    return out[:4].addmm_(x, w.T, beta=0) + 1, out
+
+
+@torch._dynamo.allow_in_graph
+def linear_and_relu(x: Tensor, w: Tensor) -> Tensor:
+    return F.relu(L(x, w))
+
+
+@torch._dynamo.allow_in_graph
+def activated_without_grad(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return F.silu(L(x, w))
+
+
+def without_grad(x: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        return L(x, w)
+
 
 # -- different inputs, rows and features ---------------------------------------------------------------------------
 
@@ -332,12 +370,92 @@ def grouped(x: Tensor, w: Tensor, of_rows: Tensor | None = None) -> Tensor:
 
 miss("chosen by a mask", "", lambda x, w, v: F.silu(L(x, w)) * torch.where(x > 0, L(x, v), 0.0))
 
+# -- one guard each ------------------------------------------------------------------------------------------------
+
+ROWS = (4, 4)
+
+miss("projections of whole numbers", "", lambda x, w, v: L(x.long(), w.long()) * L(x.long(), v.long()), grad=False)
+miss("a product of two numbers", "", lambda x, w, v: torch.sigmoid(x @ w) * (x @ v), *[(4,)] * 3)
+miss("a sum of projections, scaled", "", lambda x, w, v: (L(x, w) + L(x, v)) * torch.full((4,), 2.0))
+miss("rows of a symbolic number, as a factor", "known at run time only",
+     lambda x, w, v: F.silu(L(x, w)) * L(x, v) * torch.full((4,), x.shape[0]), (7, 5), (4, 5), (4, 5), dynamic=True)  # fmt: skip
+miss("up that cancels", "a product of 1 projections", lambda x, w, v: F.silu(L(x, w)) * (L(x, v) - L(x, v) + 1))
+miss("a gate and its transpose", "a product of 3 projections",
+     lambda x, w, v: (lambda g: F.silu(g + g.mT) * L(x, v))(L(x, w)))  # fmt: skip
+miss("a long activation", "none that is known", lambda x, w, v: long_activation(L(x, w)) * L(x, v))
+miss("experts of gate and up crossed", "one is broadcast",
+     lambda x, w, v: F.silu(per_expert(x, w)[:, None]) * per_expert(x, v), ROWS, SQUARE, SQUARE)  # fmt: skip
+miss("an outer product", "none that both have",
+     lambda x, w, v: F.silu(torch.einsum("bs,fd->bsf", x, w)) * torch.einsum("bs,fd->bsf", x, v), *[ROWS] * 3)  # fmt: skip
+miss("a sum of the input alone", "none that both have",
+     lambda x, w, v: F.silu(torch.einsum("bsd,f->bsf", x, w)) * torch.einsum("bsd,f->bsf", x, v), SQUARE, (4,), (4,))  # fmt: skip
+miss(
+    "one input for all experts", "broadcast against", lambda x, w, v: F.silu(x @ w) * (x @ v), (1, 4, 4), SQUARE, SQUARE
+)
+miss("one input feature for all", "broadcast against",
+     lambda x, w, v: F.silu(torch.einsum("bd,fd->bf", x, w)) * torch.einsum("bd,fd->bf", x, v), (4, 1), WEIGHT, WEIGHT)  # fmt: skip
+miss("one expert of several", "picked out", lambda x, w, v: F.silu((x @ w)[1]) * (x @ v)[1], *[SQUARE] * 3)
+miss("one expert only", "one only", lambda x, w, v: F.silu(x @ w) * (x @ v), *[(1, 4, 4)] * 3)
+right("an input without an axis", lambda x, w, v: F.silu(L(x.view(1, 1), w)) * L(x.view(1, 1), v), (), (4, 1), (4, 1))
+right("rows that are two of the input's", lambda x, w, v: F.silu(L(x.view(4, 8), w)) * L(x.view(4, 8), v),
+      (8, 4), (4, 8), (4, 8))  # fmt: skip
+right("a vector after it", lambda x, w, v, d: (F.silu(L(x, w)) * L(x, v)) @ d, SQUARE, WEIGHT, WEIGHT, (4,))
+right("multiplied with itself", lambda x, w, v: (lambda p: p @ p)(F.silu(L(x, w)) * L(x, v)), ROWS, WEIGHT, WEIGHT)
+right("a batch of weights after it", lambda x, w, v, d: (F.silu(L(x, w)) * L(x, v)) @ d, SQUARE, WEIGHT, WEIGHT, SQUARE)
+right("summed and multiplied", lambda x, w, v, d: torch.einsum("bsk,sf->bsf", F.silu(L(x, w)) * L(x, v), d),
+      SQUARE, WEIGHT, WEIGHT, (4, 4))  # fmt: skip
+right("a linear whose features come first", lambda x, w, v, d: torch.einsum("bsk,fk->bfs", F.silu(L(x, w)) * L(x, v), d),
+      SQUARE, WEIGHT, WEIGHT, WEIGHT)  # fmt: skip
+right(
+    "one linear twice",
+    lambda x, w, v, d: (lambda p: L(p, d) + L(p, d).relu())(F.silu(L(x, w)) * L(x, v)),
+    SQUARE,
+    *[WEIGHT] * 3,
+)
+right("addmm after it", lambda x, w, v, d, b: torch.addmm(b, F.silu(L(x, w)) * L(x, v), d.T), ROWS, *[WEIGHT] * 3, (4,))
+right("a linear after it, into another tensor", lambda x, w, v, d, out: into_the_first_rows(out, F.silu(L(x, w)) * L(x, v), d),
+      ROWS, *[WEIGHT] * 3, (8, 4))  # fmt: skip
+right(
+    "a linear without gradient after it",
+    lambda x, w, v, d: without_grad(F.silu(L(x, w)) * L(x, v), d),
+    ROWS,
+    *[WEIGHT] * 3,
+)
+right("a linear and its activation after it, as one", lambda x, w, v, d: linear_and_relu(F.silu(L(x, w)) * L(x, v), d),
+      ROWS, *[WEIGHT] * 3)  # fmt: skip
+
+miss("a gate without gradient, as one", "", lambda x, w, v: activated_without_grad(x, w) * L(x, v))
+miss(
+    "weights of one dimension", "no bias stands between", lambda x, w, v: F.silu(L(x, w)) * L(x, v), SQUARE, (4,), (4,)
+)
+miss("times a truth value", "truth value", lambda x, w, v: F.silu(L(x, w)) * True * L(x, v))
+miss("a part of a bias that starts where the rows end", "no bias of its features",
+     lambda x, w, v, b: F.silu(L(x, w) + b[x.shape[0] : x.shape[0] + 4]) * L(x, v),
+     (7, 5), (4, 5), (4, 5), (40,), dynamic=True)  # fmt: skip
+miss("a bias of one number", "no bias of its features", lambda x, w, v, b: F.silu(L(x, w) + b) * L(x, v),
+     SQUARE, WEIGHT, WEIGHT, (1,))  # fmt: skip
+miss("a bias of each row of a batch", "no bias of its features", lambda x, w, v, b: F.silu(L(x, w) + b) * L(x, v),
+     (2, 4, 4, 4), WEIGHT, WEIGHT, SQUARE)  # fmt: skip
+miss("biases of the experts before", "another order than the experts",
+     lambda x, w, v, b: F.silu(x @ w + b[1:, None]) * (x @ v), *[SQUARE] * 3, (5, 4))  # fmt: skip
+miss("divided by nothing", "divided by 0", lambda x, w, v: F.silu(L(x, w)) / 0 * L(x, v))
+miss(
+    "divided by infinity",
+    "divided by",
+    lambda x, w, v: F.silu(L(x, w)) * (L(x, v) + L(x, w) / torch.tensor(float("inf"))),
+)
+right("to the power of true", lambda x, w, v: F.relu(L(x, w)) ** True * L(x, v))
+right(
+    "no product of a function of the gate and one of up", lambda x, w, v: (lambda g: F.silu(g) * (L(x, v) + g))(L(x, w))
+)
+
 
 @pytest.mark.parametrize("name", list(PROGRAMS))
 def test_left_alone_and_equal_to_eager(name: str) -> None:
     p = PROGRAMS[name]
     for grad in (False, True) if p.grad else (False,):
-        outcome = check(p.fn, *tensors(*p.shapes, dtype=p.dtype, grad=grad), grad=grad, routes=ROUTES)
+        inputs = tensors(*p.shapes, dtype=p.dtype, grad=grad)
+        outcome = check(p.fn, *inputs, grad=grad, routes=ROUTES, dynamic=p.dynamic)
         sites = [site for site in outcome.sites if site.family == "gated_mlp"]
         fused = [site for site in sites if site.matched and site.route != "inductor"]
         if p.why is None:
@@ -348,6 +466,39 @@ def test_left_alone_and_equal_to_eager(name: str) -> None:
             assert sites and all(p.why in str(site.reason) for site in sites), sites
         else:
             assert not sites, sites
+
+
+class Seen(Exception):
+    """Enough was read: without the GPU the program does not run."""
+
+
+def found_on_a_gpu(fn: Callable[..., Any]) -> Found:
+    """What is found in a program of bf16 tensors on a GPU, the one device where a product may have another dtype."""
+    found: list[Found] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        found.append(Search([GATED_MLP]).found(Reading(gm, examples), GATED_MLP))
+        raise Seen
+
+    with FakeTensorMode():
+        inputs = [torch.empty(16, 16, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+        with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Seen"):
+            torch.compile(fn, backend=backend)(*inputs)
+    return found[0]
+
+
+def test_gate_and_up_of_different_dtypes_are_left_alone() -> None:
+    wide = {"out_dtype": torch.float32}
+    found = found_on_a_gpu(lambda x, w, v, d: F.silu(torch.mm(x, w, **wide)) * torch.mm(x, v))
+    assert [miss.reason for _, miss in found.misses] == ["gate and up have different dtypes"]
+    assert found_on_a_gpu(lambda x, w, v, d: F.silu(torch.mm(x, w)) * torch.mm(x, v)).sites
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_linear_whose_result_has_another_dtype_is_none_of_the_site(wide: bool) -> None:
+    how = {"out_dtype": torch.float32} if wide else {}
+    (site,) = found_on_a_gpu(lambda x, w, v, d: torch.mm(F.silu(x @ w) * (x @ v), d, **how)).sites
+    assert (site.down is None) == wide
 
 
 @pytest.mark.parametrize("of_rows", [False, True])

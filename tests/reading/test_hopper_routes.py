@@ -36,6 +36,10 @@ def transposed(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return F.silu(x @ w) * (x @ v)
 
 
+def experts(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return F.silu(x @ w.mT) * (x @ v.mT)
+
+
 def activated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.gelu(L(x, w, b))
 
@@ -87,6 +91,7 @@ ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict
     "few features": (swiglu, (X, (504, 512), (504, 512)), {}, "inductor"),
     "few inputs": (swiglu, ((4096, 504), (1024, 504), (1024, 504)), {}, "inductor"),
     "weights that are transposed": (transposed, (X, (512, 1024), (512, 1024)), {}, "inductor"),
+    "experts": (experts, ((4, *X), (4, *W), (4, *W)), {}, "inductor"),
     "biases in turns": (in_turns, (X, WIDE, (2048,)), {}, "inductor"),
     "gelu": (activated, (X, W, (1024,)), {}, "epilogue"),
     "gelu, a batch": (activated, ((4, 1024, 512), W, (1024,)), {}, "epilogue"),
@@ -105,6 +110,7 @@ def test_the_usual_route_on_hopper(name: str) -> None:
     fn, shapes, about, route = ROUTES[name]
     found = planned(fn, *shapes, **{"dtype": torch.bfloat16, "dynamic": False, **about})
     assert [r for r, _ in found] == [route], found
+    assert all(reason != "asked for" for _, reason in found)
 
 
 def test_training_is_left_to_inductor_but_for_dropout() -> None:

@@ -11,6 +11,7 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._sympy.functions import FloorDiv
 
 from xfcompile.elementwise import reshaped
 from xfcompile.indexing import extreme, floordiv, join, linear, mod, nonnegative, unravel
@@ -67,6 +68,26 @@ def test_bounds_hold(a: tuple[int, int, int, int], b: tuple[int, int, int, int],
 def test_bounds_of_linear_expressions_are_attained() -> None:
     assert extreme(2 * I - J + 1, SIZES, upper=False) == -4
     assert extreme(2 * I - J + 1, SIZES, upper=True) == 7
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        I * J,
+        -I * J,
+        2 * I * J,
+        -2 * I * J,
+        FloorDiv(I * J, sympy.Integer(3)),
+        FloorDiv(I, sympy.Integer(-2)),
+        FloorDiv(J, I + 1 - B),
+        sympy.Max(I * J, B),
+        I + sympy.Min(I * J, B),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("upper", [False, True])
+def test_what_is_not_linear_has_no_bound(x: sympy.Expr, upper: bool) -> None:
+    assert extreme(x, SIZES, upper=upper) is None
 
 
 def test_division_by_a_symbolic_size() -> None:

@@ -80,8 +80,8 @@ def test_each_gpu_has_a_route_for_each_class_of_sites(kind: str) -> None:
 def test_each_gpu_has_tiles_for_each_dtype_and_head_dim(kind: str) -> None:
     for dtype, dim in itertools.product((torch.float16, torch.bfloat16, torch.float32), (1, 40, 64, 80, 128, 200, 256)):
         assert tiles.choose(kind, dtype, dim, dim, 4096).block_m >= 16
-        for name, linear in itertools.product(("dq", "dkdv", "load0"), (True, False)):
-            assert tiles.choose_backward(name, kind, dtype, dim, dim, linear).block_n >= 16
+        for name, *traits in (("dq", "window", "linear"), ("dkdv", "dense", "other"), ("load0", "diagonal")):
+            assert tiles.choose_backward(name, kind, dtype, dim, dim, traits).block_n >= 16
         assert gated.dual(kind, dtype, 4096).block_k >= 16
 
 
@@ -89,10 +89,16 @@ def test_the_tiles_that_were_measured_are_those_that_are_taken() -> None:
     half = torch.bfloat16
     assert tiles.choose("sm_90", half, 64, 64, 4096) == Tiles(64, 64, 4, 3)
     assert tiles.choose("sm_90", half, 128, 128, 4096) == Tiles(64, 64, 4, 3)
-    assert tiles.choose_backward("dq", "sm_90", half, 128, 128, True) == Tiles(128, 64, 8, 3)
-    assert tiles.choose_backward("dkdv", "sm_90", half, 64, 64, True) == Tiles(32, 64, 4, 3)
-    assert tiles.choose_backward("dkdv", "sm_90", half, 128, 128, False) == Tiles(64, 64, 4, 2)
-    assert tiles.choose_backward("dq", "sm_90", half, 64, 64, True, narrow=True) == Tiles(64, 64, 4, 3)
+    for name, dim, traits, expected in (
+        ("dq", 128, ["linear"], Tiles(128, 64, 8, 3)),
+        ("dq", 128, ["dense", "linear"], Tiles(128, 64, 8, 3)),
+        ("dq", 64, ["window", "linear"], Tiles(64, 64, 4, 1)),
+        ("dkdv", 64, ["linear"], Tiles(32, 64, 4, 3)),
+        ("dkdv", 128, ["other"], Tiles(64, 64, 4, 2)),
+        ("dkdv", 128, ["listed", "other"], Tiles(32, 64, 4, 3)),
+        ("load0", 128, ["dense"], Tiles(64, 128, 8, 2)),
+    ):
+        assert tiles.choose_backward(name, "sm_90", half, dim, dim, traits) == expected, (name, dim, traits)
 
 
 def test_classes_of_hardware() -> None:

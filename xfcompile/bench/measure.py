@@ -14,7 +14,7 @@ from xfcompile.bench import errors
 from xfcompile.bench.columns import ours
 from xfcompile.bench.job import Benchmark, Call, Check, Place, Row, Skip, Start, Work
 from xfcompile.bench.memory import peak_gb, release
-from xfcompile.bench.timing import Rounds, captured, interleaved, milliseconds
+from xfcompile.bench.timing import Rounds, captured, interleaved, milliseconds, wait_until_quiet
 
 Cell = dict[str, Any]
 Announce = Callable[[str], None]
@@ -109,7 +109,7 @@ def _measured(
         except Exception as error:
             _failed(cell, error, device)
         finally:
-            # A failure's traceback holds what the call had allocated.
+            # A failure's traceback holds what the call had allocated. And whoever waits has nothing left to compute.
             work.clear()
             release(device)
     about |= errs.about
@@ -122,6 +122,8 @@ def _measured(
         release(device)
 
     alone()
+    announce("waiting for a quiet GPU")
+    before = wait_until_quiet(device)
     announce("timing all in turns")
     timed = dict(calls)
     if work.graph and device == "cuda":
@@ -137,6 +139,9 @@ def _measured(
     for name, times in interleaved(timed, device, settings.rounds, cold=work.cold, failed=failed).items():
         scaled = {key: x if key == "rounds" else x / work.per for key, x in asdict(times).items()}
         cells[name] |= scaled | work.facts(scaled["ms"])
+    disturbed = before or wait_until_quiet(device, 0.0)
+    if disturbed is not None:
+        about["disturbed"] = disturbed
     return about
 
 

@@ -47,9 +47,10 @@ class Results:
             self.runs.pop()
 
     def done(self, row: Row, columns: Sequence[str]) -> bool:
-        """Whether a row has been measured in all of these columns (that it failed or was skipped is a result)."""
+        """Whether a row has been measured in all of these columns (that it failed or was skipped is a result),
+        and nothing disturbed it."""
         for entry in self.rows:
-            if Row.of(entry) == row:
+            if Row.of(entry) == row and "disturbed" not in entry:
                 whole = "skipped" in entry or "failed" in entry
                 return whole or all(entry["cells"].get(column) for column in columns)
         return False

@@ -168,6 +168,8 @@ def reasons(results: Results) -> Iterator[Text]:
                     found.setdefault(f"{column}: {cell[kind]}", []).append(title(entry))
         if "errors" in entry:
             skipped.setdefault(f"errors {entry['errors']}", []).append(title(entry))
+        if "disturbed" in entry:
+            failed.setdefault(f"timed while {entry['disturbed']}", []).append(title(entry))
         for column, cell in entry["cells"].items():
             for failure in cell.get("failures") or ():
                 failed.setdefault(f"{column}, an error of this package: {failure}", []).append(title(entry))

@@ -22,6 +22,13 @@ LONGEST = 0.01
 CYCLES = 2e9
 """Of a GPU, in a second: no more than so many."""
 
+PATIENCE = 30.0
+"""Seconds."""
+BURST = 10.0
+"""Milliseconds of work that is compared with its parts: several slices of time."""
+DISTURBED = 1.3
+"""How much longer it takes, at least, beside another process; heat makes a tenth."""
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -141,6 +148,47 @@ def wall(call: Call) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def wait_until_quiet(device: str, patience: float = PATIENCE) -> str | None:
+    """Returns when no other process has the GPU compute, or after so many seconds; then what is wrong.
+
+    What a stopped process has launched still runs, and a GPU gives its processes slices of some milliseconds in turns:
+    a call that takes less may not notice, one that takes more takes twice as long.
+    """
+    if device != "cuda":
+        return None
+    end = time.perf_counter() + patience
+    while (slower := _share()) > DISTURBED:
+        if time.perf_counter() > end:
+            return f"another process computes on the GPU: {slower:.1f} times as long for what lasts longer than a slice"
+        time.sleep(0.1)
+    return None
+
+
+def _share() -> float:
+    """How much longer products of matrices take together, for 10 ms, than each of them alone, which takes less than a
+    slice of time."""
+    x = _multiplied()
+    alone = min(_between(lambda: x @ x) for _ in range(10))
+    count = max(int(BURST / alone), 2)
+    return min(_between(lambda: [x @ x for _ in range(count)]) for _ in range(2)) / (count * alone)
+
+
+def _between(call: Call) -> float:
+    """Milliseconds of a GPU that is kept busy until all is launched."""
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(int(1e-3 * CYCLES))
+    before.record()
+    call()
+    after.record()
+    torch.cuda.synchronize()
+    return float(before.elapsed_time(after))
+
+
+@cache
+def _multiplied() -> Tensor:
+    return torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
 
 
 @cache

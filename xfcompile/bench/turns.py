@@ -12,7 +12,7 @@ class Turns:
     """The turns of processes that compile at once and time one after the other.
 
     Each leads a process group of its own, in which its compiler's processes are too. On a GPU what a stopped process
-    has launched still runs to its end, which is waited for before the first call that is timed: `SETTLING`.
+    has launched still runs to its end, which whoever times has to wait for: `timing.wait_until_quiet`.
     """
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from xfcompile.plan import UNKNOWN, AttentionCandidate, Told, choose
 from xfcompile.read import Reading
 from xfcompile.replace import replace_attention
 from xfcompile.score import S
-from xfcompile.site import AttentionSite, Miss
+from xfcompile.site import AttentionSite
 from xfcompile.sparsity import describe
 
 
@@ -29,8 +29,7 @@ def _at_node(reading: Reading, site: AttentionSite, node: fx.Node) -> AttentionC
     q, k, v = (emitter.choose(readings) for readings in (site.q, site.k, site.v))
     factor = q.factor * k.factor
     score = site.score.xreplace({S: factor * S}) if factor != 1 else site.score
-    if v.factor != 1:
-        raise Miss("the values carry a factor", site.root)
+    assert v.factor == 1, "values are placed without looking through what scales them"
     written_out = site.interior if site.call is None else ()
     return AttentionCandidate(
         site=site,
@@ -59,7 +58,7 @@ def _plan(reading: Reading, candidate: AttentionCandidate, setting: Setting) -> 
         candidate = _specialised(candidate)
         route, words = chosen()
     site = candidate.site
-    if route.name == "sdpa" and site.call is not None and _says_it_already(site, words):
+    if route.name == "sdpa" and words is not None and _says_it_already(site, words):
         route, words = Route("sdpa", "as it was: SDPA is told all there is to tell", unchanged=True), None
     if reading.scope[candidate.node].chosen:
         reason = "SDPA's backends are chosen here by sdpa_kernel(...)"
@@ -85,14 +84,9 @@ def _specialised(candidate: AttentionCandidate) -> AttentionCandidate:
     return replace(candidate, site=replace(site, head_dim=dims[0], value_dim=dims[1]))
 
 
-def _says_it_already(site: AttentionSite, words: Told | None) -> bool:
-    """Whether rewriting an SDPA call would tell SDPA nothing new."""
-    assert site.call is not None
-    if words is None:
-        return True
-    if words.plain:
-        return site.call["attn_mask"] is None
-    return True
+def _says_it_already(site: AttentionSite, words: Told) -> bool:
+    """Whether it is an SDPA call, whose rewriting would tell SDPA nothing new: no mask where it has one is new."""
+    return site.call is not None and (not words.plain or site.call["attn_mask"] is None)
 
 
 def _words(candidate: AttentionCandidate) -> Words:

@@ -148,10 +148,9 @@ def _bias(emitter: Emitter, site: GatedMLPSite, bias: Bias) -> fx.Node:
             node = emitter.call("select", node, d, 0)
     if kept != sorted(kept):
         node = emitter.call("transpose", node, 0, 1)
-    first, step = bias.feature.xreplace({gated_mlp.FEATURE: sympy.S.Zero}), int(bias.feature.coeff(gated_mlp.FEATURE))
-    if not first.is_Integer:
-        raise Miss("where a bias starts is not known at compile time", bias.value)
-    start, features = int(first), int(site.features)
+    # Of the feature and of nothing else: `Reader._bias` takes no others.
+    start, step = bias.feature.xreplace({gated_mlp.FEATURE: sympy.S.Zero}), bias.feature.coeff(gated_mlp.FEATURE)
+    start, step, features = int(start), int(step), int(site.features)
     if (start, step) != (0, 1) or bias.value.shape[bias.dim] != features:
         node = emitter.call(operator.getitem, node, (..., slice(start, start + step * (features - 1) + 1, step)))
     if site.experts is not None and bias.expert is None:
