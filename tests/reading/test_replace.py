@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from equivalence import Outcome, check, tensors
 from torch import Tensor
 
@@ -68,3 +70,23 @@ def test_what_the_kernel_has_no_text_for_is_left(monkeypatch: pytest.MonkeyPatch
 def test_without_heads_there_is_one_layout(shape: tuple[int, ...]) -> None:
     (site,) = by_our_kernel(lambda q, k, v: attention(q, k, v).as_strided((8,), (1,)), shape, shape, shape).matched
     assert site.route == "triton"
+
+
+OF_SIZES: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "distances up to some": (lambda i, j, n, m: (j - i).clamp(-n + 2, n - 2) * 0.2, "sdpa"),
+    "a distance of a size": (lambda i, j, n, m: (torch.arange(m)[n - 1] - 7).abs() * j * 0.2, "sdpa"),
+    "a choice that a size makes": (lambda i, j, n, m: torch.where(torch.arange(m)[n - 1] < 7, j, i) * 0.2, "inductor"),
+}
+
+
+@pytest.mark.parametrize("name", OF_SIZES)
+def test_a_bias_may_hold_functions_of_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    bias, route = OF_SIZES[name]
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, m = q.shape[2], k.shape[2]
+        return (q @ k.mT + bias(torch.arange(n)[:, None], torch.arange(m), n, m)).softmax(-1) @ v
+
+    outcome = check(program, *tensors((1, 2, 5, 8), (1, 2, 9, 8), (1, 2, 9, 8)), dynamic=True, family="attention")
+    assert [site.route for site in outcome.matched] == [route], outcome.sites
