@@ -58,7 +58,7 @@ def _written_out(value: Value) -> tuple[Value, int] | None:
         return None
     unsqueezed = bottom.op == "reshape"
     total = bottom["self"] if unsqueezed else bottom
-    if total.op != "sum" or total["self"] is not top:
+    if total.op != "sum" or total["self"] is not top or not total.dtype.is_floating_point:
         return None
     dims = total.args.get("dim")
     if not isinstance(dims, tuple) or len(dims) != 1:

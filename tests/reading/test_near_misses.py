@@ -161,6 +161,11 @@ miss(
     lambda q, k, v: (scores(q, k).exp() / (1 + scores(q, k).exp().sum(-1, keepdim=True))) @ v,
     fused=False,
 )
+miss(
+    "exp over its sum in whole numbers",
+    "",
+    lambda q, k, v: (lambda e: e / e.sum(-1, keepdim=True, dtype=torch.long))(scores(q, k).exp()) @ v,
+)
 miss("exp over the sum of everything", "", lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum()) @ v)
 right("a number over the scores", lambda q, k, v: torch.div(2.0, scores(q, k)).softmax(-1) @ v, fused=False)
 miss("gumbel noise", "", lambda q, k, v: F.relu(scores(q, k)) @ v)
