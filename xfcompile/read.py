@@ -6,6 +6,7 @@ A node is traced alone (`trace`), its ATen calls become `Value`s, and writes are
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -676,12 +677,19 @@ def _reshape_of(before: Value, base: Value) -> bool:
     return source is origin or source is base
 
 
+@functools.lru_cache
+def _of_data(size: sympy.Expr) -> set[sympy.Symbol]:
+    """The symbols in a size that stand for what depends on data."""
+    return set(free_unbacked_symbols(size))
+
+
 def _makes_sizes(node: fx.Node) -> bool:
     """Whether a result's size depends on data, as `nonzero`'s: traced again, it would be another one."""
 
     def sizes(n: fx.Node) -> set[sympy.Symbol]:
-        leaves = (x for x in pytree.tree_leaves(_example(n)) if isinstance(x, (torch.Tensor, torch.SymInt)))
-        return set().union(*map(free_unbacked_symbols, leaves))
+        leaves = pytree.tree_leaves(_example(n))
+        numbers = [m for x in leaves for m in (x.shape if isinstance(x, torch.Tensor) else (x,))]
+        return set().union(*(_of_data(m.node.expr) for m in numbers if isinstance(m, torch.SymInt)))
 
     return not sizes(node) <= set().union(*map(sizes, node.all_input_nodes))
 
