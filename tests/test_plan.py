@@ -22,7 +22,7 @@ def objection(
 ) -> str | None:
     site = SimpleNamespace(
         call=None, dead="nan", alive=True, root=SimpleNamespace(dtype=torch.bfloat16), head_dim=64, value_dim=64,
-        dropout=0.0, keys=keys, rounding=None,
+        dropout=0.0, keys=keys, rounding=None, full=None,
     )  # fmt: skip
     vars(site).update(fields)
     return plan._why_no_sdpa(site, words, device, bias_grad)  # type: ignore[no-any-return]

@@ -190,6 +190,8 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "SDPA's math backend is switched off, and the others may refuse"
     if words.keep == sympy.false:
         return "no key is kept at all"
+    if site.full is not None and words.rest == 0 and not site.alive:
+        return "a row may see no key, and what it scores may be as low as a masked key"
     if site.rounding in HALF:
         name = str(site.rounding).removeprefix("torch.")
         return f"a row may see no key, and gets what {name} leaves of its scores beside its masks"

@@ -1026,6 +1026,19 @@ for _name in ("finfo.min", "-1e9", "-inf", "-inf, added", "finfo.min, added", "-
         lambda q, k, v, m, mask=DEAD[_name]: mask(scores(q, k), m).softmax(-1, dtype=torch.float32).to(v.dtype) @ v,
         *[SQUARE] * 4, fused=None, dtype=torch.bfloat16,
     )  # fmt: skip
+miss(
+    "dead rows: scores that data scale",
+    "a row may see no key",
+    lambda q, k, v, m: (scores(q, k) * m[..., :1, :1]).masked_fill(torch.arange(4)[:, None] < 1, -1e30).softmax(-1) @ v,
+    *[SQUARE] * 4,
+)
+right(
+    "live rows: scores that data scale",
+    lambda q, k, v, m: (
+        (scores(q, k) * m[..., :1, :1]).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -1e30).softmax(-1) @ v
+    ),
+    *[SQUARE] * 4,
+)
 SDPA = F.scaled_dot_product_attention
 right("dead rows: SDPA, bool", lambda q, k, v, m: SDPA(q, k, v, attn_mask=data(m)), *[SQUARE] * 4)
 right(
