@@ -12,7 +12,7 @@ import torch
 from xfcompile import activation
 from xfcompile.activation import KEEP, X
 from xfcompile.contraction import contraction
-from xfcompile.elementwise import literal, rounded
+from xfcompile.elementwise import as_number, literal, rounded
 from xfcompile.evaluate import Evaluator
 from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value, depends
@@ -95,7 +95,7 @@ def _users(users: Users, value: Value) -> set[Value]:
 
 def _worthwhile(formula: sympy.Expr) -> bool:
     """Whether anything is activated or dropped out; the square in a norm is no activation."""
-    return X in formula.free_symbols and (KEEP in formula.free_symbols or not formula.is_polynomial(X))
+    return KEEP in formula.free_symbols or not formula.is_polynomial(X)
 
 
 def _site(
@@ -146,7 +146,7 @@ def product(value: Value) -> Product | None:
     if made is None or not _usable(value):
         return None
     for side in (made, made.swapped()):
-        if len(side.rhs_labels) != 2 or len(side.summed) != 1 or not side.lhs_labels or side.lhs.ndim < 2:
+        if len(side.rhs_labels) != 2 or len(side.summed) != 1:
             continue
         summed = next(iter(side.summed))
         other = side.rhs_labels.replace(summed, "")
@@ -227,8 +227,6 @@ class Reader:
         while waiting and len(self.found) < MOST:
             value = min(waiting, key=lambda v: v.order)
             waiting.remove(value)
-            if value in self.found:
-                continue
             try:
                 formula = self.read(value)
                 self._check(formula, value)
@@ -268,25 +266,24 @@ class Reader:
         rule = _RULES.get(value.op)
         if rule is None or not value.dtype.is_floating_point:
             raise Miss(f"{value.op} is no function of one element", value)
+        if any(isinstance(x, sympy.Basic) and not x.is_number for x in value.args.values()):
+            raise Miss("a number that is not known at compile time", value)
         return rule(self, value)
 
     def operand(self, x: Any, value: Value) -> sympy.Expr:
         """One element of an operand of `value`, to whose shape it is broadcast."""
         if not isinstance(x, Value):
-            number = literal(x) if not isinstance(x, bool) else None
-            if number is None or not number.is_number or not number.is_finite:
-                raise Miss(f"{x} is no finite number that is known at compile time", value)
-            return number
+            return _known(literal(x), value)
         if x in self.found:
             if x.shape != value.shape:
                 raise Miss("a projection is broadcast", value)
             return self.found[x]
         return self._other(x, value)
 
-    def _other(self, x: Value, value: Value) -> sympy.Symbol:
+    def _other(self, x: Value, value: Value) -> sympy.Expr:
         if x.op == "full":
-            return rounded(literal(x["fill"]), x.dtype)
-        if not x.dtype.is_floating_point or x.meta.device != value.meta.device or x.dtype.is_complex:
+            return _known(rounded(as_number(literal(x["fill"])), x.dtype), value)
+        if not x.dtype.is_floating_point or x.meta.device != value.meta.device:
             raise Miss(f"an operand of {x.dtype} on {x.meta.device}", x)
         while x.op == "expand":
             x = x["self"]
@@ -302,14 +299,18 @@ class Reader:
         return any(formula == activation.tensor(n) for n in range(len(self.tensors)))
 
 
+def _known(number: sympy.Basic, value: Value) -> sympy.Expr:
+    if not number.is_number or not number.is_finite:
+        raise Miss(f"{number} is no finite number that is known at compile time", value)
+    return number
+
+
 # -- rules: (reader, value) -> formula ------------------------------------------------------------------------------
 
 
 def _add(r: Reader, v: Value) -> sympy.Expr:
     a, b = r.operand(v["self"], v), r.operand(v["other"], v)
     alpha = literal(v.args.get("alpha", 1))
-    if not alpha.is_number:
-        raise Miss("a factor that is not known at compile time", v)
     if v.op == "sub":
         return a - alpha * b
     if alpha == 1 and r.bias is None and r.users.get(r.start) == [v]:
@@ -346,8 +347,6 @@ def _reciprocal(r: Reader, v: Value) -> sympy.Expr:
 
 
 def _pow(r: Reader, v: Value) -> sympy.Expr:
-    if isinstance(v["exponent"], Value) or not isinstance(v["self"], Value):
-        raise Miss("a power that is a tensor", v)
     return activation.power(r.operand(v["self"], v), v["exponent"])
 
 
@@ -362,21 +361,26 @@ def _function(r: Reader, v: Value) -> sympy.Expr:
     return activation.ALL[v.op](r.operand(v["self"], v), v.args)
 
 
+def _itself(r: Reader, x: Value) -> sympy.Expr:
+    """One element of what is seen in another shape or dtype; a constant is one too, in the body of a function."""
+    return r.operand(x, x)
+
+
 def _same(r: Reader, v: Value) -> sympy.Expr:
     x = v["self"]
-    if not x.dtype.is_floating_point or x.meta.device != v.meta.device:
-        raise Miss("moved, or no real number before", v)
-    return r.found[x]
+    if x.meta.device != v.meta.device:
+        raise Miss("moved to another device", v)
+    return rounded(_itself(r, x), v.dtype)
 
 
 def _reshape(r: Reader, v: Value) -> sympy.Expr:
     if v.ndim == 0 or v.shape[-1] != r.features:
         raise Miss("the last axis is reshaped", v)
-    return r.found[v["self"]]
+    return _itself(r, v["self"])
 
 
 def _permute(r: Reader, v: Value) -> sympy.Expr:
-    if v["dims"][-1] != v.ndim - 1 or r.found[v["self"]] != X or r.moved is not None:
+    if v["dims"][-1] != v.ndim - 1 or _itself(r, v["self"]) != X:
         raise Miss("moved in the middle of what is done to its elements", v)
     # Else what is computed of the projection in its own order would be taken for the same.
     inner = v["self"]
@@ -417,8 +421,6 @@ def _inside(r: Reader, value: Value, known: dict[Value, sympy.Expr]) -> sympy.Ex
         v = todo.pop()
         if v in known or v in needed or v.op == "full":
             continue
-        if v.op == "leaf":
-            raise Miss("a function of more than its arguments", v)
         needed.add(v)
         todo.extend(v.inputs())
     for v in sorted(needed, key=lambda v: v.order):
@@ -427,19 +429,10 @@ def _inside(r: Reader, value: Value, known: dict[Value, sympy.Expr]) -> sympy.Ex
 
 
 def _dropout(r: Reader, v: Value) -> sympy.Expr:
-    p = v["p"]
-    if isinstance(p, (Value, sympy.Basic)) and not getattr(p, "is_number", False):
-        raise Near("a dropout whose probability is not known at compile time", v)
-    p = float(p)
-    inner = r.operand(v["self"], v)
-    if KEEP in inner.free_symbols:
-        raise Miss("dropped out twice", v)
-    if r.dropouts and r.dropouts[0][0] is not v:
+    if r.dropouts:
         raise Near("two dropouts of one projection", v)
-    if any(activation.tensor(n) in inner.free_symbols for n in range(len(r.tensors))):
-        raise Miss("more than a number is done to what was added", v)
-    r.dropouts.append((v, p))
-    return KEEP * inner
+    r.dropouts.append((v, float(v["p"])))
+    return KEEP * r.operand(v["self"], v)
 
 
 _RULES: dict[str, Callable[[Reader, Value], sympy.Expr]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from xfcompile.indexing import Ranges, floordiv, integer, linear, mod, nonnegative, unravel
+from xfcompile.indexing import Ranges, extreme, floordiv, integer, linear, mod, nonnegative, unravel
 from xfcompile.score import J, Load, S, Where
 from xfcompile.site import Miss
 from xfcompile.values import Value, depends
@@ -23,10 +23,12 @@ LONGEST_TERM = 24
 LONGEST_MASK = 64
 """Operations in a formula past which loading the tensor is taken to be cheaper than evaluating it again."""
 
+SMALL = 64
+"""Every floating dtype of 16 bits tells whole numbers up to here from all others."""
+
 _COMPARISONS: dict[str, Callable[..., Any]] = {
     "le": sympy.Le, "lt": sympy.Lt, "ge": sympy.Ge, "gt": sympy.Gt, "eq": sympy.Eq, "ne": sympy.Ne,
 }  # fmt: skip
-_NARROW = frozenset({torch.uint8, torch.int8, torch.int16, torch.uint16})
 _VIEWS = frozenset("reshape permute expand slice select repeat_interleave repeat flip roll".split())
 
 
@@ -45,6 +47,9 @@ class Elements:
         self.key_axis_size = key_axis_size
         self.masked_in: set[torch.dtype] = set()
         """The dtypes that the scores have where a mask or a bias is put on them."""
+        self.rounded: dict[Value, bool] = {}
+        """The values that may not be what their formulas say, because their dtype has few digits; and whether they are
+        where it is a small number."""
         self._memo: dict[tuple[Value, Index], Any] = {}
         self._on_dot: dict[Value, bool] = {}
 
@@ -90,21 +95,51 @@ class Elements:
             return self.load(value, index)
         mark = len(self.loads)
         result = rule(self, value, index)
-        if is_mask(result) or (isinstance(result, sympy.Expr) and result.is_Integer):
+        if is_mask(result):
             result = fold(lambda x: rounded(x, value.dtype), result)
-        if result is None or not self._fits(value, result) or not self._gained(value, index, result):
+        if result is None or self._wraps(value, result) or not self._gained(value, index, result):
             if not any((v in self.loads[:mark]) for v in self.loads[mark:]):
                 del self.loads[mark:]
                 self._memo = {k: v for k, v in self._memo.items() if not _mentions(v, mark)}
             return self.load(value, index)
+        self._note(value, result)
         return result
 
-    def _fits(self, value: Value, result: Any) -> bool:
-        """Whether a whole number of few bits is what a formula says of it: in uint8, 0 - 1 is 255."""
-        if value.dtype not in _NARROW or value.op in _VIEWS | _MOVES | {"where"} or is_mask(result):
-            return True
-        held = torch.iinfo(value.dtype)
-        return nonnegative(result - held.min, self.ranges) and nonnegative(held.max - result, self.ranges)
+    def _wraps(self, value: Value, result: Any) -> bool:
+        """Whether a formula may leave the range of an integer dtype."""
+        if value.dtype.itemsize > 2 or value.dtype.is_floating_point or value.dtype == torch.bool:
+            return False
+        if is_mask(result) or (isinstance(result, Load) and value.op != "to"):
+            return False
+        info = torch.iinfo(value.dtype)
+        return not self._within(result, info.min, info.max)
+
+    def _within(self, expr: sympy.Expr, low: int, high: int) -> bool:
+        bounds = [extreme(expr, self.ranges, upper=upper) for upper in (False, True)]
+        return all(b is not None and b.is_number and low <= b <= high for b in bounds)
+
+    def _note(self, value: Value, result: Any) -> None:
+        """Keep whether a value is rounded on the way to it: only formulas that are compared must be exact."""
+        if not value.dtype.is_floating_point:
+            return  # what is whole or a boolean is read of nothing that is rounded
+        before = [self.rounded[v] for v in value.inputs() if v in self.rounded]
+        digits = int(2 / torch.finfo(value.dtype).eps)
+        if value.dtype.itemsize > 2 or result.is_number or is_mask(result) or self._within(result, -digits, digits):
+            here = False
+        elif isinstance(result, Load):
+            here = value.op == "to" and value["self"].dtype != torch.bool
+        else:
+            here = bool(result.is_integer)
+        mixed = value.op != "to" and _narrows(value)
+        if here or before or mixed:
+            shift, rest = result.as_coeff_Add()
+            one = isinstance(rest, Load) or rest.is_Symbol or isinstance(-rest, Load) or (-rest).is_Symbol
+            whole = not here or value.op != "to" or not value["self"].dtype.is_floating_point
+            self.rounded[value] = one and whole and not mixed and bool(abs(shift) <= SMALL) and all(before)
+
+    def told_apart(self, x: Any, other: Any = sympy.S.Zero) -> bool:
+        """Whether a comparison with another formula may tell an operand from its own."""
+        return x in self.rounded and not (self.rounded[x] and other.is_number and abs(other) <= SMALL)
 
     def _gained(self, value: Value, index: Index, result: Any) -> bool:
         """Whether a formula is better than loading the value: no loads at all, or smaller ones, or a mask found."""
@@ -134,7 +169,7 @@ class Elements:
 
 
 def _mentions(expr: Any, mark: int) -> bool:
-    return isinstance(expr, sympy.Basic) and any(load.operand >= mark for load in expr.atoms(Load))
+    return any(load.operand >= mark for load in expr.atoms(Load))
 
 
 def is_mask(expr: Any) -> bool:
@@ -168,8 +203,9 @@ def as_number(x: Any) -> sympy.Expr:
 
 def rounded(x: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
     """A number as a tensor of that dtype holds it: finfo(float32).min in bf16 is -inf, and -1 in uint8 is 255."""
-    if x.is_Integer and dtype in _NARROW:
-        return sympy.Integer(torch.tensor(int(x)).to(dtype).item())
+    if x.is_Integer and not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool):
+        info = torch.iinfo(dtype)
+        return (x - info.min) % (info.max - info.min + 1) + info.min
     if not x.is_number or not dtype.is_floating_point or x in (sympy.oo, -sympy.oo):
         return x
     return literal(torch.tensor(float(x), dtype=torch.float64).to(dtype).item())
@@ -243,11 +279,22 @@ def _div(e: Elements, v: Value, index: Index) -> Any:
     rounding = v.args.get("rounding_mode")
     if rounding is None and v.op == "div":
         return fold(lambda x, y: x / y if y != 0 else _no("division by zero", v), a, b)
-    if not (a.is_integer and b.is_integer and b.is_positive):
+    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v):
         return None
     if rounding == "trunc" and not nonnegative(a, e.ranges):
         return None
     return floordiv(a, b, e.ranges)
+
+
+def _narrows(v: Value) -> bool:
+    """Whether an operation gives whole numbers, before it does what it does, a floating dtype of few digits."""
+    dtypes = {x.dtype for x in v.inputs() if x.dtype != torch.bool}
+    floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    return bool(floating) and floating != dtypes and all(dtype.itemsize <= 2 for dtype in floating)
+
+
+def _is_rounded(e: Elements, v: Value) -> bool:
+    return any(x in e.rounded for x in v.inputs())
 
 
 def _no(reason: str, *culprits: object) -> Any:
@@ -256,7 +303,7 @@ def _no(reason: str, *culprits: object) -> Any:
 
 def _mod(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
-    if not (a.is_integer and b.is_integer and b.is_positive):
+    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v):
         return None
     if v.op == "fmod" and not nonnegative(a, e.ranges):
         return None
@@ -267,7 +314,7 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
     if S in a.free_symbols or S in b.free_symbols:
         raise Miss("scores are compared", v)
-    if not (_exact(a) and _exact(b)):
+    if not (_exact(a) and _exact(b)) or _narrows(v) or e.told_apart(v["self"], b) or e.told_apart(v["other"], a):
         return None
     loads = a.atoms(Load) | b.atoms(Load)
     if any(e.loads[load.operand].dtype.is_floating_point for load in loads):
@@ -285,7 +332,7 @@ def _exact(x: sympy.Expr) -> bool:
 
 def _logical(e: Elements, v: Value, index: Index) -> Any:
     parts = [e.arg(v[k], index, v.shape) for k in ("self", "other")]
-    if v.dtype != torch.bool:
+    if v.dtype != torch.bool or any(e.told_apart(x) for x in v.inputs()):
         return None
     a, b = (as_boolean(x) for x in parts)
     return {"and": sympy.And, "or": sympy.Or, "xor": sympy.Xor}[v.op](a, b)
@@ -294,7 +341,8 @@ def _logical(e: Elements, v: Value, index: Index) -> Any:
 def _not(e: Elements, v: Value, index: Index) -> Any:
     if v.dtype != torch.bool:
         return None
-    return sympy.Not(as_boolean(e.at(v["self"], index)))
+    x = as_boolean(e.at(v["self"], index))
+    return None if e.told_apart(v["self"]) else sympy.Not(x)
 
 
 def _where(e: Elements, v: Value, index: Index) -> Any:
@@ -314,11 +362,11 @@ def _where(e: Elements, v: Value, index: Index) -> Any:
 def _cast(e: Elements, v: Value, index: Index) -> Any:
     x = e.at(v["self"], index)
     if v.dtype == torch.bool:
-        return as_boolean(x)
+        return None if e.told_apart(v["self"]) else as_boolean(x)
     x = as_number(x)
     if v.dtype.is_floating_point:
         return fold(lambda y: rounded(y, v.dtype), x) if is_mask(x) or x.is_number else x
-    return x if x.is_integer or not v["self"].dtype.is_floating_point else None
+    return x if not v["self"].dtype.is_floating_point or (x.is_integer and v["self"] not in e.rounded) else None
 
 
 def _reshape(e: Elements, v: Value, index: Index) -> Any:
@@ -504,7 +552,10 @@ def _diff(e: Elements, v: Value, index: Index) -> Any:
         first = (*index[:d], at, *index[d + 1 :])
         return _choose(x, _below(e, at, n), lambda: e.at(before, first), lambda: e.at(x, inside))
 
-    return as_number(element(index[d] + 1)) - as_number(element(index[d]))
+    after, now = element(index[d] + 1), element(index[d])
+    if v.dtype == torch.bool:
+        return sympy.Xor(after, now)
+    return as_number(after) - as_number(now)
 
 
 def _cumsum(e: Elements, v: Value, index: Index) -> Any:
@@ -524,7 +575,7 @@ def _index(e: Elements, v: Value, index: Index) -> Any:
     x, tensors = v["self"], list(v["indices"])
     tensors += [None] * (x.ndim - len(tensors))
     used = [k for k, t in enumerate(tensors) if t is not None]
-    if not used or any(tensors[k].dtype == torch.bool for k in used) or used != list(range(used[0], used[-1] + 1)):
+    if any(tensors[k].dtype == torch.bool for k in used) or used != list(range(used[0], used[-1] + 1)):
         return None
     width = max(tensors[k].ndim for k in used)
     front = used[0]
@@ -565,7 +616,7 @@ def _row_statistic(e: Elements, v: Value, index: Index) -> Any:
     dims = v.args.get("dim", ())
     dims = dims if isinstance(dims, tuple) else (dims,)
     x = v["self"]
-    if len(dims) != 1 or v.op not in ("amax", "max") or dims[0] is None:
+    if len(dims) != 1 or v.op not in ("amax", "max"):
         return None
     d = dims[0] % x.ndim
     kept = index if v.args.get("keepdim") else (*index[:d], sympy.S.Zero, *index[d:])

@@ -10,7 +10,7 @@ import sympy
 
 from xfcompile import activation
 from xfcompile.contraction import Contraction, contraction
-from xfcompile.elementwise import Index, broadcast, literal, rounded
+from xfcompile.elementwise import Index, as_number, broadcast, literal, rounded
 from xfcompile.indexing import Ranges, integer
 from xfcompile.operands import Walk
 from xfcompile.site import Bias, Miss
@@ -63,7 +63,7 @@ class Reader:
             self.passed[value] = None
             return self._product(value, index)
         if value.op == "full":
-            return rounded(literal(value["fill"]), value.dtype)
+            return rounded(as_number(literal(value["fill"])), value.dtype)
         step = self.walk.back(value, index)
         if step is not None:
             mark = len(self.elements)

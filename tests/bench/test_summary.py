@@ -19,6 +19,12 @@ def test_a_ratio_is_how_many_times_as_fast() -> None:
     assert ratio(row, "xformers", "sdpa") is None
 
 
+def test_times_beside_another_process_are_none_and_memory_is_what_it_is() -> None:
+    row = {**entry("a", inductor=cell(8.0, peak_gb=4.0), xformers=cell(2.0, peak_gb=1.0)), "disturbed": "another ..."}
+    assert ratio(row, "xformers", "inductor") is None
+    assert ratio(row, "xformers", "inductor", "peak_gb") == 4
+
+
 def test_the_mean_is_geometric() -> None:
     assert geometric_mean([1.0, 4.0]) == pytest.approx(2)
     assert geometric_mean([0.5, 2.0]) == pytest.approx(1)

@@ -55,6 +55,7 @@ TESTS = {
     "tests/reading/test_hopper_routes.py": "all",
     "tests/training/test_rows.py": "quick",
     "tests/reading/test_dead_rows.py": "quick",
+    "tests/reading/test_bias_act_dropout_near_misses.py": "all",
     "tests/reading/test_bias_act_dropout.py": "quick",
     "tests/test_rewrite.py": "all",
     "tests/test_plan.py": "all",

@@ -252,52 +252,6 @@ def test_with_dropout_results_and_gradients_are_those_of_one_mask(name: str, rou
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
-NEAR_MISSES: dict[str, tuple[str, Fn]] = {
-    "alpha dropout": ("alpha dropout", lambda h, r, g: F.alpha_dropout(h, 0.25, True)),
-    "feature alpha dropout": ("alpha dropout", lambda h, r, g: F.feature_alpha_dropout(h, 0.25, True)),
-    "dropout1d": ("whole channels", lambda h, r, g: F.dropout1d(h, 0.25)),
-    "dropout2d": ("whole channels", lambda h, r, g: F.dropout2d(h[None], 0.25)),
-    "used elsewhere": ("used elsewhere", lambda h, r, g: F.gelu(h) + h.sum()),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NEAR_MISSES)
-def test_a_near_miss_says_why(name: str) -> None:
-    reason, after = NEAR_MISSES[name]
-    results = found(lambda x, w, b, r, g: after(F.linear(x, w, b), r, g), *given())
-    assert len(results) == 1 and isinstance(results[0], str), results
-    assert reason in results[0]
-
-
-# Nothing of the kind: no word is lost over them.
-NOTHING: dict[str, Fn] = {
-    "a linear": lambda x, w, b, r, g: F.linear(x, w, b),
-    "a linear and a residual": lambda x, w, b, r, g: F.linear(x, w, b) + r,
-    "a linear, scaled": lambda x, w, b, r, g: F.linear(x, w, b) * 0.5 + 1,
-    "a norm": lambda x, w, b, r, g: F.layer_norm(F.linear(x, w, b), (16,)),
-    "a softmax": lambda x, w, b, r, g: F.linear(x, w, b).softmax(-1),
-    "a gate": lambda x, w, b, r, g: F.silu(F.linear(x, w, b)) * r,
-    "a gate of a sigmoid": lambda x, w, b, r, g: r * torch.sigmoid(F.linear(x, w, b)),
-    "a norm, written out": lambda x, w, b, r, g: (lambda h: g * h * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-5))(
-        F.linear(x, w, b)
-    ),
-    "a square": lambda x, w, b, r, g: F.linear(x, w, b).square() + F.linear(x, w, b) ** 3,
-    "packed gates": lambda x, w, b, r, g: F.glu(F.linear(x, w, b)),
-    "halves": lambda x, w, b, r, g: (lambda u, v: F.silu(u) * v)(*F.linear(x, w, b).chunk(2, -1)),
-    "dropout of what is no projection": lambda x, w, b, r, g: F.dropout(r, 0.25) + r,
-    "activation of what has no bias": lambda x, w, b, r, g: F.gelu(r),
-    "soft-capped scores": lambda x, w, b, r, g: torch.tanh(r @ (r * 2)[0].mT),
-    "a convolution": lambda x, w, b, r, g: F.gelu(F.conv1d(x.mT, w.view(16, 8, 1), b)),
-    "one feature": lambda x, w, b, r, g: torch.sigmoid(F.linear(x, w[:1], b[:1])),
-    "integers": lambda x, w, b, r, g: F.linear(x, w, b).round().long() + 1,
-}
-
-
-@pytest.mark.parametrize("name", NOTHING)
-def test_nothing_is_made_of_what_is_no_site(name: str) -> None:
-    assert found(NOTHING[name], *given()) == []
-
-
 # Larger than it is: the part that is a site is taken, and gives eager's numbers.
 PARTS: dict[str, tuple[str, Fn]] = {
     "activation after a residual": ("keep*x", lambda h, r, g: F.relu(F.dropout(h, 0.0 + 0.25, False) * 1 + r)),
@@ -739,18 +693,6 @@ def test_a_probability_that_is_finer_than_our_numbers_is_left(p: float) -> None:
     torch.compile(program, backend=rewriting(outcome, {FAMILY: "triton"}, family=FAMILY))(*given()[:3])
     assert [(s.matched, s.route) for s in outcome.sites] == [(True, "inductor")]
     assert "16 bits" in str(outcome.sites[0].reason)
-
-
-def test_eagers_own_numbers_are_asked_for() -> None:
-    with torch._inductor.config.patch(fallback_random=True):
-        outcome = check(
-            lambda x, w, b: F.dropout(F.gelu(F.linear(x, w, b)), 0.25),
-            *given()[:3],
-            routes={FAMILY: "triton"},
-            family=FAMILY,
-        )
-    assert [s.route for s in outcome.sites] == ["inductor"]
-    assert "fallback_random" in str(outcome.sites[0].reason)
 
 
 def test_on_a_cpu_without_the_interpreter_all_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from xfcompile.elementwise import Elements, as_number
 from xfcompile.read import Reading
+from xfcompile.score import Load
 
 SIZES = (2, 3, 4)
 AXES = sympy.symbols("a b c", integer=True, nonnegative=True)
@@ -117,6 +118,46 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "expanded": lambda x: x[0, 0].expand(3, 4),
     "moved": lambda x: x.movedim(0, -1),
     "multiplied masks": lambda x: (torch.arange(4) > 0).float() * (torch.arange(4) < 3).float(),
+    "rounded positions, compared": lambda x: torch.arange(255, 260, dtype=torch.bfloat16) == 256,
+    "rounded positions, and others": lambda x: torch.arange(2047, 2052).half()[:, None] >= torch.arange(2047, 2052),
+    "positions, compared with rounded ones": lambda x: (
+        torch.arange(2047.0, 2052.0)[:, None] >= torch.arange(2047, 2052).half()
+    ),
+    "positions, rounded to be compared": lambda x: torch.arange(2047, 2052) > torch.tensor(2048.0).half(),
+    "positions, rounded to be added to": lambda x: torch.arange(2047, 2051) + torch.full((4,), -4.0).half() == 2045,
+    "a rounded sum, compared": lambda x: torch.arange(4).bfloat16() + 256 == 256,
+    "a difference of rounded positions": lambda x: (lambda i: i[:, None] - i == 0)(torch.arange(255, 260).bfloat16()),
+    "whole numbers, rounded and compared": lambda x: (lambda n: n == n.mT)(
+        ((x[0, 0] * 3).int() + 260).expand(4, 4).bfloat16()
+    ),
+    "fractions, rounded and compared": lambda x: x[0, 0].expand(4, 4).half() == -1.1259765625,
+    "rounded positions, whole again": lambda x: torch.arange(255, 260).bfloat16().int(),
+    "rounded positions, truncated": lambda x: torch.arange(255, 260).bfloat16() // 257,
+    "the rest of rounded positions": lambda x: torch.arange(255, 260).bfloat16() % 257,
+    "rounded positions that are none": lambda x: torch.logical_not(torch.arange(255, 260).bfloat16() - 257),
+    "rounded positions and a boolean": lambda x: torch.logical_and(
+        torch.arange(255, 260).bfloat16() - 257, torch.arange(5) < 4
+    ),
+    "rounded positions as booleans": lambda x: (torch.arange(255, 260).bfloat16() - 257).bool(),
+    "bytes below zero": lambda x: torch.arange(4, dtype=torch.uint8) - 2,
+    "bytes out of range": lambda x: torch.arange(4, dtype=torch.int8) * 100,
+    "positions as bytes": lambda x: torch.arange(-2, 2).to(torch.uint8),
+    "a mask of bytes": lambda x: (torch.arange(4) > 2).byte() - 1,
+    "data as bytes": lambda x: (x[0] * 300).int().to(torch.uint8),
+    "a complex constant": lambda x: torch.full((3,), 1, dtype=torch.complex64).abs(),
+    "bits": lambda x: torch.arange(8) & 3,
+    "fractions that are equal": lambda x: torch.arange(4) * 0.1 == 0.3,
+    "repeat_interleave of all": lambda x: x[0].repeat_interleave(2),
+    "repeat_interleave by a tensor": lambda x: x.repeat_interleave(torch.tensor([1, 2, 1]), dim=1, output_size=4),
+    "cat of nothing": lambda x: torch.cat([x[0][:, :0], x[1][:, :0]], dim=-1),
+    "stack, seen whole": lambda x: torch.stack([torch.arange(3), torch.arange(3) * 2], 0),
+    "diff twice": lambda x: torch.diff(torch.arange(6) % 4, n=2),
+    "diff with an end": lambda x: torch.diff(torch.arange(5), append=torch.tensor([7, 9])),
+    "diff of a mask": lambda x: torch.diff(torch.arange(5) < 3),
+    "gather by data": lambda x: x[0][:, x[0, 0, :2].abs().long()],
+    "gather apart": lambda x: torch.arange(24).view(SIZES)[torch.arange(2), :, torch.arange(2)],
+    "index_select of one": lambda x: x.index_select(1, torch.tensor(1)),
+    "index_select by data": lambda x: x.index_select(2, x[0, 0, :2].abs().long()),
     "minimum of masks": lambda x: (1 - (torch.arange(4) > 0).float()) * torch.finfo(torch.float32).min,
 }
 
@@ -133,6 +174,78 @@ def _set_slices() -> torch.Tensor:
 @pytest.mark.parametrize("name", list(FIXED))
 def test_an_element_of(name: str) -> None:
     assert_formula(FIXED[name], torch.randn(SIZES, generator=torch.Generator().manual_seed(0)))
+
+
+LOADED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a long formula": lambda x: sum((torch.arange(8) * k % (k + 5) for k in range(1, 13)), torch.zeros(8)),
+    "many rows": lambda x: sum((x[0, k, :, None] + x[1, k] for k in range(3)), torch.zeros(4)),
+    "differences of floats": lambda x: torch.diff(torch.arange(5.0)),
+    "sums of data": lambda x: x[0][:, :1].expand(3, 4).cumsum(-1),
+    "squares": lambda x: torch.arange(4) ** 2,
+    "a logarithm": lambda x: torch.log(x[0, 0, :1].abs().expand(4)),
+    "a logarithm of what is below 0": lambda x: torch.log(torch.where(torch.arange(4) > 1, 1.0, -1.0)),
+}
+
+
+def read(fn: Callable[[torch.Tensor], torch.Tensor], size: sympy.Expr | None = None) -> tuple[Any, list[bool]]:
+    """The formula of an element of a result, and of each loaded tensor whether it is that. size: of each axis."""
+    gm = captured(fn, [torch.randn(SIZES)])
+    reading = Reading(gm)
+    value = reading.value(next(n for n in gm.graph.nodes if n.op == "output").args[0][0])
+    assert value is not None
+    axes = AXES[: value.ndim]
+    elements = Elements({a: sympy.Integer(n) if size is None else size for a, n in zip(axes, value.shape, strict=True)})
+    return elements.at(value, axes), [v is value for v in elements.loads]
+
+
+@pytest.mark.parametrize("name", list(LOADED))
+def test_what_costs_more_to_compute_is_loaded(name: str) -> None:
+    formula, loads = read(LOADED[name])
+    assert isinstance(formula, Load) and loads == [True]
+
+
+COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "positions, of any length": lambda x: torch.arange(4) + 1,
+    "positions of many digits, of any length": lambda x: torch.arange(4.0) + 1,
+    "a mask of bytes": lambda x: (torch.arange(4) > 2).byte(),
+    "positions beside fractions": lambda x: torch.arange(4) > torch.full((4,), 1.5),
+    "few rounded positions": lambda x: torch.arange(4).half() > 2,
+}
+
+
+@pytest.mark.parametrize("name", list(COMPUTED))
+def test_what_needs_no_tensor_is_not_loaded(name: str) -> None:
+    size = sympy.Symbol("n", integer=True, positive=True) if "any length" in name else None
+    assert read(COMPUTED[name], size)[1] == []
+
+
+def test_bytes_are_loaded_from_where_they_are() -> None:
+    formula, loads = read(lambda x: x[0, 0].byte().expand(3, 4))
+    assert formula == Load(0, AXES[1]) and loads == [False]
+
+
+def test_what_a_mask_picks_is_loaded() -> None:
+    """How many that is says the data."""
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
+        found.extend(v for v in Reading(gm, examples).steps if v.op == "index")
+        return gm
+
+    inputs = torch.randn(SIZES), torch.ones(3, 4).tril() > 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.compile(lambda x, m: x[0][m] * 2, backend=backend, dynamic=True)(*inputs)
+    (value,) = found
+    assert Elements({}).at(value, AXES[:1]) == Load(0, AXES[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mask_of_few_digits_is_a_mask_still(dtype: torch.dtype) -> None:
+    """transformers' own: 1 - mask, in the model's dtype, is compared with 0, which rounding does not change."""
+    formula = assert_formula(lambda x: (1.0 - x.int().expand(4, 3).to(dtype)).bool(), torch.tensor([0.0, 1.0, 257.0]))
+    assert [load.indices for load in formula.atoms(Load)] == [(AXES[1],)], (
+        "the data itself, and not all that is made of it"
+    )
 
 
 def test_indices_stay_indices() -> None:

@@ -428,6 +428,7 @@ miss("a gate without gradient, as one", "", lambda x, w, v: activated_without_gr
 miss(
     "weights of one dimension", "no bias stands between", lambda x, w, v: F.silu(L(x, w)) * L(x, v), SQUARE, (4,), (4,)
 )
+right("times truth values", lambda x, w, v: F.silu(L(x, w) * torch.full((4,), True)) * L(x, v))
 miss("times a truth value", "truth value", lambda x, w, v: F.silu(L(x, w)) * True * L(x, v))
 miss("a part of a bias that starts where the rows end", "no bias of its features",
      lambda x, w, v, b: F.silu(L(x, w) + b[x.shape[0] : x.shape[0] + 4]) * L(x, v),

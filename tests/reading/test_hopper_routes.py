@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -44,6 +44,14 @@ def activated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.gelu(L(x, w, b))
 
 
+def biased(y: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(y.sin() + b)
+
+
+def from_columns(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.gelu(x @ w + b)
+
+
 def with_residual(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
     return F.gelu(L(x, w, b)) + r
 
@@ -60,8 +68,9 @@ class Planned(Exception):
 
 
 def planned(
-    fn: Callable[..., Tensor], *shapes: tuple[int, ...], dtype: torch.dtype, dynamic: bool
+    fn: Callable[..., Tensor], *shapes: tuple[int, ...], dtype: torch.dtype, dynamic: Sequence[tuple[int, int]] = ()
 ) -> list[tuple[str | None, str | None]]:
+    """The routes of a program's sites, and why. dynamic: which axes of which inputs may have any size."""
     found: list[tuple[str | None, str | None]] = []
 
     def backend(gm: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
@@ -70,8 +79,8 @@ def planned(
 
     with FakeTensorMode():
         inputs = [torch.empty(s, device="cuda", dtype=dtype) for s in shapes]
-        if dynamic:
-            torch._dynamo.mark_dynamic(inputs[0], 0)
+        for n, axis in dynamic:
+            torch._dynamo.mark_dynamic(inputs[n], axis)
         with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="Planned"):
             torch.compile(fn, backend=backend)(*inputs)
     return found
@@ -85,7 +94,7 @@ ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict
     "fp16": (swiglu, (X, W, W), {"dtype": torch.float16}, "triton"),
     "fp32": (swiglu, (X, W, W), {"dtype": torch.float32}, "inductor"),
     "few rows": (swiglu, ((1023, 512), W, W), {}, "inductor"),
-    "rows that change": (swiglu, (X, W, W), {"dynamic": True}, "inductor"),
+    "rows that change": (swiglu, (X, W, W), {"dynamic": [(0, 0)]}, "inductor"),
     "features that are no multiple of 8": (swiglu, (X, (1001, 512), (1001, 512)), {}, "inductor"),
     "inputs that are no multiple of 8": (swiglu, ((4096, 516), (1024, 516), (1024, 516)), {}, "inductor"),
     "few features": (swiglu, (X, (504, 512), (504, 512)), {}, "inductor"),
@@ -96,11 +105,14 @@ ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict
     "gelu": (activated, (X, W, (1024,)), {}, "epilogue"),
     "gelu, a batch": (activated, ((4, 1024, 512), W, (1024,)), {}, "epilogue"),
     "gelu, few rows": (activated, ((4095, 512), W, (1024,)), {}, "inductor"),
-    "gelu, rows that change": (activated, (X, W, (1024,)), {"dynamic": True}, "inductor"),
+    "gelu, rows that change": (activated, (X, W, (1024,)), {"dynamic": [(0, 0)]}, "inductor"),
+    "gelu, inputs that change": (activated, (X, W, (1024,)), {"dynamic": [(0, 1), (1, 1)]}, "inductor"),
     "gelu, few features": (activated, (X, (504, 512), (504,)), {}, "inductor"),
     "gelu, few inputs": (activated, ((4096, 256), (1024, 256), (1024,)), {}, "inductor"),
     "gelu, odd features": (activated, (X, (1001, 512), (1001,)), {}, "inductor"),
     "gelu and a residual": (with_residual, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
+    "gelu of what no linear makes": (biased, (X, (512,)), {}, "inductor"),
+    "gelu, a weight that is transposed": (from_columns, (X, (512, 1024), (1024,)), {}, "inductor"),
     "gelu, fp32": (activated, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
 }
 
@@ -108,7 +120,7 @@ ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict
 @pytest.mark.parametrize("name", ROUTES)
 def test_the_usual_route_on_hopper(name: str) -> None:
     fn, shapes, about, route = ROUTES[name]
-    found = planned(fn, *shapes, **{"dtype": torch.bfloat16, "dynamic": False, **about})
+    found = planned(fn, *shapes, **{"dtype": torch.bfloat16, **about})
     assert [r for r, _ in found] == [route], found
     assert all(reason != "asked for" for _, reason in found)
 
@@ -129,6 +141,10 @@ def dropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.dropout(F.gelu(L(x, w, b)), 0.1)
 
 
+def dropped_alone(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.dropout(L(x, w, b), 0.1)
+
+
 def dropped_and_added(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
     return F.dropout(F.gelu(L(x, w, b)), 0.1) + r
 
@@ -138,8 +154,9 @@ DROPPED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dic
     "no dropout": (activated, (X, W, (1024,)), {}, "epilogue"),
     "few rows": (dropped, ((4095, 512), W, (1024,)), {}, "inductor"),
     "few features": (dropped, (X, (504, 512), (504,)), {}, "inductor"),
-    "rows that change": (dropped, (X, W, (1024,)), {"dynamic": True}, "inductor"),
+    "rows that change": (dropped, (X, W, (1024,)), {"dynamic": [(0, 0)]}, "inductor"),
     "fp32": (dropped, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
+    "nothing is activated": (dropped_alone, (X, W, (1024,)), {}, "inductor"),
     "a residual": (dropped_and_added, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
 }
 
@@ -150,7 +167,7 @@ def test_the_usual_route_in_training(name: str, monkeypatch: pytest.MonkeyPatch)
     fn, shapes, about, route = DROPPED[name]
     table = bias_act_dropout.USUAL
     monkeypatch.setitem(table, ("sm_90", "activated, dropped", False), table["sm_90", "activated, dropped", True])
-    found = planned(fn, *shapes, **{"dtype": torch.bfloat16, "dynamic": False, **about})
+    found = planned(fn, *shapes, **{"dtype": torch.bfloat16, **about})
     assert [r for r, _ in found] == [route], found
 
 
@@ -166,7 +183,7 @@ def test_without_gluon_it_is_left_to_inductor(
     launch.missing.cache_clear()
     monkeypatch.setattr(launch, "kernel", kernel)
     try:
-        found = planned(fn, *shapes, dtype=torch.bfloat16, dynamic=False)
+        found = planned(fn, *shapes, dtype=torch.bfloat16)
     finally:
         launch.missing.cache_clear()
     assert [r for r, _ in found] == ["inductor"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import check, tensors
+from equivalence import Outcome, check, rewriting, tensors
 
 from xfcompile.operands import _widens
 from xfcompile.trace import Meta
@@ -238,6 +238,48 @@ miss(
     "scores compared",
     "compared",
     lambda q, k, v: (lambda s: s.masked_fill(s < 0.3, -INF).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores compared, and named second",
+    "compared",
+    lambda q, k, v: (lambda s: s.masked_fill(torch.gt(v[..., :1], s), -INF).softmax(-1) @ v)(scores(q, k)),
+)
+miss("scores over nothing", "division by zero", lambda q, k, v: (scores(q, k) / 0).softmax(-1) @ v)
+miss(
+    "a mask made by division by nothing",
+    "division by zero",
+    lambda q, k, v: (scores(q, k) - torch.ones(4, 4) / torch.ones(4, 4).tril()).softmax(-1) @ v,
+)
+miss(
+    "a mask of complex numbers",
+    "complex",
+    lambda q, k, v: scores(q, k).masked_fill(torch.complex(q[0, 0], k[0, 0]) == 0, -INF).softmax(-1) @ v,
+)
+miss("scores to a fraction", "pow", lambda q, k, v: (scores(q, k).abs() ** 0.5).softmax(-1) @ v)
+miss(
+    "scores less the place of their maximum",
+    "form of max",
+    lambda q, k, v: (lambda s: (s - s.max(-1, keepdim=True).indices).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of all keys and queries",
+    "form of amax",
+    lambda q, k, v: (lambda s: (s - s.amax((-1, -2), keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of all",
+    "form of max",
+    lambda q, k, v: (lambda s: (s - s.max()).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less their minimum",
+    "form of min",
+    lambda q, k, v: (lambda s: (s - s.min(-1, keepdim=True).values).softmax(-1) @ v)(scores(q, k)),
+)
+miss(
+    "scores less the maximum of a part",
+    "form of amax",
+    lambda q, k, v: (lambda s: (s - s[..., :3].amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
 )
 miss(
     "scores of top-k",
@@ -1077,6 +1119,27 @@ right(
     *[SQUARE] * 4,
     fused=None,
 )
+
+
+ROUNDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "positions": lambda n: torch.arange(260, dtype=torch.bfloat16).expand(260, 260),
+    "data": lambda n: n.expand(260, 260).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_positions_of_few_digits_are_compared_as_they_are(name: str) -> None:
+    """In bfloat16 257 is 256: a query sees a key that comes after it. (In fp64 it would not.)"""
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        i = ROUNDED[name](n)
+        return (q @ k.mT).masked_fill(i > i.mT, -INF).softmax(-1) @ v
+
+    inputs = [*tensors(*[(1, 1, 260, 8)] * 3), torch.arange(260)]
+    outcome = Outcome()
+    out = torch.compile(program, backend=rewriting(outcome))(*inputs)
+    assert [s.route for s in outcome.matched] == ["sdpa"]
+    torch.testing.assert_close(out, program(*inputs), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", list(PROGRAMS))

@@ -16,6 +16,9 @@ NO_SLOWER = 0.98
 
 
 def number(entry: Entry, column: str, what: str = "ms") -> float | None:
+    """None where there is none, or another process was at work: then times are none."""
+    if what == "ms" and "disturbed" in entry:
+        return None
     found: float | None = entry["cells"].get(column, {}).get(what)
     return found
 
