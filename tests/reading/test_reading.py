@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
 from xfcompile.read import Reading
 from xfcompile.source import RewriteError
+from xfcompile.trace import Meta
+from xfcompile.values import Values, _slice_start
 
 
 def reading_of(fn: Callable[..., Any], *inputs: Tensor) -> Reading:
@@ -113,3 +116,21 @@ def test_a_size_that_depends_on_data_is_not_made_again(name: str) -> None:
     torch._dynamo.reset()
     torch.compile(lambda x: MADE[name](x).sin(), backend=backend, fullgraph=True, dynamic=True)(torch.randn(4, 6))
     assert sizes == [0]
+
+
+def test_where_a_slice_begins_is_not_known_where_its_length_does_not_tell() -> None:
+    size, n, m = sympy.Symbol("size", positive=True, integer=True), *sympy.symbols("n m", integer=True)
+    assert _slice_start(n, n + 2, size, 2, 1) is None, "two elements, from the front or from behind"
+    assert _slice_start(n, None, size, size - n, 1) == n
+    assert _slice_start(n, None, size, -n, 1) == size + n
+    assert _slice_start(n, None, size, m, 1) is None
+
+
+def test_a_part_that_begins_where_a_tensor_says_is_no_slice() -> None:
+    values = Values()
+
+    def meta(*shape: int) -> Meta:
+        return Meta(shape, (), torch.int64, torch.device("cpu"))
+
+    args = {"self": values.leaf(meta(4)), "dim": 0, "start": values.leaf(meta()), "length": 2}
+    assert values.make(torch.ops.aten.narrow.Tensor, args, meta(2), 0, ()).op == "narrow"
