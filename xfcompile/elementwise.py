@@ -107,16 +107,28 @@ class Elements:
 
     def _wraps(self, value: Value, result: Any) -> bool:
         """Whether a formula may leave the range of an integer dtype."""
-        if value.dtype.itemsize > 2 or value.dtype.is_floating_point or value.dtype == torch.bool:
+        if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
             return False
         if is_mask(result) or (isinstance(result, Load) and value.op != "to"):
             return False
         info = torch.iinfo(value.dtype)
+        if value.dtype.itemsize > 2:
+            return not isinstance(result, Load) and self._leaves(result, info.max, info.max >> 16)
         return not self._within(result, info.min, info.max)
 
     def _within(self, expr: sympy.Expr, low: int, high: int) -> bool:
+        return all(b is not None and low <= b <= high for b in self._bounds(expr))
+
+    def _leaves(self, expr: sympy.Expr, most: int, factor: int) -> bool:
+        """Whether a formula has numbers past a dtype of many digits: sizes and data that are not known are taken to be
+        small enough, but for what has so large a factor or term."""
+        bounds = [abs(b) for b in self._bounds(expr) if b is not None]
+        return max(bounds) > most if len(bounds) == 2 else any(abs(n) > factor for n in expr.atoms(sympy.Integer))
+
+    def _bounds(self, expr: sympy.Expr) -> list[sympy.Expr | None]:
+        """The least and the greatest number that a formula has, where these are known."""
         bounds = [extreme(expr, self.ranges, upper=upper) for upper in (False, True)]
-        return all(b is not None and b.is_number and low <= b <= high for b in bounds)
+        return [b if b is not None and b.is_number else None for b in bounds]
 
     def _note(self, value: Value, result: Any) -> None:
         """Keep whether a value is rounded on the way to it: only formulas that are compared must be exact."""
@@ -124,8 +136,10 @@ class Elements:
             return  # what is whole or a boolean is read of nothing that is rounded
         before = [self.rounded[v] for v in value.inputs() if v in self.rounded]
         digits = int(2 / torch.finfo(value.dtype).eps)
-        if value.dtype.itemsize > 2 or result.is_number or is_mask(result) or self._within(result, -digits, digits):
+        if result.is_number or is_mask(result) or self._within(result, -digits, digits):
             here = False
+        elif value.dtype.itemsize > 2:
+            here = bool(result.is_integer) and self._leaves(result, digits, digits)
         elif isinstance(result, Load):
             here = value.op == "to" and value["self"].dtype != torch.bool
         else:
@@ -279,7 +293,7 @@ def _div(e: Elements, v: Value, index: Index) -> Any:
     rounding = v.args.get("rounding_mode")
     if rounding is None and v.op == "div":
         return fold(lambda x, y: x / y if y != 0 else _no("division by zero", v), a, b)
-    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v):
+    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v) or not _holds(_operating(v), a, b):
         return None
     if rounding == "trunc" and not nonnegative(a, e.ranges):
         return None
@@ -293,6 +307,22 @@ def _narrows(v: Value) -> bool:
     return bool(floating) and floating != dtypes and all(dtype.itemsize <= 2 for dtype in floating)
 
 
+def _holds(dtype: torch.dtype, *numbers: sympy.Expr) -> bool:
+    """Whether a dtype of whole numbers has these: what uint8 has of 256, which a comparison with it takes, is 0."""
+    return dtype.is_floating_point or all(rounded(x, dtype) == x for x in numbers if x.is_Integer)
+
+
+def _operating(v: Value) -> torch.dtype:
+    """The dtype in which an operation takes its two operands."""
+    a, b = (
+        torch.empty((1,) * min(x.ndim, 1), dtype=x.dtype, device="meta") if isinstance(x, Value)
+        else x if isinstance(x, (int, float)) else 1
+        for x in (v["self"], v["other"])
+    )  # fmt: skip
+    dtype: torch.dtype = torch.result_type(a, b)  # type: ignore[arg-type]
+    return dtype
+
+
 def _is_rounded(e: Elements, v: Value) -> bool:
     return any(x in e.rounded for x in v.inputs())
 
@@ -303,7 +333,7 @@ def _no(reason: str, *culprits: object) -> Any:
 
 def _mod(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
-    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v):
+    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v) or not _holds(_operating(v), a, b):
         return None
     if v.op == "fmod" and not nonnegative(a, e.ranges):
         return None
@@ -314,7 +344,13 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
     if S in a.free_symbols or S in b.free_symbols:
         raise Miss("scores are compared", v)
-    if not (_exact(a) and _exact(b)) or _narrows(v) or e.told_apart(v["self"], b) or e.told_apart(v["other"], a):
+    if (
+        not (_exact(a) and _exact(b))
+        or _narrows(v)
+        or not _holds(_operating(v), a, b)
+        or e.told_apart(v["self"], b)
+        or e.told_apart(v["other"], a)
+    ):
         return None
     loads = a.atoms(Load) | b.atoms(Load)
     if any(e.loads[load.operand].dtype.is_floating_point for load in loads):
@@ -606,7 +642,7 @@ def _extremum(e: Elements, v: Value, index: Index) -> Any:
     if "other" not in v.args:
         return _row_statistic(e, v, index)
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
-    return (sympy.Max if v.op in ("maximum", "max") else sympy.Min)(a, b)
+    return (sympy.Max if v.op in ("maximum", "max") else sympy.Min)(a, b) if _holds(v.dtype, a, b) else None
 
 
 def _row_statistic(e: Elements, v: Value, index: Index) -> Any:
@@ -630,7 +666,10 @@ def _clamp(e: Elements, v: Value, index: Index) -> Any:
     x = e.numeric(v["self"], index, v.shape)
     for bound, f in (("min", sympy.Max), ("max", sympy.Min)):
         if v.args.get(bound) is not None:
-            x = f(x, e.numeric(v[bound], index, v.shape))
+            limit = e.numeric(v[bound], index, v.shape)
+            if not _holds(v.dtype, limit):
+                return None
+            x = f(x, limit)
     return x
 
 
