@@ -95,18 +95,21 @@ class Program:
 
 
 def _as_is(dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """Computes something of inputs of that dtype as eager does, also in the midst of fp64."""
+    """Computes something of inputs of that dtype as eager does, also in the midst of fp64. coarse: but for fractions,
+    which eager rounds to few digits, and others need not."""
 
-    def as_is(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    def as_is(compute: Callable[..., torch.Tensor], *inputs: torch.Tensor, coarse: bool = False) -> torch.Tensor:
         if torch.get_default_dtype() != torch.float64:
             return compute(*inputs)
         torch.set_default_dtype(torch.float32)
         try:
             with _disable_current_modes():
                 result = compute(*[x.to(dtype) for x in inputs])
-                return result.double() if result.is_floating_point() else result
         finally:
             torch.set_default_dtype(torch.float64)
+        if not result.is_floating_point():
+            return result
+        return compute(*inputs) if coarse or dtype.itemsize == 2 else result.double()
 
     return as_is
 
@@ -164,9 +167,9 @@ class Writer:
         """A name of what is computed of inputs and sizes alone, and in the dtypes that the text names."""
         name = f"n{len(self.lines)}"
         inputs = ", ".join(dict.fromkeys(re.findall(r"\bx\d+\b", text)))
-        self.line(
-            f"{name} = {text}", f"{name} = as_is(lambda {inputs}: {text}, {inputs})".replace("lambda :", "lambda:")
-        )
+        lambda_ = f"lambda {inputs}: {text}" if inputs else f"lambda: {text}"
+        coarse = bool(re.search("bfloat16|float16|half", text))
+        self.line(f"{name} = {text}", f"{name} = as_is({lambda_}, {f'{inputs}, ' if inputs else ''}coarse={coarse})")
         return name
 
     def permuted(self, shape: list[int]) -> tuple[list[int], list[int]]:
