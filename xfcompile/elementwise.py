@@ -319,7 +319,7 @@ def _operating(v: Value) -> torch.dtype:
         else x if isinstance(x, (int, float)) else 1
         for x in (v["self"], v["other"])
     )  # fmt: skip
-    dtype: torch.dtype = torch.result_type(a, b)  # type: ignore[arg-type]
+    dtype: torch.dtype = torch.result_type(a, b)
     return dtype
 
 
