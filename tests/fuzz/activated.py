@@ -146,7 +146,7 @@ def _activation(w: Writer, s: _State) -> None:
 
 
 def _number(w: Writer, s: _State) -> None:
-    if not s.dropped and w.chance(20):
+    if not s.dropped and w.chance(15):
         _whole(w, s)
         return
     w.line(

@@ -43,7 +43,7 @@ def blocks(draw: Draw) -> Program:
     if w.chance(50):
         s.masked = True
         length = Length(s.length, w.one(str(s.length), "x.shape[1]"))
-        whole = predicate(w, length, length) if w.chance(30) else "keep"
+        whole = predicate(w, length, length) if w.chance(15) else "keep"
         w.line(f"keep = {whole}" if whole != "keep" else w.one(
             f"keep = torch.ones({s.length}, {s.length}, dtype=torch.bool).tril()", f"keep = ({w.extra(s.batch, 1, 1, s.length)} > -0.8) | (torch.arange({s.length}) == 0)",
             f"keep = torch.arange({s.length})[:, None] >= torch.arange({s.length})", f"keep = (torch.arange({s.length})[:, None] - torch.arange({s.length})).abs() < 2",

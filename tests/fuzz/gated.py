@@ -47,7 +47,7 @@ def gated(draw: Draw) -> Program:
     safe = ["x", "g", "u"]  # what is written in place must not be a leaf
     if w.hazard(40):
         w.one(_moved, _moved, _scaled)(w, s, w.one("g", "u"))
-    if w.chance(12):
+    if w.chance(8):
         _whole(w, s, w.one("g", "u"))
     write(w, safe, 6)
     _activated(w, s)
