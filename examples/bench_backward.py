@@ -28,7 +28,7 @@ from rich.table import Table
 
 from xfcompile.bench import attention, columns
 from xfcompile.bench.programs import Sizes, programs, tensors
-from xfcompile.kernels.attention import fit, launch_backward
+from xfcompile.kernels.attention import backward_call, backward_layout, fit, launch_backward
 from xfcompile.kernels.attention.tiles import Tiles
 
 SIZES = (Sizes(4, 32, 4096, 64), Sizes(4, 16, 4096, 128))
@@ -69,7 +69,7 @@ class Trial:
     used: dict[str, Tiles] = field(default_factory=dict)
 
     def install(self) -> None:
-        chosen, launched = launch_backward.choose_backward, fit.launch
+        chosen, launched = backward_call.choose_backward, fit.launch
         asked: list[tuple[str, Tiles]] = []
 
         def choose(name: str, *about: Any) -> Tiles:
@@ -87,7 +87,7 @@ class Trial:
         def definition(*about: Any) -> Any:
             raise RuntimeError("no tiles fit")
 
-        launch_backward.choose_backward = choose  # type: ignore[assignment]
+        backward_call.choose_backward = choose  # type: ignore[assignment]
         launch_backward.by_definition = definition  # type: ignore[assignment]
         fit.launch = launch  # type: ignore[assignment]
 
@@ -118,7 +118,7 @@ def times(call: Callable[[], Any]) -> dict[str, float]:
 
 def measured(name: str, sizes: Sizes, trial: Trial, call: Callable[[], Any], timed: bool) -> list[dict[str, Any]]:
     trial.used.clear()
-    launch_backward.prepare.cache_clear()
+    backward_layout.prepare.cache_clear()
     about = {"program": name, "dim": sizes.dim, "candidate": trial.number}
     try:
         call()

@@ -26,13 +26,13 @@ from triton.compiler import ASTSource
 
 from xfcompile.bench.programs import Sizes, programs
 from xfcompile.kernels.attention import (
+    backward_layout,
     blocks,
     cache,
     codegen,
     decode,
     hopper,
     launch,
-    launch_backward,
     launch_decode,
     lists,
     prepare,
@@ -369,12 +369,12 @@ def compile_kernel(
     return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
 
 
-def backward_of(job: Job) -> launch_backward.Program:
+def backward_of(job: Job) -> backward_layout.Program:
     """Gradients of operands are wanted where the job is of the kernel of a load."""
     program = next(p for p in programs(job.dtype) if p.name == job.program)
     spec = program.spec(Sizes(4, 32, 4096, job.dim))
     needed = tuple(range(len(spec.operands))) if job.kernel == "load0" else ()
-    return launch_backward.prepare(prepare(spec), needed)
+    return backward_layout.prepare(prepare(spec), needed)
 
 
 def compile_backward(job: Job, target: GPUTarget, tiles: Tiles) -> Any:

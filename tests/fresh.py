@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xfcompile.kernels import asked
-from xfcompile.kernels.attention import cache, launch, launch_backward, lists
+from xfcompile.kernels.attention import backward_layout, cache, launch, lists
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.gated_mlp import launch as gated_launch
 
@@ -12,7 +12,7 @@ def forget() -> None:
     """No kernel was prepared, loaded or launched."""
     for module in (launch, gated_launch, lists):
         module._programs.clear()
-    made = (launch_backward.prepare, launch._module, gated_launch._module, bias_launch._module, launch_backward._module)
+    made = (backward_layout.prepare, launch._module, gated_launch._module, bias_launch._module, backward_layout._module)
     more = (lists._kernels, bias_launch.source_of_kernel, cache._private_directory, cache._warn_of_a_change)
     for cached in (*made, *more):
         cached.cache_clear()

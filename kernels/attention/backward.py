@@ -36,9 +36,10 @@ from xfcompile.kernels.attention.backward_text import (
     TALL,
 )
 from xfcompile.kernels.attention.codegen import times
+from xfcompile.kernels.attention.forward_text import FUNCTIONS, HEAD, HELPERS
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient, gradients
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
-from xfcompile.kernels.attention.template import HEAD, HELPERS, returned, wrapped
+from xfcompile.kernels.attention.template import returned, wrapped
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import ScoreSpec
 
@@ -206,7 +207,7 @@ class _Writer:
         text = "\n\n".join(
             [
                 head + HEAD.format(spec=template.literal(fields)),
-                template.FUNCTIONS,
+                FUNCTIONS,
                 HELPER,
                 *([philox.TEXT] if self.random else []),
                 *(HELPERS[name] for name in sorted(self.helpers)),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import launch, launch_backward, lists, reference
+from xfcompile.kernels.attention.backward_layout import Gradients, Needs, outputs
 from xfcompile.kernels.attention.launch import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
 from xfcompile.kernels.registration import Site, refused, register
@@ -257,8 +258,8 @@ def _backward_cuda(
     seed: Tensor | None = None,
     stream: int = 0,
     site: Site | None = None,
-) -> launch_backward.Gradients:
-    wanted = launch_backward.Needs.of(needs)
+) -> Gradients:
+    wanted = Needs.of(needs)
     listed = (tiles, tiles_by_key, block_m, block_n)
     tensors = (dout, q, k, v, out, lse, operands)
     return launch_backward.run(*tensors, ints, floats, kernel, wanted, *listed, seed, stream, site)
@@ -282,11 +283,11 @@ def _backward_cpu(
     block_n: int = 0,
     seed: Tensor | None = None,
     stream: int = 0,
-) -> launch_backward.Gradients:
+) -> Gradients:
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
         more = (tiles, tiles_by_key, block_m, block_n, seed, stream)
         return _backward_cuda(dout, q, k, v, out, lse, operands, ints, floats, kernel, needs, *more)
-    wanted = launch_backward.Needs.of(needs)
+    wanted = Needs.of(needs)
     return launch_backward.by_definition(dout, q, k, v, operands, ints, floats, kernel, wanted, seed, stream)
 
 
@@ -303,8 +304,8 @@ def _backward_fake(
     kernel: str,
     needs: Sequence[bool],
     *rest: Any,
-) -> launch_backward.Gradients:
-    return launch_backward.outputs(q, k, v, operands, launch_backward.Needs.of(needs))
+) -> Gradients:
+    return outputs(q, k, v, operands, Needs.of(needs))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

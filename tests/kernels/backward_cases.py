@@ -10,8 +10,8 @@ from attention_cases import CASES, Case, Inputs, call, error
 from torch import Tensor
 
 from xfcompile.kernels.attention import launch_backward, prepare, reference
+from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.gradient import gradients, why_not
-from xfcompile.kernels.attention.launch_backward import Needs
 
 DIFFERENTIABLE = [case for case in CASES if why_not(case.spec) is None]
 

@@ -17,7 +17,7 @@ import xfcompile
 from xfcompile import activation
 from xfcompile.activation import X
 from xfcompile.kernels.attention import attention, fit, launch, launch_backward, lists, prepare, reference
-from xfcompile.kernels.attention.launch_backward import Needs
+from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.tiles import Tiles
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.bias_act_dropout import linear_act_dropout, supports, text_of
@@ -97,7 +97,7 @@ def test_gradients_whose_tiles_do_not_fit_are_their_definition(monkeypatch: pyte
     needs = Needs(True, True, True, tuple(floating(x)))
     arguments = (dout, x.q, x.k, x.v, out, lse, x.operands, x.ints, x.floats, key, needs)
     usual = launch_backward.run(*arguments)
-    monkeypatch.setattr(launch_backward._Call, "fill", unfit)
+    monkeypatch.setattr(launch_backward, "_fill", unfit)
     made, said, reported = told(lambda: launch_backward.run(*arguments))
     assert len(said) == 1 and "gradients" in said[0] and len(reported) == 1
     for ours, theirs in zip([*made[:3], *made[3]], [*usual[:3], *usual[3]], strict=True):

@@ -19,7 +19,7 @@ from triton.backends.nvidia import driver
 
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.attention import launch, launch_backward, lists, prepare, repeat
+from xfcompile.kernels.attention import backward_layout, launch, lists, prepare, repeat
 from xfcompile.kernels.attention.repeat import MANY_DESCRIPTORS, Described, Launch, encode_once
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
@@ -326,7 +326,7 @@ def test_gradients_of_attention(name: str, repeating: None, monkeypatch: pytest.
     case = named(name)
     made = variants(case, SMALL)
     needed = tuple(floating(made[0]))
-    program = launch_backward.prepare(prepare(case.spec), needed)
+    program = backward_layout.prepare(prepare(case.spec), needed)
     BACKWARDS[:] = [program.layouts]
 
     def run(x: Inputs, lay: Callable[[Tensor], Tensor] = lambda dout: dout) -> list[Tensor]:

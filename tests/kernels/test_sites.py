@@ -15,7 +15,7 @@ from torch import Tensor
 from xfcompile import activation
 from xfcompile.activation import X
 from xfcompile.kernels.attention import fit, launch, launch_backward, lists, prepare
-from xfcompile.kernels.attention.launch_backward import Needs
+from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.bias_act_dropout import op as bias_op
 from xfcompile.kernels.bias_act_dropout import text_of
@@ -31,7 +31,7 @@ CASE = named("bias_bhij")
 def asked(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> list[str]:
     """What looks at layouts."""
     found: list[str] = []
-    for module, name in ((launch, "layout_of"), (launch_backward, "_layout")):
+    for module, name in ((launch, "layout_of"), (launch_backward, "layout_of")):
         original = getattr(module, name)
 
         def noting(*given: Any, name: str = name, original: Any = original) -> Any:

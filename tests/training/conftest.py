@@ -42,6 +42,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
     from step import Launches
 
     from xfcompile.kernels.attention import launch, launch_backward
+    from xfcompile.kernels.attention.backward_layout import Needs
 
     seen = Launches()
     forward, backward = launch.run, launch_backward.run
@@ -51,7 +52,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
         return forward(*args, **kwargs)
 
     def counted_backward(*args: Any, **kwargs: Any) -> Any:
-        seen.needs += [x for x in (*args, *kwargs.values()) if isinstance(x, launch_backward.Needs)]
+        seen.needs += [x for x in (*args, *kwargs.values()) if isinstance(x, Needs)]
         return backward(*args, **kwargs)
 
     monkeypatch.setattr(launch, "run", counted_forward)

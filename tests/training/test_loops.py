@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import xfcompile
-from xfcompile.kernels.attention.launch_backward import Needs
+from xfcompile.kernels.attention.backward_layout import Needs
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,0 +1,202 @@
+"""One backward: its tensors, the launches of its two main kernels, and what all of its kernels have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfcompile.evaluate import Evaluator
+from xfcompile.kernels.attention import fit, launch, lists, reference
+from xfcompile.kernels.attention.backward_layout import Layout, Needs, Program
+from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.attention.tiles import (
+    INTERPRETED,
+    Tiles,
+    choose_backward,
+    columns,
+    device_generation,
+    smaller,
+)
+
+
+class Call:
+    """One backward: its tensors, and what its kernels have in common."""
+
+    def __init__(
+        self,
+        program: Program,
+        layout: Layout,
+        needs: Needs,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
+        ints: Sequence[int],
+        floats: Sequence[float],
+        random: tuple[Any, ...],
+    ) -> None:
+        self.random = random
+        self.program, self.layout, self.needs = program, layout, needs
+        self.dout, self.q, self.k, self.v, self.out, self.lse = dout, q, k, v, out, lse
+        self.operands = operands
+        self.forward = launch.program(program.forward)
+        self.scalars = self.forward.numbers(ints, floats)
+        self.ints, self.floats = ints, floats
+        self.batch, self.heads, self.lq, self.dq = q.shape
+        self.kv_heads, self.lk, self.dv = k.shape[1], k.shape[2], v.shape[3]
+        self.interpreted = q.device.type == "cpu"
+        self.exact = layout.exact
+        # Of each row what its weights are made of, its maximum (and, in `inverse`, one over its sum) or its
+        # log-sum-exp; and delta.
+        self.pair = layout.pair()
+        self.inverse = layout.inverse() if self.exact else lse
+        self.lists: tuple[Tensor, Tensor] | None = None
+        self.sizes: tuple[int, int] | None = None
+
+    def listed(self, tiles: Tensor | None, tiles_by_key: Tensor | None, block_m: int, block_n: int) -> None:
+        """Takes the lists of tiles, or makes them where they are worth their while."""
+        mask = self.forward.mask
+        if mask is None:
+            return
+        if tiles is None or tiles_by_key is None:
+            block_m, block_n = launch.tile_sizes(
+                self.program.forward, self.q.device, self.q.dtype, self.dq, self.dv, self.lq
+            )
+            if -(-self.lk // block_n) <= launch.FEW_TILES:
+                return
+            values = launch.mask_values(self.forward, self.operands, self.scalars)
+            shape = (self.batch, self.heads, self.lq, self.lk)
+            made = [lists.run(self.q, *values, shape, block_m, block_n, mask, by_key=x) for x in (False, True)]
+            tiles, tiles_by_key = made
+        self.lists, self.sizes = (tiles, tiles_by_key), (block_m, block_n)
+
+    def launch(self, name: str, tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """One of the two main kernels. made: what it writes to and has strides of."""
+        tensors = [*tensors, *self.operands]
+        free = self.scalars
+        if self.program.made.listed:
+            given = None if self.lists is None else self.lists[0 if name == "dq" else 1]
+            tensors.append(self.q if given is None else given)
+            free = [*free, *lists.steps(given)]
+        if self.random:
+            tensors.append(self.random[0])
+            free = [*free, self.random[1]]
+        ready = self.layout.launches.get(name)
+        if ready is None:
+            self._first(name, tensors, free, made)
+        else:
+            ready(tensors, free)
+
+    def _first(self, name: str, tensors: Sequence[Tensor], free: Sequence[Any], made: Sequence[Tensor]) -> None:
+        """Programs for blocks of queries or of keys, of each batch and head."""
+        flags: dict[str, Any]
+        if name == "dq":
+            flags = {
+                "NEED_DQ": self.needs.q,
+                "LOOP": self.needs.q or bool(self.layout.rows),
+                "ALWAYS": self.q.dtype == torch.float32,
+            }
+            strided = [self.q, self.k, self.v, self.out, self.dout, *made]
+            length, heads = self.lq, self.heads
+        else:
+            flags = {
+                "NEED_DX": self.needs.k or bool(self.layout.columns),
+                "NEED_DK": self.needs.k,
+                "NEED_DV": self.needs.v,
+            }
+            strided = [self.q, self.k, self.v, self.dout, *made]
+            length, heads = self.lk, self.kv_heads
+        numbers = [stride for x in strided for stride in x.stride()]
+        numbers += [self.heads, self.heads // self.kv_heads, self.lq, self.lk]
+        numbers += [stride for x in self.operands for stride in x.stride()]
+
+        def with_tiles(sizes: Tiles) -> Any:
+            constants = self.constants(sizes) | flags
+            if self.program.made.listed:
+                m, n = self.sizes or (sizes.block_m, sizes.block_n)
+                constants |= {
+                    "LISTED": self.lists is not None,
+                    "PARTS_M": m // sizes.block_m,
+                    "PARTS_N": n // sizes.block_n,
+                }
+            programs = self.batch * heads * -(-length // (sizes.block_m if name == "dq" else sizes.block_n))
+            return self.made(name, programs, numbers, constants, sizes, tensors)
+
+        self._fitting(name, with_tiles, tensors, free)
+
+    def constants(self, sizes: Tiles) -> dict[str, Any]:
+        wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted)
+        return {
+            "DQ": self.dq,
+            "DV": self.dv,
+            "BLOCK_DQ": wide_q,
+            "BLOCK_DV": wide_v,
+            "PRECISION": launch.precision(self.q.dtype),
+            "UPCAST": self.interpreted and self.q.dtype == torch.bfloat16,
+            "EXACT": self.exact,
+            "EDGE_M": self.lq % sizes.block_m != 0,
+            "EDGE_N": self.lk % sizes.block_n != 0,
+            "FAST": launch.speed(self.program.spec, self.q),
+            "BLOCK_M": sizes.block_m,
+            "BLOCK_N": sizes.block_n,
+        }
+
+    def made(
+        self,
+        name: str,
+        programs: int,
+        numbers: Sequence[int],
+        constants: dict[str, Any],
+        sizes: Tiles,
+        tensors: Sequence[Tensor],
+    ) -> Launch:
+        kernel = self.program.kernel(name, self.interpreted)
+        ordered = {x: constants[x] for x in kernel.arg_names if x in constants}
+        options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+        kind = (name, *ordered.items(), sizes, self.q.device, *[x.dtype for x in tensors])
+        compiled = self.program.compiled.setdefault(kind, {})
+        return Launch(kernel, programs, numbers, ordered, options, made=compiled)
+
+    def _fitting(
+        self, name: str, make: Callable[[Tiles], Launch], tensors: Sequence[Tensor], free: Sequence[Any]
+    ) -> None:
+        """Launches with the tiles that were found to fit, and remembers that launch; at first, finds them by
+        launching."""
+        made: dict[Tiles, Launch] = {}
+
+        def launch_with(tiles: Tiles) -> Any:
+            made[tiles] = make(tiles)
+            return made[tiles](tensors, free)
+
+        self.layout.launches[name] = made[self.tiles(name, launch_with)]
+
+    def tiles(self, name: str, launch_with: Callable[[Tiles], Any]) -> Tiles:
+        listed = self.sizes if name in ("dq", "dkdv") else None
+        if self.interpreted:
+            wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
+            launch_with(wanted)
+            return wanted
+        kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
+
+        def find() -> Tiles:
+            kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)
+            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
+            if listed is not None:
+                first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+            # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
+            return fit.launch(launch_with, ((first,), smaller(first)), self.q, self.dv)
+
+        return fit.remembered(self.program.fitting, kind, launch_with, find)
+
+    def evaluator(self) -> Evaluator:
+        shape, device = (self.batch, self.heads, self.lq, self.lk), self.q.device
+        return reference.evaluator(
+            self.program.spec, shape, self.operands, self.ints, self.floats, torch.float32, device
+        )

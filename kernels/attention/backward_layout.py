@@ -1,0 +1,206 @@
+"""What is known of a backward before it is called: its kernels, what is wanted, what tensors of one layout share."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfcompile.kernels.attention import backward, cache, fit, launch
+from xfcompile.kernels.attention.backward import Backward
+from xfcompile.kernels.attention.gradient import Gradients as Found
+from xfcompile.kernels.attention.gradient import LoadGradient
+from xfcompile.kernels.attention.repeat import Blank, Launch
+from xfcompile.kernels.attention.tiles import Tiles, Trait
+from xfcompile.score import POSITION, I, J, Load
+from xfcompile.site import ScoreSpec
+
+log = logging.getLogger(__name__)
+
+LISTED_APART = 64
+"""Tiles of lists that are no larger have tiles of their own in `tiles.BACKWARD`."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A generated backward in this process. forward: the key of the kernel that it is the backward of. needed: the
+    operands that it has gradients for. fitting: tiles that were found to fit. layouts: of tensors that there were.
+    compiled: what Triton made for several of these (see `Launch`)."""
+
+    key: str
+    forward: str
+    needed: tuple[int, ...]
+    made: Backward
+    fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
+    layouts: dict[object, Layout] = field(default_factory=dict)
+    compiled: dict[object, dict[object, Any]] = field(default_factory=dict)
+
+    @property
+    def spec(self) -> ScoreSpec:
+        return launch.program(self.forward).spec
+
+    def traits(self, name: str, listed: tuple[int, int] | None) -> list[Trait]:
+        """What the tiles of a kernel are chosen by. listed: the sizes of the tiles of a list."""
+        if name.startswith("load"):
+            kind = self.made.gradients.loads[int(name.removeprefix("load"))].kind
+            return ["dense" if kind == "dense" else "diagonal"]
+        found: list[Trait] = []
+        if self.spec.band.lower is not None:
+            found.append("window")
+        if listed is not None and max(listed) <= LISTED_APART:
+            found.append("listed")
+        if any({I, J} <= load.free_symbols for load in self.spec.score.atoms(Load)):
+            found.append("dense")
+        return [*found, "linear" if self.made.slope is not None else "other"]
+
+    def kernel(self, name: str, interpreted: bool) -> Any:
+        return getattr(_module(self.forward, self.needed, interpreted), f"attention_backward_{name}")
+
+
+@functools.cache
+def prepare(forward: str, needed: tuple[int, ...]) -> Program:
+    """Generates the backward of a prepared kernel, with gradients by these operands, and stores its source.
+
+    Raises evaluate.Unsupported where the score cannot be differentiated.
+    """
+    prepared = launch.program(forward)
+    made = backward.generate(prepared.spec, needed)
+    key = cache.key_of(made.text)
+    log.info("attention backward %s: slope %s", cache.store(made.text), made.gradients.slope)
+    return Program(key, forward, needed, made)
+
+
+@functools.cache
+def _module(forward: str, needed: tuple[int, ...], interpreted: bool) -> ModuleType:
+    program = prepare(forward, needed)
+    name = f"xfcompile_attention_backward_{program.key}{'_interpreted' if interpreted else ''}"
+    return cache.load(cache.store(program.made.text), name)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted: of q, k, v, and of operands by their numbers."""
+
+    q: bool
+    k: bool
+    v: bool
+    operands: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(flags: Sequence[bool]) -> Needs:
+        """From a flag for each of q, k, v and the operands."""
+        return _needs(tuple(flags))
+
+
+@functools.cache
+def _needs(flags: tuple[bool, ...]) -> Needs:
+    q, k, v, *rest = flags
+    return Needs(q, k, v, tuple(n for n, needed in enumerate(rest) if needed))
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+"""dq, dk, dv and one for each operand; those that are not wanted are empty."""
+
+
+def outputs(q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], needs: Needs) -> Gradients:
+    """Memory for the gradients, laid out as what they are of; empty where none is wanted."""
+
+    def like(x: Tensor, wanted: bool) -> Tensor:
+        return torch.empty_like(x) if wanted else x.new_empty((0,))
+
+    made = [like(x, n in needs.operands) for n, x in enumerate(operands)]
+    return like(q, needs.q), like(k, needs.k), like(v, needs.v), made
+
+
+def layout_of(
+    program: Program,
+    needs: Needs,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    operands: Sequence[Tensor],
+    tiles: Tensor | None,
+    tiles_by_key: Tensor | None,
+    block_m: int,
+    block_n: int,
+) -> Layout:
+    """What is remembered of tensors like these: of all that launches depend on, but where tensors are."""
+    key = (
+        needs, block_m, block_n, launch.precision(q.dtype) if q.dtype is torch.float32 else None,
+        *[(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, dout, lse, *operands)],
+        *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (tiles, tiles_by_key)],
+    )  # fmt: skip
+    found = program.layouts.get(key)
+    if found is None:
+        if len(program.layouts) >= launch.MANY_CALLS:
+            program.layouts.clear()
+        found = program.layouts[key] = Layout(program, needs, q, k, v, lse, operands)
+    return found
+
+
+class Layout:
+    """What a backward's calls with tensors of one layout have in common, found out at the first of them.
+
+    launches: of its kernels by their names, with tiles that fit. totals: of a kernel for a load the memory that it
+    writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
+    """
+
+    def __init__(
+        self, program: Program, needs: Needs, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, operands: Sequence[Tensor]
+    ) -> None:
+        dq, dk, dv, doperands = outputs(q, k, v, operands, needs)
+        self.own = [Blank.like(x) for x in (dq, dk, dv)]
+        self.of_operands = [Blank.like(x) for x in doperands]
+        self.empty = q.numel() == 0 or v.numel() == 0 or k.shape[2] == 0
+        self.exact = q.dtype == torch.float32 or program.made.exact
+        self.pair = Blank((*lse.shape, 2), lse.dtype, lse.device)
+        self.inverse = Blank(lse.shape, lse.dtype, lse.device)
+        self.row = Blank(q.shape[:3], torch.float32, q.device)
+        self.column = Blank((*q.shape[:2], k.shape[2]), torch.float32, q.device)
+        found = program.made.gradients
+        self.rows = [n for n, _ in found.of("rows")]
+        self.columns = [n for n, _ in found.of("columns")]
+        shape = (*q.shape[:3], k.shape[2])
+        self.direct = {
+            n: place for n, x in enumerate(found.loads) if (place := _direct(found, x, doperands, shape)) is not None
+        }
+        whole = {found.loads[n].load.operand for n in self.direct}
+        self.added_to = [n for n in range(len(doperands)) if n not in whole]
+        self.launches: dict[str, Launch] = {}
+        self.unavailable: fit.Unavailable | None = None
+        self.totals: dict[str, Blank] = {}
+
+    def outputs(self) -> Gradients:
+        """As the function of this name makes them."""
+        dq, dk, dv = self.own
+        return dq(), dk(), dv(), [blank() for blank in self.of_operands]
+
+
+Place = tuple[list[int], list[int]]
+"""Sizes and strides."""
+
+
+def _direct(found: Found, x: LoadGradient, doperands: Sequence[Tensor], shape: Sequence[int]) -> Place | None:
+    """The gradient of an operand as [b, h, i, j], where a kernel can write it as it is: each element is read once, and
+    that by one load."""
+    of_operand = [y for y in found.loads if y.load.operand == x.load.operand]
+    if x.kind != "dense" or len(of_operand) > 1 or not all(i == 0 or i in x.axes for i in x.load.indices):
+        return None
+    doperand = doperands[x.load.operand]
+    sizes = dict(zip(POSITION, shape, strict=True))
+    if doperand.shape != tuple(sizes.get(i, 1) for i in x.load.indices):
+        return None
+    steps = {i: d for d, i in enumerate(x.load.indices) if i != 0}
+    if len(steps) != len(x.axes):
+        return None
+    strides = [doperand.stride(steps[p]) if p in steps else 0 for p in POSITION]
+    return [sizes[p] if p in steps else 1 for p in POSITION], strides
