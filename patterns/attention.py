@@ -58,7 +58,7 @@ def _written_out(value: Value) -> tuple[Value, int] | None:
         return None
     unsqueezed = bottom.op == "reshape"
     total = bottom["self"] if unsqueezed else bottom
-    if total.op != "sum" or total["self"] is not top:
+    if total.op != "sum" or total["self"] is not top or not total.dtype.is_floating_point:
         return None
     dims = total.args.get("dim")
     if not isinstance(dims, tuple) or len(dims) != 1:
@@ -79,15 +79,13 @@ _CARRIES = frozenset({"to", "dropout", "reshape", "permute", "expand", "slice", 
 def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[Contraction]:
     """The products that the softmax's weights go into, through casts, dropout and views."""
     todo = [anchor]
-    seen: set[tuple[Value, Value]] = set()
     while todo:
         value = todo.pop()
         for user in users.get(value, ()):
             if user.op in _CARRIES and user["self"] is value:
                 todo.append(user)
-            if user.op not in CONTRACTIONS or (value, user) in seen:
+            if user.op not in CONTRACTIONS:
                 continue
-            seen.add((value, user))
             found = contraction(user)
             if found is None:
                 continue
@@ -113,7 +111,7 @@ def _at_product(anchor: Value, product: Contraction) -> AttentionSite:
 
 def _splits(anchor: Value, product: Contraction) -> Iterator[tuple[Any, Any]]:
     """Ways to see one flattened batch axis of the product as (b, h)."""
-    if product.value.ndim != 3 or len(product.out_labels) != 3:
+    if product.value.ndim != 3:
         return
     sources = [_softmax_of(anchor)[0], product.rhs["self"] if product.rhs.op == "reshape" else product.rhs]
     for source in sources:
@@ -140,10 +138,9 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     substitution: dict[sympy.Symbol, sympy.Expr]
     runs: dict[str, tuple[sympy.Symbol, ...]]
     if split is not None:
-        if len(lead_labels) != 1:
-            raise Miss("no flattened batch axis to split", product.value)
+        (batch,) = lead_labels
         lead, substitution = (B, H), {}
-        runs = {lead_labels[0]: (B, H)}
+        runs = {batch: (B, H)}
         sizes = {B: integer(split[0]), H: integer(split[1])}
     else:
         lead, substitution = _lead_axes([size[c] for c in lead_labels])
@@ -161,8 +158,8 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     scores, softmax_axis = _softmax_of(anchor)
     if index[softmax_axis] != J:
         raise Miss("softmax runs over another axis than the one that meets the values", anchor)
-    if any(J in x.free_symbols for k, x in enumerate(index) if k != softmax_axis):
-        raise Miss("the weights are reordered between softmax and values", anchor)
+    others = (*index[:softmax_axis], *index[softmax_axis + 1 :])
+    assert not any(J in x.free_symbols for x in others), "views put no axis into two dimensions"
     columns, keys = integer(scores.shape[softmax_axis]), sizes[J]
     dot, elements, score, (q, k) = _score(scores, index, ranges, columns, lead)
     sink = None
@@ -171,8 +168,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
             raise Miss("the softmax has more columns than there are keys", anchor)
         extra = tuple(keys if k == softmax_axis else x for k, x in enumerate(index))
         sink = without_row_shift(as_number(elements.at(scores, extra)))
-        if S in sink.free_symbols or J in sink.free_symbols:
-            raise Miss("the extra column of the softmax depends on the keys", anchor)
+        assert not sink.free_symbols & {S, J}, "the scores are read at J alone, and nothing else was at it"
 
     v_index = tuple(
         sympy.S.Zero if values.shape[n] == 1 and size[c] != 1 else axis[c] for n, c in enumerate(product.rhs_labels)
@@ -213,7 +209,7 @@ def _vanishing(score: sympy.Expr) -> sympy.Expr:
 
 def _sdpa(call: Value) -> AttentionSite:
     q, k, v = call["query"], call["key"], call["value"]
-    if q.ndim < 2 or k.ndim != q.ndim or v.ndim != q.ndim:
+    if k.ndim != q.ndim or v.ndim != q.ndim:
         raise Miss("SDPA on tensors of different ranks", call)
     lead, substitution = _lead_axes([integer(n) for n in call.shape[:-2]])
     sizes = {s: integer(n) for s, n in zip(lead, call.shape[:-2], strict=True)}
@@ -414,7 +410,7 @@ def _back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Inde
                 raise Miss("the weights are dropped out twice", value)
             dropout = float(value["p"])
             value = value["self"]
-        elif value.op == "to":
+        elif value.op == "to" and value.dtype.is_floating_point:
             value = value["self"]
         elif value.op == "nan_to_num" and value.args.get("nan") in (None, 0):  # weights are never infinite
             value, zeroed = value["self"], True
@@ -476,8 +472,8 @@ def _dots(scores: Value) -> Iterator[Contraction]:
 
 def _query_and_key(dot: Contraction, elements: Elements, walk: Walk, lead: tuple[sympy.Symbol, ...]) -> tuple[Any, Any]:
     """Which operand of the product is the query, and what each dimension of both is."""
-    if dot.lhs is dot.rhs and dot.lhs_labels == dot.rhs_labels:
-        raise Miss("queries and keys are one tensor, contracted with itself", dot.value)
+    if not dot.value.dtype.is_floating_point:
+        raise Miss("a product of whole numbers, which may overflow", dot.value)
     if len(dot.summed) != 1:
         raise Miss("queries and keys are contracted over more than one axis", dot.value)
     index = elements.dot_index

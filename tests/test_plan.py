@@ -17,12 +17,15 @@ plan = importlib.import_module("xfcompile.plan")
 BIASED = plan.Told(sympy.S.One, sympy.Symbol("bias"), False, sympy.true)
 
 
-def objection(keys: Any, *, bias_grad: bool = True, call: object = None) -> str | None:
+def objection(
+    keys: Any, *, bias_grad: bool = True, device: str = "cuda", words: Any = BIASED, **fields: Any
+) -> str | None:
     site = SimpleNamespace(
-        call=call, dead="nan", alive=True, root=SimpleNamespace(dtype=torch.bfloat16), head_dim=64, value_dim=64,
-        dropout=0.0, keys=keys, rounding=None,
+        call=None, dead="nan", alive=True, root=SimpleNamespace(dtype=torch.bfloat16), head_dim=64, value_dim=64,
+        dropout=0.0, keys=keys, rounding=None, full=None,
     )  # fmt: skip
-    return plan._why_no_sdpa(site, BIASED, "cuda", bias_grad)  # type: ignore[no-any-return]
+    vars(site).update(fields)
+    return plan._why_no_sdpa(site, words, device, bias_grad)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("keys", [1024, sympy.Integer(257), sympy.Symbol("s0", integer=True)])
@@ -35,6 +38,35 @@ def test_sdpa_leaves_long_biases_that_need_a_gradient_to_inductor(keys: Any) -> 
 def test_sdpa_takes_short_biases_that_need_a_gradient() -> None:
     assert objection(144) is None
     assert objection(256) is None
+
+
+def test_sdpa_may_refuse_what_it_does_not_compute_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "math_sdp_enabled", lambda: False)
+    assert "switched off" in (objection(144) or "")
+    assert objection(144, call=object()) is None  # it is the program's own
+
+
+def test_sdpa_drops_out_on_gpus_alone() -> None:
+    assert "drops no weights out" in (objection(144, bias_grad=False, device="cpu", dropout=0.1) or "")
+    assert objection(144, bias_grad=False, dropout=0.1) is None
+
+
+def test_a_bias_that_is_larger_than_what_it_is_made_of_is_not_made_on_cpus() -> None:
+    """Of a table by batch and one by head: one of all scores."""
+    words = plan.Told(sympy.S.One, Load(0, B, J) + Load(1, H, J), False, sympy.true)
+    outer = sympy.symbols("p0 p1", integer=True)
+    assert "the size of all scores" in (
+        objection(64, bias_grad=False, device="cpu", words=words, lead=(*outer, H)) or ""
+    )
+    assert objection(64, bias_grad=False, device="cpu", words=words, lead=(B, H)) is None
+
+
+def test_our_kernel_drops_no_weights_of_rows_without_keys_out() -> None:
+    root = SimpleNamespace(meta=SimpleNamespace(device=torch.device("cpu")))
+    site = SimpleNamespace(dropout=0.25, dead="mean", alive=False, root=root)
+    assert "dropped out too" in plan._why_no_kernel(site, S, None, False, False)
+    site.alive = True
+    assert "interpreted" in plan._why_no_kernel(site, S, None, False, False)
 
 
 CACHED = sympy.Ne(Load(0, B, 0, 0, J), 0)

@@ -262,6 +262,8 @@ def _add(e: Elements, v: Value, index: Index) -> Any:
         e.masked_in.add(v.dtype)
     sign = -1 if v.op == "sub" else 1
     alpha = literal(v.args.get("alpha", 1))
+    if v.dtype == torch.bool:  # true and true are true, not 2
+        return sympy.Or(as_boolean(a), as_boolean(b)) if alpha == 1 else None
     return fold(lambda x, y: x + sign * alpha * y, a, b)
 
 
@@ -516,6 +518,8 @@ def _triangle(e: Elements, v: Value, index: Index) -> Any:
 
 
 def _pad(e: Elements, v: Value, index: Index) -> Any:
+    if v.args.get("mode", "constant") != "constant":
+        return None
     source = list(index)
     pad = v["pad"]
     inside: Any = sympy.true

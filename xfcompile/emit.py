@@ -257,6 +257,8 @@ class Emitter:
         if isinstance(expr, Load):
             return self._load(expr, site)
         if isinstance(expr, Where):
+            if not expr.args[0].has(Load, *POSITION):
+                raise Miss("a choice that sizes make has no tensor form here")
             return self.call(torch.where, *self._tensors(expr.args, site))
         if isinstance(expr, (sympy.And, sympy.Or, sympy.Xor)):
             combine = {sympy.And: torch.logical_and, sympy.Or: torch.logical_or, sympy.Xor: torch.logical_xor}[
@@ -277,7 +279,7 @@ class Emitter:
             op = operator.floordiv if isinstance(expr, FloorDiv) else operator.mod
             return self.call(op, sub(expr.args[0]), sub(expr.args[1]))
         if isinstance(expr, sympy.Abs):
-            return self.call(torch.abs, sub(expr.args[0]))
+            return self.call(torch.abs, *self._tensors(expr.args, site))
         if _is_extremum(expr):
             extreme = torch.minimum if _is_least(expr) else torch.maximum
             return self._chain(extreme, self._tensors(expr.args, site))
@@ -297,7 +299,8 @@ class Emitter:
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node holds a tensor, and not a number."""
-        return node not in self.reading.numbers.values()
+        value = node.meta.get("example_value", node.meta.get("val"))
+        return node not in self.reading.numbers.values() if value is None else isinstance(value, torch.Tensor)
 
     def _device(self, site: AttentionSite) -> torch.device:
         return site.root.meta.device

@@ -35,7 +35,7 @@ def absorbing(x: float, dtype: torch.dtype) -> bool:
 
 def coarse(x: float, dtype: torch.dtype) -> bool:
     """Whether little is left of the scores that are added to a finite number in that dtype: -1e9 in fp32."""
-    return abs(x) < math.inf and spacing(x, dtype) >= COARSE
+    return spacing(x, dtype) >= COARSE
 
 
 _BOUNDED = CONTRACTIONS | frozenset(
@@ -47,7 +47,7 @@ next one."""
 
 _UNBOUNDED = frozenset("log log2 log10 log1p log_softmax logit reciprocal rsqrt pow exp exp2 expm1 empty".split())
 
-_POSITIONS = frozenset("slice narrow select".split())
+_POSITIONS = frozenset("slice slice_of narrow select select_of".split())
 """Operations whose numbers say where, not what."""
 
 

@@ -141,5 +141,5 @@ def without_row_shift(expr: sympy.Expr) -> sympy.Expr:
 
 
 def _is_shift(term: sympy.Expr) -> bool:
-    coefficient, rest = term.as_coeff_Mul()
-    return rest == ROW and coefficient.is_number
+    _, rest = term.as_coeff_Mul()
+    return rest == ROW

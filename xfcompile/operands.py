@@ -83,15 +83,11 @@ def place(
             current, index = step
         elif widened and current.op == "to" and _widens(current):
             current = current["self"]
-        elif scale and current.op in ("mul", "div") and _number(current) is not None:
-            n = _number(current)
-            assert n is not None
-            factor = factor * n if current.op == "mul" else factor / n
-            current = current["self"] if isinstance(current["self"], Value) else current["other"]
+        elif scale and current.op in ("mul", "div") and (scaled := _scaled(current)) is not None:
+            current, n = scaled
+            factor = factor * n
         else:
             current = None
-        if current is not None and len(index) != current.ndim:
-            break
     if not found:
         raise Miss("an operand is not laid out along the axes of the attention", value)
     return tuple(reversed(found))
@@ -104,27 +100,33 @@ def _feature_range(value: Value, index: Index) -> sympy.Expr | None:
     return None
 
 
+_WIDER = {
+    torch.float16: (torch.float32, torch.float64),
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
+
+
 def _widens(cast: Value) -> bool:
     """A cast that changes no number: half precision to single or double, single to double."""
-    order = {torch.float16: 0, torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
-    a, b = order.get(cast["self"].dtype), order.get(cast.dtype)
-    return a is not None and b is not None and a < b and cast["self"].meta.device == cast.meta.device
+    return cast.dtype in _WIDER.get(cast["self"].dtype, ()) and cast["self"].meta.device == cast.meta.device
 
 
-def _number(product: Value) -> sympy.Expr | None:
-    """The finite number that a tensor is multiplied or divided by."""
-    other = product["other"]
-    if isinstance(product["self"], Value) and product["self"].op == "full" and product.op == "mul":
-        other = product["self"]["fill"] if product["self"].ndim == 0 else None
-    if isinstance(other, Value):
-        other = other["fill"] if other.op == "full" and other.ndim == 0 else None
-    if other is None or isinstance(other, (bool, Value)) or product.args.get("rounding_mode") is not None:
+def _scaled(product: Value) -> tuple[Value, sympy.Expr] | None:
+    """The tensor that a product or a quotient is made of, and the finite number by which it is multiplied."""
+    if product.args.get("rounding_mode") is not None:
         return None
-    n = literal(other)
-    if product.op == "div" and n == 0:
-        return None
-    tensor = product["self"] if isinstance(product["self"], Value) else product["other"]
-    return n if n.is_number and n.is_finite and n != 0 and tensor.dtype.is_floating_point else None
+    sides = [(product["self"], product["other"])]
+    if product.op == "mul":
+        sides.append((product["other"], product["self"]))
+    for tensor, other in sides:
+        number = other["fill"] if isinstance(other, Value) and other.op == "full" and other.ndim == 0 else other
+        if isinstance(number, Value) or not tensor.dtype.is_floating_point:
+            continue
+        n = literal(number)
+        if n.is_number and n.is_finite and n != 0:
+            return tensor, n if product.op == "mul" else 1 / n
+    return None
 
 
 def _placed(
@@ -146,8 +148,7 @@ def _placed(
         picks.append(pick)
         groups += group
     flat = [a for axes in dims for a in axes]
-    if len(set(flat)) != len(flat):
-        return None
+    assert len(set(flat)) == len(flat), "views put no axis into two dimensions"
     for needed in (row, D):
         if needed not in flat and ranges.get(needed, sympy.S.One) != 1:
             return None

@@ -190,8 +190,8 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "SDPA's math backend is switched off, and the others may refuse"
     if words.keep == sympy.false:
         return "no key is kept at all"
-    if site.dead == "unknown" and not site.alive:
-        return "a row may see no key, and what it gets has no simple rule"
+    if site.full is not None and words.rest == 0 and not site.alive:
+        return "a row may see no key, and what it scores may be as low as a masked key"
     if site.rounding in HALF:
         name = str(site.rounding).removeprefix("torch.")
         return f"a row may see no key, and gets what {name} leaves of its scores beside its masks"
@@ -248,8 +248,6 @@ def _why_no_kernel(
         return "all weights are dropped out"
     if site.dropout and site.dead == "mean" and not site.alive:
         return "the weights of rows that may see no key are dropped out too"
-    if site.dead == "unknown" and not site.alive:
-        return "a row may see no key, and what it gets has no simple rule"
     device = site.root.meta.device
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"

@@ -6,6 +6,7 @@ A node is traced alone (`trace`), its ATen calls become `Value`s, and writes are
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
@@ -79,7 +81,6 @@ class Scope:
 
 _SCOPES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_sdpa_kernel"}
 _BACKENDS = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION"}
-_DATA_DEPENDENT = {"nonzero", "item", "tolist", "unique", "unique_consecutive", "masked_select", "argwhere", "bincount"}
 
 
 class Reading:
@@ -140,7 +141,8 @@ class Reading:
     # -- what is asked of a reading -------------------------------------------------------------------------
 
     def value(self, node: fx.Node, time: int | None = None) -> Value | None:
-        """What a node's tensor holds, just before node number `time` (default: right after the node itself)."""
+        """What a node's tensor holds, just before node number `time` (default: right after the node itself). None of
+        what is no tensor, or no node."""
         cell = self.cells.get(node)
         if not isinstance(cell, Cell):
             return None
@@ -278,11 +280,9 @@ class Reading:
         return [self.cells.get(x) if isinstance(x, fx.Node) else x for x in flat], spec
 
     def _program(self, node: fx.Node) -> Program | None:
-        if _name(node) in _DATA_DEPENDENT:
+        if _makes_sizes(node):
             return None
         fn = _callable(node, self.gm)
-        if fn is None:
-            return None
         flat, spec = pytree.tree_flatten(_opened((node.args, node.kwargs)))
         fakes = []
         for x in flat:
@@ -347,7 +347,8 @@ class Reading:
                 return tuple(operand(y) for y in x)
             if isinstance(x, Ref):
                 cell = cell_of(x)
-                return cell.value if cell is not None else None
+                assert cell is not None, "a result that is no tensor is no argument of what comes next in a node"
+                return cell.value
             if isinstance(x, External):
                 return self.values.leaf(x.meta, "a module's own")
             return self.values.constant(x) if isinstance(x, Constant) else x
@@ -544,27 +545,28 @@ class Reading:
     def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
         """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its
         forward and its backward compute. What is made of it has the gradient that its author wrote."""
-        example = _example(node)
-        results = example if isinstance(example, (tuple, list)) else (example,)
-        if len(bodies) != 2 or len(results) != 1 or not all(isinstance(c, Cell) for c in operands):
+        if not all(isinstance(c, Cell) for c in operands):
             return False
         given = [c.value for c in operands]
-        forward = self._inner(bodies[0], given)
+        forwards, backwards = bodies
+        forward = self._inner(forwards, given)
         outs, saved = _pair(forward)
-        if len(outs) != 1 or None in saved or not isinstance(results[0], torch.Tensor):
+        if len(outs) != 1:
             return False
-        grad = self.values.leaf(meta_of(results[0]), "gradient")
-        backward = self._inner(bodies[1], [grad, *saved])
-        expected = sum(n.op == "placeholder" for n in bodies[1].graph.nodes)
+        example = _example(node)
+        packed = isinstance(example, (tuple, list))
+        meta = meta_of(example[0] if packed else example)
+        grad = self.values.leaf(meta, "gradient")
+        backward = self._inner(backwards, [grad, *saved])
+        expected = sum(n.op == "placeholder" for n in backwards.graph.nodes)
         if expected != 1 + len(saved) or not (_is_pure(forward) and _is_pure(backward)):
             return False
-        gradients = tuple(backward.value(n) for n in _outputs(backward) if isinstance(n, fx.Node))
-        if len(gradients) != len(given) or None in (*outs, *gradients):
+        gradients = tuple(backward.value(n) for n in _outputs(backward))
+        if len(gradients) != len(given) or None in gradients:
             return False
         args = {"args": tuple(given), "forward": outs[0], "grad": grad, "backward": gradients}
-        value = self.values.intern("custom_gradient", args, meta_of(results[0]))
+        value = self.values.intern("custom_gradient", args, meta)
         self.steps.setdefault(value, node)
-        packed = isinstance(example, (tuple, list))
         takers = [u for u in node.users if u.target is operator.getitem] if packed else [node]
         self.makers.setdefault(value, []).extend(takers)
         self.inside[node] = [value]
@@ -621,7 +623,7 @@ def _pair(reading: Reading) -> tuple[list[Value | None], list[Value | None]]:
     returned = _outputs(reading)
     if len(returned) != 2 or not all(isinstance(x, (tuple, list)) for x in returned):
         return [], []
-    results, saved = ([reading.value(n) if isinstance(n, fx.Node) else None for n in part] for part in returned)
+    results, saved = ([reading.value(n) for n in part] for part in returned)
     return results, saved
 
 
@@ -675,6 +677,23 @@ def _reshape_of(before: Value, base: Value) -> bool:
     return source is origin or source is base
 
 
+@functools.lru_cache
+def _of_data(size: sympy.Expr) -> set[sympy.Symbol]:
+    """The symbols in a size that stand for what depends on data."""
+    return set(free_unbacked_symbols(size))
+
+
+def _makes_sizes(node: fx.Node) -> bool:
+    """Whether a result's size depends on data, as `nonzero`'s: traced again, it would be another one."""
+
+    def sizes(n: fx.Node) -> set[sympy.Symbol]:
+        leaves = pytree.tree_leaves(_example(n))
+        numbers = [m for x in leaves for m in (x.shape if isinstance(x, torch.Tensor) else (x,))]
+        return set().union(*(_of_data(m.node.expr) for m in numbers if isinstance(m, torch.SymInt)))
+
+    return not sizes(node) <= set().union(*map(sizes, node.all_input_nodes))
+
+
 def _name(node: fx.Node) -> str:
     target = node.target
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -684,16 +703,12 @@ def _identity(node: fx.Node) -> Any:
     return (node.op, node.target if isinstance(node.target, str) else id(node.target))
 
 
-def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any] | None:
+def _callable(node: fx.Node, gm: fx.GraphModule) -> Callable[..., Any]:
     """What a node calls, as a function of arguments with opened slices."""
     if node.op == "call_method":
         method = str(node.target)
         return lambda self, *args, **kwargs: getattr(self, method)(*_closed(args), **_closed(kwargs))
-    target = node.target
-    if node.op == "call_module":
-        target = gm.get_submodule(str(node.target))
-    elif node.op != "call_function" or not callable(target):
-        return None
+    target: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
     return lambda *args, **kwargs: target(*_closed(args), **_closed(kwargs))
 
 

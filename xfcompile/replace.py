@@ -222,7 +222,7 @@ def _axes(words: Told) -> tuple[sympy.Symbol, ...]:
 
 def _dead(emitter: Emitter, site: AttentionSite, words: Told) -> fx.Node | None:
     """Which rows see no key, as a boolean node; None where there is no such row, or SDPA's 0 is what they get."""
-    if site.alive or site.dead == "zero" or words.keep == sympy.true or site.full is not None:
+    if site.alive or site.dead == "zero" or site.full is not None:
         return None
     key = ("dead", words.keep, site.loads, site.queries, site.keys, site.sizes, emitter.scope)
     if key not in emitter.shared:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
+from torch.utils._sympy.functions import FloorDiv
 
 from xfcompile.trace import Constant, Meta
 
@@ -124,7 +127,7 @@ class Values:
         base = name[1].rstrip("_") if op._schema.is_mutable else name[1]
         base = _RENAMED.get(base, base)
         canonical = getattr(self, f"_make_{base}", None)
-        if base in _RESHAPES:
+        if base in _RESHAPES and "dtype" not in args:  # `x.view(torch.int32)` has other numbers than x
             return self.reshape(args["self"], meta)
         if base in _PERMUTES:
             return self._permutation(base, args, meta)
@@ -179,7 +182,9 @@ class Values:
     def cast(self, x: Value, meta: Meta) -> Value:
         if x.dtype == meta.dtype and x.meta.device == meta.device:
             return x
-        return self.intern("to", {"self": x, "dtype": meta.dtype}, meta)
+        # What is left of a number in 8 bits is another number: no pattern looks through that.
+        coarse = meta.dtype.is_floating_point and meta.dtype.itemsize == 1
+        return self.intern("quantize" if coarse else "to", {"self": x, "dtype": meta.dtype}, meta)
 
     def _permutation(self, base: str, args: dict[str, Any], meta: Meta) -> Value:
         x = args["self"]
@@ -289,24 +294,28 @@ class Values:
 
     def _make_slice(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
         x, dim = args["self"], args["dim"] % args["self"].ndim
-        start, step = args["start"] or 0, args["step"]
-        if isinstance(start, int) and start < 0:
-            start = max(0, x.shape[dim] + start)
+        if x.shape == meta.shape:
+            return x
+        start = _slice_start(args["start"] or 0, args["end"], x.shape[dim], meta.shape[dim], args["step"])
+        if start is None:
+            return self.intern("slice_of", args, meta)
+        return self._part(x, dim, start, args["step"], meta)
+
+    def _part(self, x: Value, dim: int, start: Any, step: Any, meta: Meta) -> Value:
         if x.shape == meta.shape:
             return x
         return self.intern("slice", {"self": x, "dim": dim, "start": start, "step": step}, meta)
 
     def _make_narrow(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
-        start = args["start"]
-        if isinstance(start, Value):
-            return self.intern("narrow", args, meta)
-        return self._make_slice({**args, "step": 1}, meta, item, sizes)
+        x, dim = args["self"], args["dim"] % args["self"].ndim
+        start = None if isinstance(args["start"], Value) else _from_front(args["start"], x.shape[dim])
+        return self._part(x, dim, start, 1, meta) if start is not None else self.intern("narrow", args, meta)
 
     def _make_select(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
         x, dim = args["self"], args["dim"] % args["self"].ndim
-        index = args["index"]
-        if isinstance(index, int) and index < 0:
-            index = x.shape[dim] + index
+        index = _from_front(args["index"], x.shape[dim])
+        if index is None:
+            return self.intern("select_of", args, meta)
         return self.intern("select", {"self": x, "dim": dim, "index": index}, meta)
 
     def _make_unbind(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
@@ -314,8 +323,7 @@ class Values:
 
     def _make_split(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
         dim = args["dim"] % args["self"].ndim
-        start = sum(s[dim] for s in sizes[:item])
-        return self._make_slice({"self": args["self"], "dim": dim, "start": start, "step": 1}, meta, 0, sizes)
+        return self._part(args["self"], dim, sum(s[dim] for s in sizes[:item]), 1, meta)
 
     _make_chunk = _make_split_with_sizes = _make_tensor_split = _make_split
 
@@ -325,6 +333,34 @@ class Values:
 
     def _make_is_nonzero(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
         return self._new("is_nonzero", args, meta)
+
+
+def _from_front(index: Any, size: Any) -> Any:
+    """An index counted from the front; None if its sign is not known."""
+    sign = sympy.sympify(index).is_nonnegative
+    return None if sign is None else index if sign else size + index
+
+
+def _slice_start(start: Any, end: Any, size: Any, length: Any, step: Any) -> Any:
+    """Where a slice of some length begins, counted from the front; None if that is not known: of symbols, not even the
+    length may tell from where it is counted, and whether there are as many elements."""
+    if isinstance(start, int) and (start >= 0 or isinstance(size, int)):
+        return max(0, size + start) if start < 0 else start
+    if sympy.sympify(start).is_nonnegative:
+        return start
+    starts, ends = _counted(start, size), {size} if end is None or end == sys.maxsize else _counted(end, size)
+    fitting = [s for s in starts if any(_is_length(length, s, e, step) for e in ends)]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def _counted(bound: Any, size: Any) -> set[Any]:
+    """What a slice's bound may be, counted from the front: no less than 0, and no more than the size."""
+    sign = sympy.sympify(bound).is_nonnegative
+    return ({bound, size} if sign is not False else set()) | ({size + bound, 0} if not sign else set())
+
+
+def _is_length(length: Any, start: Any, end: Any, step: Any) -> bool:
+    return bool(sympy.expand(length - FloorDiv(end - start + step - 1, step)) == 0)
 
 
 def _with(meta: Meta, dtype: torch.dtype) -> Meta:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from xfcompile.elementwise import Elements, as_number
 from xfcompile.read import Reading
 from xfcompile.score import Load
+from xfcompile.trace import Meta
+from xfcompile.values import Values
 
 SIZES = (2, 3, 4)
 AXES = sympy.symbols("a b c", integer=True, nonnegative=True)
@@ -226,16 +228,13 @@ def test_bytes_are_loaded_from_where_they_are() -> None:
 
 def test_what_a_mask_picks_is_loaded() -> None:
     """How many that is says the data."""
-    found: list[Any] = []
 
-    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
-        found.extend(v for v in Reading(gm, examples).steps if v.op == "index")
-        return gm
+    def meta(dtype: torch.dtype, *shape: Any) -> Meta:
+        return Meta(shape, (), dtype, torch.device("cpu"))
 
-    inputs = torch.randn(SIZES), torch.ones(3, 4).tril() > 0
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        torch.compile(lambda x, m: x[0][m] * 2, backend=backend, dynamic=True)(*inputs)
-    (value,) = found
+    values = Values()
+    tensor, mask = (values.leaf(meta(dtype, 3, 4)) for dtype in (torch.float32, torch.bool))
+    value = values.intern("index", {"self": tensor, "indices": (mask,)}, meta(torch.float32, sympy.Symbol("u0")))
     assert Elements({}).at(value, AXES[:1]) == Load(0, AXES[0])
 
 

@@ -117,6 +117,7 @@ miss("features of the gate reversed", "", lambda x, w, v: F.silu(L(x, w)).flip(-
 miss(
     "features of the gate taken in another order", "order", lambda x, w, v: F.silu(L(x, w)[..., ::2]) * L(x, v)[..., :2]
 )
+miss("a gate in fp8", "", lambda x, w, v: F.silu(L(x, w).to(torch.float8_e4m3fn).float()) * L(x, v), grad=False)
 miss("rows as features", "nor that for each expert", lambda x, w, v: (F.silu(L(x, w)) * L(x, v).mT).mT)
 miss("flattened before the product", "not one of features",
      lambda x, w, v: F.silu(L(x, w)).flatten(1) * L(x, v).mT.flatten(1))  # fmt: skip

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from xfcompile.magnitude import may_absorb
+from xfcompile.magnitude import is_coarse, may_absorb
 from xfcompile.read import Reading
+from xfcompile.values import Value
 
 
 class Term(nn.Module):
@@ -52,14 +53,25 @@ TERMS: dict[str, tuple[Callable[..., Tensor], bool, bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", TERMS)
-def test_what_a_term_may_be(name: str) -> None:
-    fn, expected, strictly = TERMS[name]
-    gm = fx.symbolic_trace(Term(fn))
-    inputs = [torch.randn(4, 4), torch.ones(4, 4, dtype=torch.long)]
+def read(fn: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> Value:
+    gm = fx.symbolic_trace(Term(fn).to(dtype))
+    inputs = [torch.randn(4, 4, dtype=dtype), torch.ones(4, 4, dtype=torch.long)]
     ShapeProp(gm).propagate(*inputs)
     reading = Reading(gm, inputs)
     (output,) = gm.graph.find_nodes(op="output")
     value = reading.value(output.args[0])
     assert value is not None
+    return value
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_what_a_term_may_be(name: str) -> None:
+    fn, expected, strictly = TERMS[name]
+    value = read(fn)
     assert (may_absorb(value), may_absorb(value, strict=True)) == (expected, strictly)
+
+
+@pytest.mark.parametrize("name", ["an input", "a parameter"])
+def test_a_tensor_is_coarse_that_may_hold_the_least_number_of_fp16(name: str) -> None:
+    fn, may, _ = TERMS[name]
+    assert is_coarse(read(fn, torch.float16), torch.float16) == may

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from xfcompile.elementwise import ROW
-from xfcompile.masking import separate, without_row_shift
+from xfcompile.masking import as_rounded, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, is_causal, prove
-from xfcompile.score import B, H, I, J, Load, S, Where
+from xfcompile.score import B, H, I, J, Load, Rounded, S, Where
 from xfcompile.site import Band, Miss
 
 ALWAYS = settings(max_examples=60, deadline=None, derandomize=True)
@@ -107,7 +107,11 @@ def test_only_causal_is_called_causal(keep: Any) -> None:
         (sympy.Eq(Load(0, B, I), Load(0, B, J)), "documents"),
         (sympy.Ne(Load(0, B, H, I, J), 0), "dense mask"),
         (Load(0, B) > J, "key padding"),
+        (Where(sympy.Ne(Load(0, B), 0), 3, 5) > J, "limit from data"),
+        (sympy.Ne(Load(0, B), 0), "mask from data"),
         (sympy.Or(J <= I, Load(0, B) > J), "(causal | prefix from data)"),
+        (sympy.Or(J <= I, Load(0, B) > 3), "(causal | mask from data)"),
+        (sympy.Or(J <= I, Load(0, B, I) > J), "(causal | dense mask)"),
         (sympy.Or(sympy.And(J <= I, sympy.Ne(Load(0, B, J), 0)), J >= 4), "(causal & key padding | j >= 4)"),
         (sympy.Eq(I - J - 3 * FloorDiv(I - J, 3), 0), "dilated(3)"),
         (sympy.Le(sympy.Abs(FloorDiv(I, 4) - FloorDiv(J, 4)), 1), "rows of 4 ±1"),
@@ -163,6 +167,12 @@ def test_the_least_half_is_a_mask_of_half_scores_only() -> None:
     assert parts(expr, f32) == (expr, sympy.true, "")
 
 
+def test_where_a_bias_is_chosen_the_large_number_alone_rounds() -> None:
+    far = sympy.Float(-1e9)
+    expr = S + Where(KEEP, Load(1, I, J), far)
+    assert as_rounded(expr, f32, lambda _: False) == Where(KEEP, S + Load(1, I, J), Rounded(S + far, 24))
+
+
 def test_a_shift_of_the_row_vanishes() -> None:
     assert without_row_shift(S / 2 - ROW) == S / 2
     assert sympy.expand(without_row_shift((S / 4 - ROW) * 4) - S) == 0
@@ -190,6 +200,12 @@ BANDS = {
     ),
     "even keys": (sympy.Eq(sympy.Mod(J, 2), 0), Band(None, None, False)),
     "causal even keys": (sympy.And(J <= I, sympy.Eq(sympy.Mod(J, 2), 0)), Band(None, I + 1, False)),
+    "a window, the other way round": (sympy.Ge(3, sympy.Abs(I - J)), Band(I - 3, I + 4, True)),
+    "keys and their halves": (J + FloorDiv(J, 2) <= I, Band()),
+    "fewer keys for later queries": (J <= 9 - I, Band()),
+    "more keys for later queries, at the front": (J >= 9 - I, Band()),
+    "fewer keys for later queries, in steps": (9 - FloorDiv(I, 2) >= J, Band()),
+    "a window as wide as its query": (sympy.Abs(I - J) <= FloorDiv(I, 2), Band()),
 }  # fmt: skip
 
 
@@ -204,3 +220,17 @@ def test_a_band_holds_what_is_kept(name: str) -> None:
         upper = 12 if found.upper is None else int(found.upper.xreplace({I: sympy.Integer(i)}))
         inside = {j for j in range(12) if lower <= j < upper}
         assert kept == inside if found.exact else kept <= inside
+
+
+UNKNOWN = {
+    "a diagonal for each head": J <= I + H,
+    "a limit that data choose": Where(sympy.Ne(Load(0), 0), 3, 5) > J,
+    "a window as wide as data say": sympy.Abs(I - J) <= Load(0),
+    "a window for each head": sympy.Abs(I - J + H) <= 3,
+    "a window around where data say": sympy.Abs(J - Load(0)) <= 3,
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_band_is_of_what_all_heads_know_without_data(name: str) -> None:
+    assert band(UNKNOWN[name]) == Band()

@@ -362,6 +362,79 @@ def test_a_relative_bias_of_t5() -> None:
     assert [(s.matched, s.route, s.mask) for s in outcome.sites] == [(True, "sdpa", "causal")], outcome.sites
 
 
+def upto(last: torch.Tensor, keys: int) -> torch.Tensor:
+    return torch.arange(keys) <= last[:, None]
+
+
+SLICED: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
+    "the last positions": (lambda n, m, p: upto(torch.arange(m)[-n:], m), True),
+    "the last positions, to the last": (lambda n, m, p: upto(torch.arange(m)[-n:m], m), True),
+    "the last positions, from a number on": (lambda n, m, p: upto(torch.arange(m)[m - n :], m), True),
+    "the last positions, by their number": (lambda n, m, p: upto(torch.arange(m).narrow(0, -n, n), m), True),
+    "rows of a larger mask": (
+        lambda n, m, p: torch.ones(64, 64, dtype=torch.bool).tril()[m - n : m, :m],
+        True,
+    ),
+    "the last rows": (lambda n, m, p: torch.ones(m, m, dtype=torch.bool).tril()[-n:], True),
+    "more than there are": (lambda n, m, p: upto(torch.arange(m)[-2 * n :][:n], m), True),
+    "all but the last": (lambda n, m, p: upto(torch.arange(m)[-n - 1 : -1], m), True),
+    "every second": (lambda n, m, p: upto(torch.arange(2 * m)[-2 * n :: 2], m), True),
+    "from so far from behind": (lambda n, m, p: upto(torch.arange(m - p)[p:].flip(0)[:1].expand(n) - 2, m), True),
+    "one from behind": (lambda n, m, p: upto(torch.arange(m)[-n, None].expand(n), m), True),
+    "some from behind": (lambda n, m, p: upto(torch.arange(m)[-3:][:1].expand(n), m), True),
+    "the one where a number says": (lambda n, m, p: upto(torch.arange(m).select(0, p)[None].expand(n), m), False),
+    "two from where a number says": (lambda n, m, p: upto(torch.arange(m).narrow(0, p, 2)[:1].expand(n), m), False),
+}
+"""Masks of n queries, m keys, and p, a negative number that is not known; and whether their positions are read."""
+
+
+@pytest.mark.parametrize("name", SLICED)
+def test_positions_of_symbolic_sizes_are_counted_from_where_the_program_does(name: str) -> None:
+    keep, read = SLICED[name]
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        kept = keep(q.shape[2], k.shape[2], k.shape[0] - 5) | (torch.arange(k.shape[2]) < 2)
+        return (q @ k.mT).masked_fill(~kept, -1e30).softmax(-1) @ v
+
+    outcome = check(program, *tensors((2, 3, 5, 8), (2, 3, 9, 8), (2, 3, 9, 8)), dynamic=True)
+    assert [("data" not in str(site.mask)) for site in outcome.matched] == [read], outcome.sites
+
+
+def tril(n: int) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.uint8).tril()
+
+
+WRAPS: dict[str, tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], int]] = {
+    "a difference": (lambda i, j: i.to(torch.uint8) - j.to(torch.uint8) < 200, 8),
+    "a product": (lambda i, j: (i.to(torch.int8) * 30) >= (j.to(torch.int8) * 30), 8),
+    "a position": (lambda i, j: j.to(torch.int8) <= i.to(torch.int8), 300),
+    "a triangle less one": (lambda i, j: tril(8) - 1 <= 0, 8),
+    "a triangle, negative": (lambda i, j: -tril(8) <= 0, 8),
+    "nothing less one": (lambda i, j: torch.zeros(8, 8, dtype=torch.uint8) - 1 > i, 8),
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_whole_numbers_of_few_bits_wrap_around(name: str) -> None:
+    keep, n = WRAPS[name]
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(n)
+        return (q @ k.mT).masked_fill(~keep(i[:, None], i), -1e30).softmax(-1) @ v
+
+    outcome = check(program, *tensors(*[(1, 1, n, 8)] * 3), family="attention")
+    assert [site.matched for site in outcome.sites] == [True]
+
+
+def test_positions_that_few_bits_hold_are_read() -> None:
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        i = torch.arange(8).to(torch.uint8)
+        return (q @ k.mT).masked_fill((1 - tril(8)).bool() | (i + 2 < i[:, None]), -1e30).softmax(-1) @ v
+
+    outcome = check(program, *tensors(*[(1, 1, 8, 8)] * 3), family="attention")
+    assert [site.mask for site in outcome.sites] == ["causal & window(3)"]
+
+
 EQUALS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "equal to -inf": lambda m: m == float("-inf"),
     "equal to inf": lambda m: m == float("inf"),

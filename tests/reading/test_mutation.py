@@ -169,6 +169,17 @@ def relu_in_place(x: Tensor, y: Tensor) -> Result:
     return z + y, x * 1
 
 
+def bits_are_other_numbers(x: Tensor, y: Tensor) -> Result:
+    z = x.view(torch.int32)
+    return z + 1, z.view(torch.float32) * 1
+
+
+def bits_written(x: Tensor, y: Tensor) -> Result:
+    z = x * y
+    z.view(torch.int32).bitwise_and_(-65536)
+    return z * 1, z.view(torch.int32) * 1
+
+
 PROGRAMS: list[Callable[[Tensor, Tensor], Result]] = [
     through_a_transpose,
     through_a_view_of_a_view,
@@ -194,6 +205,8 @@ PROGRAMS: list[Callable[[Tensor, Tensor], Result]] = [
     swapped,
     detached,
     relu_in_place,
+    bits_are_other_numbers,
+    bits_written,
 ]
 
 

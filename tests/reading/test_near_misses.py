@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from equivalence import Outcome, check, rewriting, tensors
 
+from xfcompile.operands import _widens
+from xfcompile.trace import Meta
+from xfcompile.values import Values
+
 SQUARE = (4, 4, 4, 4)
 """All axes of one size: an axis taken for another is no shape error, only wrong numbers."""
 
 MIN = torch.finfo(torch.float32).min
 INF = float("inf")
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,16 @@ def right(name: str, fn: Callable[..., Any], *shapes: tuple[int, ...], fused: bo
 
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q @ k.mT * 0.5
+
+
+def with_bias(bias: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An attention with a bias of positions."""
+
+    def program(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        j = torch.arange(4)
+        return (scores(q, k) + bias(j[:, None], j)).softmax(-1) @ v
+
+    return program
 
 
 # -- the softmax runs over another axis ----------------------------------------------------------------------------
@@ -146,6 +161,13 @@ miss(
     lambda q, k, v: (scores(q, k).exp() / (1 + scores(q, k).exp().sum(-1, keepdim=True))) @ v,
     fused=False,
 )
+miss(
+    "exp over its sum in whole numbers",
+    "",
+    lambda q, k, v: (lambda e: e / e.sum(-1, keepdim=True, dtype=torch.long))(scores(q, k).exp()) @ v,
+)
+miss("exp over the sum of everything", "", lambda q, k, v: (scores(q, k).exp() / scores(q, k).exp().sum()) @ v)
+right("a number over the scores", lambda q, k, v: torch.div(2.0, scores(q, k)).softmax(-1) @ v, fused=False)
 miss("gumbel noise", "", lambda q, k, v: F.relu(scores(q, k)) @ v)
 miss(
     "softmax of softmax",
@@ -269,6 +291,20 @@ miss(
     "scores read at two positions", None, lambda q, k, v: (scores(q, k) + scores(q, k).mT).softmax(-1) @ v, fused=False
 )
 right("scores and their double", lambda q, k, v: (lambda s: (s + 2 * s).softmax(-1) @ v)(scores(q, k)))
+miss(
+    "scores gated by themselves", "linear", lambda q, k, v: (lambda s: (s * s.sigmoid()).softmax(-1) @ v)(scores(q, k))
+)
+miss(
+    "scores that cancel out",
+    "linear",
+    lambda q, k, v, m: (lambda s: ((s + m) * v - s * v).softmax(-1) @ v)(scores(q, k)),
+    *[SQUARE] * 4,
+)
+miss(
+    "keys beyond the last",
+    "no key is kept",
+    lambda q, k, v: scores(q, k).masked_fill(torch.arange(4) < 9, -INF).softmax(-1) @ v,
+)
 miss("scores squared", "linear", lambda q, k, v: scores(q, k).square().softmax(-1) @ v)
 miss("scores rounded", "between", lambda q, k, v: scores(q, k).round().softmax(-1) @ v)
 miss("scores as integers", None, lambda q, k, v: scores(q, k).int().float().softmax(-1) @ v, fused=False)
@@ -278,6 +314,16 @@ miss(
     lambda q, k, v: scores(q, k).long().softmax(-1, dtype=torch.float32) @ v,
     fused=False,
 )
+miss("weights as whole numbers", "to stands between", lambda q, k, v: scores(q, k).softmax(-1).int().float() @ v)
+miss("weights as booleans", "to stands between", lambda q, k, v: scores(q, k).softmax(-1).bool().float() @ v)
+miss(
+    "a product of whole numbers that overflows",
+    "whole numbers",
+    lambda q, k, v: ((50 * q).to(torch.int8) @ (50 * k).to(torch.int8).mT).float().softmax(-1) @ v,
+)
+miss("scores in fp8", "quantize", lambda q, k, v: scores(q, k).to(FP8).float().softmax(-1) @ v)
+miss("weights in fp8", "not multiplied with values", lambda q, k, v: scores(q, k).softmax(-1).to(FP8).float() @ v)
+right("queries and values in fp8", lambda q, k, v: scores(q.to(FP8).float(), k).softmax(-1) @ v.to(FP8).float())
 miss("nan_to_num of the scores", None, lambda q, k, v: scores(q, k).nan_to_num().softmax(-1) @ v, fused=None)
 miss(
     "a mixing of heads before",
@@ -323,6 +369,57 @@ miss(
     lambda q, k, v: torch.einsum("bhij,bhjd->bid", scores(q, k).softmax(-1), v),
     fused=False,
 )
+miss(
+    "values without features",
+    "not multiplied with values",
+    lambda q, k, v: scores(q, k).softmax(-1) @ v,
+    SQUARE,
+    SQUARE,
+    (4,),
+)
+miss(
+    "weights summed by themselves",
+    "no contracted axis",
+    lambda q, k, v: torch.einsum("bhij,bhd->bhid", scores(q, k).softmax(-1), v[:, :, 0]),
+)
+miss(
+    "values summed by themselves",
+    "no contracted axis",
+    lambda q, k, v: torch.einsum("bhij,bhjd->bhij", scores(q, k).softmax(-1), v),
+)
+miss(
+    "values of each query",
+    "not [.., queries, keys]",
+    lambda q, k, v: torch.einsum("bhij,bhijd->bhid", scores(q, k).softmax(-1), v),
+    SQUARE,
+    SQUARE,
+    (4, *SQUARE),
+)
+miss(
+    "the weights on a diagonal",
+    "axis",
+    lambda q, k, v: scores(q, k).softmax(-1).reshape(4, 4, 16)[..., ::5].unsqueeze(-2) @ v,
+)
+miss(
+    "weights whose keys are shuffled",
+    "axis",
+    lambda q, k, v: scores(q, k).softmax(-1).unflatten(-1, (2, 2)).mT.flatten(-2) @ v,
+)
+right("one head of one batch", lambda q, k, v: scores(q, k).softmax(-1) @ v, *[(1, 1, 4, 4)] * 3)
+miss(
+    "two columns more than keys",
+    "more columns",
+    lambda q, k, v: torch.cat([scores(q, k), q[..., :2]], -1).softmax(-1)[..., :-2] @ v,
+)
+miss(
+    "queries with themselves alone",
+    "not one of queries with keys",
+    lambda q, v: torch.einsum("bhid,bhid->bhi", q, q).unsqueeze(-2).softmax(-1) @ v,
+    SQUARE,
+    SQUARE,
+)
+miss("SDPA of keys of fewer axes", "different ranks", lambda q, k, v: F.scaled_dot_product_attention(q, k[0], v))
+miss("SDPA of values of fewer axes", "different ranks", lambda q, k, v: F.scaled_dot_product_attention(q, k, v[0]))
 miss("a diagonal of the keys", None, lambda q, k, v: torch.einsum("bhid,bhdd->bhid", q, k).softmax(-1) @ v, fused=False)
 miss(
     "an outer product",
@@ -355,6 +452,31 @@ right(
 )
 right("linear attention", lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), fused=False)
 
+# -- operands that are views or multiples of others ----------------------------------------------------------------
+
+right("queries times a number that is a tensor", lambda q, k, v: ((torch.full((), 0.5) * q) @ k.mT).softmax(-1) @ v)
+right("queries over a number that is a tensor", lambda q, k, v: ((q / torch.full((), 0.5)) @ k.mT).softmax(-1) @ v)
+right("queries times a number for each feature", lambda q, k, v: ((torch.full((4,), 0.5) * q) @ k.mT).softmax(-1) @ v)
+right("a number over queries", lambda q, k, v: ((torch.full((), 0.5) / q) @ k.mT).softmax(-1) @ v)
+right("queries times true", lambda q, k, v: ((q * True) @ k.mT).softmax(-1) @ v)
+right(
+    "whole numbers that overflow, then a number",
+    lambda q, k, v: (((50 * q).to(torch.int8) * 100 * 0.01) @ k.mT).softmax(-1) @ v,
+)
+right(
+    "queries over a number, rounded",
+    lambda q, k, v: (torch.div(q, 0.5, rounding_mode="floor") @ k.mT).softmax(-1) @ v,
+)
+right("one query for all", lambda q, k, v: scores(q.expand(SQUARE), k).softmax(-1) @ v, (4, 4, 1, 4), SQUARE, SQUARE)
+right("one key for all", lambda q, k, v: scores(q, k.expand(SQUARE)).softmax(-1) @ v, SQUARE, (4, 4, 1, 4), SQUARE)
+right(
+    "keys that are repeated by a tensor",
+    lambda q, k, v: scores(q, torch.repeat_interleave(k, torch.tensor([1, 3]), dim=1, output_size=4)).softmax(-1) @ v,
+    SQUARE,
+    (4, 2, 4, 4),
+    SQUARE,
+)
+
 # -- arguments that are not accounted for --------------------------------------------------------------------------
 
 right("alpha of add on the bias", lambda q, k, v, m: torch.add(scores(q, k), m, alpha=2).softmax(-1) @ v, *[SQUARE] * 4)
@@ -368,6 +490,15 @@ right(
 )
 right("a bool mask added", lambda q, k, v, m: (scores(q, k) + (m > 0)).softmax(-1) @ v, *[SQUARE] * 4)
 right("a bool mask multiplied", lambda q, k, v, m: (scores(q, k) * (m > 0)).softmax(-1) @ v, *[SQUARE] * 4, fused=None)
+right("bool masks that are added to each other", with_bias(lambda i, j: ((i <= j) + (i == j)).float() * -3))
+
+right("a bool mask to which nothing is added", with_bias(lambda i, j: torch.add(i < j, i == j, alpha=False) * 3.0))
+right(
+    "a bias that is padded by its mirror image",
+    with_bias(lambda i, j: F.pad(torch.arange(3.0)[None], (1, 0), "reflect")),
+)
+right("a bias that is padded by its end", with_bias(lambda i, j: F.pad(torch.arange(2.0)[None], (1, 1), "replicate")))
+right("a bias that is padded in a circle", with_bias(lambda i, j: F.pad(torch.arange(2.0)[None], (1, 1), "circular")))
 right("an integer bias", lambda q, k, v, m: (scores(q, k) + m.int()).softmax(-1) @ v, *[SQUARE] * 4)
 right("a keyword scale", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=-0.7))
 right("softmax in a narrower dtype", lambda q, k, v: scores(q, k).softmax(-1, dtype=torch.bfloat16) @ v.bfloat16())
@@ -937,6 +1068,19 @@ for _name in ("finfo.min", "-1e9", "-inf", "-inf, added", "finfo.min, added", "-
         lambda q, k, v, m, mask=DEAD[_name]: mask(scores(q, k), m).softmax(-1, dtype=torch.float32).to(v.dtype) @ v,
         *[SQUARE] * 4, fused=None, dtype=torch.bfloat16,
     )  # fmt: skip
+miss(
+    "dead rows: scores that data scale",
+    "a row may see no key",
+    lambda q, k, v, m: (scores(q, k) * m[..., :1, :1]).masked_fill(torch.arange(4)[:, None] < 1, -1e30).softmax(-1) @ v,
+    *[SQUARE] * 4,
+)
+right(
+    "live rows: scores that data scale",
+    lambda q, k, v, m: (
+        (scores(q, k) * m[..., :1, :1]).masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -1e30).softmax(-1) @ v
+    ),
+    *[SQUARE] * 4,
+)
 SDPA = F.scaled_dot_product_attention
 right("dead rows: SDPA, bool", lambda q, k, v, m: SDPA(q, k, v, attn_mask=data(m)), *[SQUARE] * 4)
 right(
@@ -1010,3 +1154,22 @@ def test_left_alone_and_equal_to_eager(name: str) -> None:
     assert not fused, outcome.sites
     if p.why:
         assert outcome.sites and all(p.why in str(site.reason) for site in outcome.sites), outcome.sites
+
+
+def test_how_many_heads_share_one_is_known() -> None:
+    def program(q: Any, k: Any, v: Any) -> Any:
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    outcome = check(program, *tensors((2, 8, 5, 16), (2, 4, 5, 16), (2, 4, 5, 16)), dynamic=True)
+    assert "do not broadcast" in outcome.reasons
+
+
+def test_a_copy_to_another_device_is_no_wider_reading() -> None:
+    values = Values()
+
+    def meta(dtype: torch.dtype, device: str) -> Meta:
+        return Meta((4,), (1,), dtype, torch.device(device))
+
+    half = values.leaf(meta(torch.float16, "cpu"))
+    assert _widens(values.cast(half, meta(torch.float32, "cpu")))
+    assert not _widens(values.cast(half, meta(torch.float32, "cuda")))

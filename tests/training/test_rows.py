@@ -176,6 +176,11 @@ def sinking(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sink: Tensor) -> Tens
     return torch.cat([masked, column], -1).softmax(-1)[..., :-1] @ v
 
 
+def shifted(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, shift: Tensor) -> Tensor:
+    """By a number for each row, which no softmax sees."""
+    return (scores(q, k) + shift[:, None] + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
+
+
 @pytest.mark.parametrize("program", [capped, masked_twice, scaled_by_row, biased, dropped], ids=lambda f: f.__name__)
 def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program: Callable[..., Tensor]) -> None:
     inputs = [*qkv(batch=3), padding()]
@@ -196,6 +201,7 @@ def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program:
         (sloped, []),
         (tempered, [torch.tensor(1.5)]),
         (sinking, [torch.tensor([0.3, -0.2], requires_grad=True)]),
+        (shifted, [torch.linspace(-1, 1, 19).requires_grad_()]),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )

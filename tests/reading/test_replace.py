@@ -1,0 +1,92 @@
+"""What a call of our kernel is given, and where there is none: the reasons why a planned call is not written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equivalence import Outcome, check, tensors
+from torch import Tensor
+
+from xfcompile.evaluate import Unsupported
+
+SHAPE = (2, 8, 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def by_our_kernel(program: Any, *shapes: tuple[int, ...]) -> Outcome:
+    return check(program, *tensors(*shapes), routes={"attention": "triton"}, family="attention")
+
+
+def test_keys_and_values_are_shared_by_as_many_heads() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(4, 1))
+
+    (site,) = by_our_kernel(program, SHAPE, (2, 4, 4, 8), (2, 2, 4, 8)).matched
+    assert site.route == "inductor"
+    assert "different numbers of heads" in str(site.reason)
+
+
+def test_keys_of_one_head_may_have_values_of_each() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k.expand(SHAPE), v)
+
+    (site,) = by_our_kernel(program, SHAPE, (2, 1, 4, 8), SHAPE).matched
+    assert site.route == "triton"
+
+
+def test_a_bias_is_what_it_was_when_it_was_added() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        bias = m.sin()
+        scores = q @ k.mT + bias
+        bias.mul_(100)
+        return scores.softmax(-1) @ v
+
+    (site,) = by_our_kernel(program, SHAPE, SHAPE, SHAPE, (4, 4)).matched
+    assert site.route == "inductor"
+    assert "changed before the product" in str(site.reason)
+
+
+def test_what_the_kernel_has_no_text_for_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(spec: Any) -> str:
+        raise Unsupported("a function of a test")
+
+    monkeypatch.setattr("xfcompile.kernels.attention.prepare", prepare)
+    (site,) = by_our_kernel(attention, SHAPE, SHAPE, SHAPE).matched
+    assert (site.route, site.reason) == ("inductor", "a function of a test")
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (2, 4, 8)], ids=["no batch", "a batch"])
+def test_without_heads_there_is_one_layout(shape: tuple[int, ...]) -> None:
+    (site,) = by_our_kernel(lambda q, k, v: attention(q, k, v).as_strided((8,), (1,)), shape, shape, shape).matched
+    assert site.route == "triton"
+
+
+OF_SIZES: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "distances up to some": (lambda i, j, n, m: (j - i).clamp(-n + 2, n - 2) * 0.2, "sdpa"),
+    "a distance of a size": (lambda i, j, n, m: (torch.arange(m)[n - 1] - 7).abs() * j * 0.2, "sdpa"),
+    "a choice that a size makes": (lambda i, j, n, m: torch.where(torch.arange(m)[n - 1] < 7, j, i) * 0.2, "inductor"),
+}
+
+
+@pytest.mark.parametrize("name", OF_SIZES)
+def test_a_bias_may_hold_functions_of_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    bias, route = OF_SIZES[name]
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n, m = q.shape[2], k.shape[2]
+        return (q @ k.mT + bias(torch.arange(n)[:, None], torch.arange(m), n, m)).softmax(-1) @ v
+
+    outcome = check(program, *tensors((1, 2, 5, 8), (1, 2, 9, 8), (1, 2, 9, 8)), dynamic=True, family="attention")
+    assert [site.route for site in outcome.matched] == [route], outcome.sites
