@@ -39,7 +39,7 @@ KEYS, QUERIES = "offs_n < lk", "offs_m < lq"
 """What is inside of the last tile of keys, or of queries."""
 
 SCORES = "s = tl.dot({}, input_precision=PRECISION, max_num_imprecise_acc=1 if EXACT else 0)  # {}"
-"""As in `template.TILE`: what is added to s is not to be where its sum begins."""
+"""As in `forward_text.TILE`: what is added to s is not to be where its sum begins."""
 
 SEARCH = '''\
 @triton.jit

@@ -15,8 +15,9 @@ import sympy
 import torch
 
 from xfcompile.intervals import UNKNOWN, Bounds, certain, possible
+from xfcompile.kernels.attention.forward_text import HEAD, HELPERS
 from xfcompile.kernels.attention.printer import NAMES, Printer, Term, guarded_loads, is_plain
-from xfcompile.kernels.attention.template import HEAD, HELPERS, literal, wrapped
+from xfcompile.kernels.attention.template import literal, wrapped
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import MaskSpec, ScoreSpec
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import sympy
 
 from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention.forward_text import DEAD
 from xfcompile.kernels.attention.template import Forms, Names
 from xfcompile.score import H, I, J, Load
 from xfcompile.site import ScoreSpec
@@ -211,7 +212,7 @@ def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
             'l = tl.where(m == float("-inf"), 0.0, 1.0)',
         ]
     # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
-    dead = {"nan": "", "mean": MEAN, "zero": template.DEAD["zero"]}["nan" if spec.sink is not None else spec.dead]
+    dead = {"nan": "", "mean": MEAN, "zero": DEAD["zero"]}["nan" if spec.sink is not None else spec.dead]
     pointers = ["acc_ptr", "m_ptr", "l_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
     strides = [f"stride_v{d}" for d in "bhnd"]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]

@@ -15,7 +15,8 @@ import torch
 
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.codegen import Pieces
-from xfcompile.kernels.attention.template import HELPERS, wrapped
+from xfcompile.kernels.attention.forward_text import HELPERS
+from xfcompile.kernels.attention.template import wrapped
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 

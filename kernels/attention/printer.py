@@ -79,7 +79,7 @@ class Printer:
 
     names: the text of each symbol in scope. hoisted: what has a name already. clamped: loads that may be far from 0,
     and are brought so near that their products stay finite.
-    helpers: gathers the names of the functions that the text calls (see `template.HELPERS`).
+    helpers: gathers the names of the functions that the text calls (see `forward_text.HELPERS`).
     """
 
     def __init__(
