@@ -50,6 +50,8 @@ class Elements:
         self.rounded: dict[Value, bool] = {}
         """The values that may not be what their formulas say, because their dtype has few digits; and whether they are
         where it is a small number."""
+        self.wrapped: set[Value] = set()
+        """The whole numbers that may have left the range of their dtype: they may be as large as it has any."""
         self._memo: dict[tuple[Value, Index], Any] = {}
         self._on_dot: dict[Value, bool] = {}
 
@@ -97,7 +99,10 @@ class Elements:
         result = rule(self, value, index)
         if is_mask(result):
             result = fold(lambda x: rounded(x, value.dtype), result)
-        if result is None or self._wraps(value, result) or not self._gained(value, index, result):
+        if result is not None and self._wraps(value, result):
+            self.wrapped.add(value)
+            result = None
+        if result is None or not self._gained(value, index, result):
             if not any((v in self.loads[:mark]) for v in self.loads[mark:]):
                 del self.loads[mark:]
                 self._memo = {k: v for k, v in self._memo.items() if not _mentions(v, mark)}
@@ -113,7 +118,10 @@ class Elements:
             return False
         info = torch.iinfo(value.dtype)
         if value.dtype.itemsize > 2:
-            return not isinstance(result, Load) and self._leaves(result, info.max, info.max >> 16)
+            if isinstance(result, Load):
+                return False
+            full = any(self.loads[load.operand] in self.wrapped for load in result.atoms(Load))
+            return full or self._leaves(result, info.max, info.max >> 16)
         return not self._within(result, info.min, info.max)
 
     def _within(self, expr: sympy.Expr, low: int, high: int) -> bool:
@@ -139,7 +147,7 @@ class Elements:
         if result.is_number or is_mask(result) or self._within(result, -digits, digits):
             here = False
         elif value.dtype.itemsize > 2:
-            here = bool(result.is_integer) and self._leaves(result, digits, digits)
+            here = bool(result.is_integer) and self._leaves(result, digits, digits >> 4)
         elif isinstance(result, Load):
             here = value.op == "to" and value["self"].dtype != torch.bool
         else:

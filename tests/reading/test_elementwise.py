@@ -156,6 +156,7 @@ FIXED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "whole numbers of 32 bits out of range": lambda x: (torch.arange(4) + 2**31 - 2).int(),
     "a product of 32 bits out of range": lambda x: (torch.arange(4, dtype=torch.int32) + 40000) * 60000,
     "a product of 64 bits out of range": lambda x: torch.arange(4) * 2**62,
+    "a multiple of what was out of range": lambda x: torch.arange(4) * 2**62 * 2 >= 0,
     "data out of range": lambda x: (x[0] * 3).long() * 3_000_000_000_000_000_000,
     "positions of more digits than float32 has": lambda x: (torch.arange(4) + 2**24 - 1).float() == 2**24,
     "data of more digits than float32 has": lambda x: ((x[0, 0] * 3).long() + 2**24).float() == 2**24,
@@ -224,9 +225,15 @@ COMPUTED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "positions, of any length": lambda x: torch.arange(4) + 1,
     "positions of many digits, of any length": lambda x: torch.arange(4.0) + 1,
     "a mask of bytes": lambda x: (torch.arange(4) > 2).byte(),
+    "positions of few digits, of any length": lambda x: (torch.arange(4) + 255).float() > 256,
     "positions beside fractions": lambda x: torch.arange(4) > torch.full((4,), 1.5),
     "few rounded positions": lambda x: torch.arange(4).half() > 2,
 }
+
+
+def test_positions_of_more_digits_than_a_dtype_has_are_loaded_whatever_the_length() -> None:
+    size = sympy.Symbol("n", integer=True, positive=True)
+    assert read(lambda x: (torch.arange(4) + 2**24 - 1).float() == 2**24, size)[1] == [True]
 
 
 @pytest.mark.parametrize("name", list(COMPUTED))
