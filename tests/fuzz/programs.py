@@ -307,11 +307,11 @@ def _mutation(w: Writer, s: _State, percent: int) -> None:
 
 def _softmax(w: Writer, s: _State) -> None:
     dim = "-1" if w.chance(90) else w.one("-2", "0")
-    cast = "v.dtype"
+    cast, top = "v.dtype", 8 if s.dtype == torch.float16 else 80  # past which exp, or a sum of these, is inf
     w.line(w.one(
         f"w = s.softmax({dim})", f"w = F.softmax(s, dim={dim})", f"w = torch.softmax(s, {dim})", f"w = torch.special.softmax(s, {dim})",
         f"w = F.softmax(s, dim={dim}, dtype=torch.float32)", f"w = s.float().softmax({dim})", f"w = F.softmax(s, {dim}, _stacklevel=5)",
-        f"w = F.log_softmax(s, {dim}).exp()", f"w = s.clamp(max=80).exp() / s.clamp(max=80).exp().sum({dim}, keepdim=True)",
+        f"w = F.log_softmax(s, {dim}).exp()", f"w = s.clamp(max={top}).exp() / s.clamp(max={top}).exp().sum({dim}, keepdim=True)",
         f"w = torch.nn.Softmax(dim={dim})(s)",
     ))  # fmt: skip
     if w.chance(5):
