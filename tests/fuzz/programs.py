@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from whole import Length, matrix, moved, predicate, small, truth
+from whole import Length, matrix, moved, predicate, small, truth, vector
 from writer import Draw, Program, Writer, write
 
 
@@ -39,6 +39,8 @@ def programs(draw: Draw) -> Program:
         _grow(w, "v", kv, lead, keys, wide)
     del q, k, v
     state = _State(lead, queries, keys, features, wide, dtype, grad)
+    if w.chance(12):
+        _moved_operand(w, state)
     _scores(w, state)
     for _ in range(w.one(0, 1, 1, 2, 3)):
         _mutation(w, state, 8)
@@ -198,16 +200,24 @@ def _whole_bias(w: Writer, s: _State) -> None:
 
 
 def _moved(w: Writer, s: _State) -> None:
-    t = w.one("s", "s", "q", "k", "v")
-    if t == "s":
+    if w.chance(40):
         w.line(f"s = {moved(w, 's', s.keys, 'k.shape[-2]')}")
-    elif w.chance(50):
-        t, n = ("k", s.keys) if t == "q" else (t, s.keys)
-        w.line(w.one(f"{t} = torch.cat([{t}, {t}], -2)[..., -{n}:, :]", f"{t} = F.pad({t}, (0, 0, 3, 0))[..., -{t}.shape[-2]:, :][..., 3:, :]", f"{t} = {t}.narrow(-2, -{n}, {n})",
-                     f"{t} = F.pad({t}, (0, 0, 2, 1))[..., 2:-1, :]", f"{t} = {t}[..., -{t}.shape[-2]:, :]", f"{t} = {t}[..., torch.arange({n}) - {n}, :]"))  # fmt: skip
-    else:
-        w.line(w.one(f"s = s * {truth(w)}", f"s = s + {truth(w)}", f"s = s / ({truth(w)} + 1)", "s = s * q.shape[-2]", "s = s / k.shape[-2]", "s = s + k.size(-2)", "s = s * (1 / k.shape[-2])", "s = s.clamp(max=k.shape[-2])",
-                     "s = s * (q.shape[-1] ** 0.5 / 4)", "s = s - torch.arange(k.shape[-2]) / k.shape[-2]", "s = s * torch.full((1,), q.shape[-2])", "s = s + s.new_full((k.shape[-2],), q.shape[-2])"))  # fmt: skip
+        return
+    w.line(w.one(f"s = s * {truth(w)}", f"s = s + {truth(w)}", f"s = s / ({truth(w)} + 1)", "s = s * q.shape[-2]", "s = s / k.shape[-2]", "s = s + k.size(-2)", "s = s * (1 / k.shape[-2])", "s = s.clamp(max=k.shape[-2])",
+                 "s = s * (q.shape[-1] ** 0.5 / 4)", "s = s - torch.arange(k.shape[-2]) / k.shape[-2]", "s = s * torch.full((1,), q.shape[-2])", "s = s + s.new_full((k.shape[-2],), q.shape[-2])"))  # fmt: skip
+
+
+def _moved_operand(w: Writer, s: _State) -> None:
+    """What is done to queries, keys or values before their product."""
+    t = w.one("q", "k", "v")
+    n, d = s.queries if t == "q" else s.keys, s.wide if t == "v" else s.features
+    if w.chance(30):
+        w.line(f"{t} = {moved(w, t, d, f'{t}.shape[-1]')}")
+        return
+    mode = w.one("'reflect'", "'replicate'", "'circular'")
+    w.line(w.one(f"{t} = torch.cat([{t}, {t} * 2], -2)[..., -{n}:, :]", f"{t} = F.pad({t}, (0, 0, 3, 0))[..., -{n} - 2:-2, :]", f"{t} = {t}.narrow(-2, -{n}, {n})", f"{t} = F.pad({t}, (0, 0, 2, 1))[..., 2:-1, :]", f"{t} = {t}[..., -{t}.shape[-2]:, :]",
+                 f"{t} = {t}[..., torch.arange({n}) - {n}, :]", f"{t} = {t} * {truth(w)}", f"{t} = {t} * {truth(w)}", f"{t} = {t} * {t}.shape[-2]", f"{t} = {t} * {t}.shape[-1] ** -0.5", f"{t} = {t} * torch.full((1,), {t}.shape[-1]) / 4", f"{t} = {t} * ({t} > 0)",
+                 f"{t} = {t}.mT[..., -{d}:, :].mT", f"{t} = {t}.flip(-2)[..., torch.arange({n} - 1, -1, -1), :]", f"{t} = F.pad({t}.reshape(1, -1, {n}, {d}), (0, 0, 1, 0), mode={mode})[..., :-1, :].view({t}.shape)", f"{t} = {t} * {small(w, vector(w, Length(d, str(d))))}"))  # fmt: skip
 
 
 def _predicate(w: Writer, s: _State, depth: int = 0) -> str:
@@ -331,6 +341,7 @@ def _w_change(w: Writer, s: _State) -> None:
     w.line(w.one(
         "w = w * 2", "w = w.square()", "w = w / w.sum(-1, keepdim=True)", "w = w.flip(-1)", "w = w.detach()", "w = w[..., :1, :]",
         "w = w - 0.1", "w = w.mT", "w = w.flip(0)", "w = w.roll(1, -2)", "w.mul_(0.5)", "w[..., 0] = 0", "w = torch.tril(w)",
+        f"w = {moved(w, 'w', s.keys, 'k.shape[-2]')}", f"w = w * {truth(w)}",
     ))  # fmt: skip
 
 
