@@ -10,6 +10,7 @@ import sympy
 import torch
 
 from xfcompile.indexing import Ranges, extreme, floordiv, integer, linear, mod, nonnegative, unravel
+from xfcompile.magnitude import may_absorb, numerals
 from xfcompile.score import J, Load, S, Where
 from xfcompile.site import Miss
 from xfcompile.values import Value, depends
@@ -409,8 +410,31 @@ def _cast(e: Elements, v: Value, index: Index) -> Any:
         return None if e.told_apart(v["self"]) else as_boolean(x)
     x = as_number(x)
     if v.dtype.is_floating_point:
-        return fold(lambda y: rounded(y, v.dtype), x) if is_mask(x) or x.is_number else x
+        if is_mask(x) or x.is_number:
+            return fold(lambda y: rounded(y, v.dtype), x)
+        if not e.depends_on_dot(v) or v.dtype.itemsize >= v["self"].dtype.itemsize:
+            return x
+        wider = {e.loads[n.operand] for n in numerals(x) if isinstance(n, Load)}
+        if any(t.dtype.itemsize > v.dtype.itemsize and may_absorb(t) for t in wider):
+            raise Miss("what is added to the scores may be infinite in the dtype that they are then cast to", v)
+        return _overflown(x, v.dtype)
     return x if not v["self"].dtype.is_floating_point or (x.is_integer and v["self"] not in e.rounded) else None
+
+
+def _overflown(x: sympy.Expr, dtype: torch.dtype, factor: sympy.Expr = sympy.S.One) -> sympy.Expr:
+    """A score in a smaller dtype, where what it was masked by may be infinite: finfo(float32).min in fp16 is."""
+
+    def branch(y: sympy.Expr) -> sympy.Expr:
+        if not y.is_number:
+            return _overflown(y, dtype, factor)
+        return y * sympy.oo if y != 0 and rounded(y * factor, dtype).is_infinite else y
+
+    if isinstance(x, Where):
+        return where(x.args[0], branch(x.args[1]), branch(x.args[2]))
+    if isinstance(x, sympy.Add):
+        return x.func(*(_overflown(y, dtype, factor) for y in x.args))
+    c, rest = x.as_coeff_Mul()
+    return c * _overflown(rest, dtype, factor * c) if c != 1 else x
 
 
 def _reshape(e: Elements, v: Value, index: Index) -> Any:

@@ -71,3 +71,30 @@ def test_a_mask_of_keys_under_a_number_of_its_own_row_has_a_gradient() -> None:
     shapes = ((3, 4, 4), (3, 4, 4), (3, 4, 4), (1, 1, 1), (1, 4, 4))
     outcome = check(program, *tensors(*shapes, grad=True), grad=True, routes={"attention": "triton"}, family=ALL)
     assert routes(outcome, "attention") == ["triton"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("added", [False, True])
+def test_a_mask_is_infinite_in_a_dtype_that_does_not_hold_its_number(dtype: torch.dtype, added: bool) -> None:
+    """A row without keys is NaN then: finfo(float32).min, which would leave the mean of its values, is gone."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(6)
+        keep = (i[:, None] >= i) & (i[:, None] != 3)
+        low = torch.finfo(torch.float32).min
+        s = q @ k.mT
+        s = s + torch.where(keep, 0.0, low) if added else s.masked_fill(~keep, low)
+        return (s * 0.5).to(dtype).float().softmax(-1) @ v
+
+    outcome = check(program, *tensors(*[(1, 2, 6, 8)] * 3))
+    assert len(outcome.sites) == 1
+
+
+def test_a_mask_of_data_that_may_be_infinite_in_another_dtype_is_none_that_is_known() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return (q @ k.mT + mask).half().float().softmax(-1) @ v
+
+    mask = torch.zeros(6, 6)
+    mask[3] = torch.finfo(torch.float32).min
+    outcome = check(program, *tensors(*[(1, 2, 6, 8)] * 3), mask)
+    assert "infinite in the dtype" in outcome.reasons
