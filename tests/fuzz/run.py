@@ -86,7 +86,7 @@ def main() -> None:
         date.today(),
         torch.__version__,
         given_args.family,
-        given_args.route or "default",
+        (given_args.route or "default") + (", sizes that may change" if given_args.dynamic else ""),
         given_args.seed,
         sum(fates.values()),
         counts,
