@@ -149,7 +149,7 @@ FORMULAS: dict[str, Change] = {
     "activated": ("kernels/bias_act_dropout/op.py", "else dpre @ weight", "else 2 * (dpre @ weight)"),
 }
 TEXTS: dict[str, Change] = {
-    "attention": ("kernels/attention/template.py", "DV + offs_dv, out", "DV + offs_dv, (3.0 * out)"),
+    "attention": ("kernels/attention/forward_text.py", "DV + offs_dv, out", "DV + offs_dv, (3.0 * out)"),
     "gated": ("kernels/gated_mlp/template.py", "n[None, :], product.to(out", "n[None, :], (3.0 * product).to(out"),
     "activated": ("kernels/bias_act_dropout/template.py", "out_offs, out.to(", "out_offs, (3.0 * out).to("),
 }

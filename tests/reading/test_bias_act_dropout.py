@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bias_programs import FAMILY, Bloom, Fn, as_text, bloom, found, given
 from equivalence import Outcome, check, rewriting, tensors
 from expecttest import TestCase
 from functorch.compile import make_boxed_func
@@ -23,39 +24,7 @@ from xfcompile import rewrite
 from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.evaluate import Evaluator
 from xfcompile.kernels import philox
-from xfcompile.patterns import bias_act_dropout as pattern
-from xfcompile.read import Reading
-from xfcompile.site import BiasActDropoutSite, Miss
-
-FAMILY = "bias-act-dropout"
-# x [.., K], weight [N, K], bias [N], residual [.., N], scale [N]
-SHAPES = ((2, 5, 8), (16, 8), (16,), (2, 5, 16), (16,))
-
-
-def found(fn: Callable[..., Any], *inputs: Any) -> list[BiasActDropoutSite | str]:
-    """The sites of a program, and the reasons of near misses."""
-    result: list[BiasActDropoutSite | str] = []
-
-    def backend(gm: torch.fx.GraphModule, examples: Any) -> Any:
-        reading = Reading(gm, examples)
-        users: dict[Any, list[Any]] = {}
-        for value in reading.steps:
-            for source in dict.fromkeys(value.inputs()):
-                users.setdefault(source, []).append(value)
-        for anchor in pattern.anchors(list(reading.steps)):
-            try:
-                result.extend(pattern.match(anchor, users))
-            except Miss as miss:
-                result.append(miss.reason)
-        return gm
-
-    torch._dynamo.reset()
-    torch.compile(fn, backend=backend)(*inputs)
-    return result
-
-
-def given(grad: bool = True, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return tensors(*SHAPES, grad=grad, dtype=dtype)
+from xfcompile.site import BiasActDropoutSite
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +34,6 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def newgelu(h: Tensor) -> Tensor:
     return 0.5 * h * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * torch.pow(h, 3.0))))
-
-
-def bloom(h: Tensor) -> Tensor:
-    return h * 0.5 * (1.0 + torch.tanh(0.79788456 * h * (1 + 0.044715 * h * h)))
 
 
 def quick(h: Tensor) -> Tensor:
@@ -128,7 +93,6 @@ def test_an_activation_has_eagers_numbers_and_gradients(name: str, route: str) -
     assert [s.route for s in outcome.sites] == [route]
 
 
-Fn = Callable[..., Tensor]
 # The spellings of a linear and its bias: x, w [N, K], b.
 LINEARS: dict[str, Fn] = {
     "F.linear": lambda x, w, b: F.linear(x, w, b),
@@ -190,10 +154,6 @@ AFTER: dict[str, tuple[str, Fn]] = {
     "all is dropped": ("keep*x + r0", lambda h, r, g: F.dropout(h, 1.0) + r),
     "dropout alone": ("keep*x", lambda h, r, g: F.dropout(h, 0.25)),
 }  # fmt: skip
-
-
-def as_text(site: BiasActDropoutSite) -> str:
-    return str(site.formula.xreplace({f: round(f, 6) for f in site.formula.atoms() if f.is_Float}))
 
 
 @pytest.mark.parametrize("name", AFTER)
@@ -313,21 +273,6 @@ def test_rows_seen_in_two_orders_of_equal_sizes_are_not_confused(rows: tuple[int
     x, w, b = tensors((*rows, 8), (16, 8), (16,))
     assert found(program, x, w, b) == []
     check(program, x, w, b, routes={FAMILY: "triton"}, family=FAMILY)
-
-
-class Bloom(torch.autograd.Function):
-    """As transformers has it: forward and backward by hand."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        ctx.save_for_backward(h)
-        return bloom(h)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (h,) = ctx.saved_tensors
-        t = torch.tanh(0.79788456 * h * (1 + 0.044715 * h * h))
-        return (0.5 * h * ((1 - t * t) * (0.79788456 + 0.1070322243 * h * h)) + 0.5 * (1 + t)) * grad
 
 
 class Straight(torch.autograd.Function):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bias_programs import FAMILY, Bloom, Fn, as_text, found, given
 from equivalence import check
-from test_bias_act_dropout import FAMILY, Bloom, Fn, as_text, found, given
 from torch import Tensor
 
 from xfcompile.patterns import bias_act_dropout as pattern

@@ -44,7 +44,7 @@ FORMULA = (
     "return 2 * made[0], *made[1:3],",
 )
 # A kernel's text is only called from there.
-KERNEL = ("kernels/attention/backward.py", "dv = tl.dot(", "dv = 2.0 * tl.dot(")
+KERNEL = ("kernels/attention/backward_dkdv.py", "dv = tl.dot(", "dv = 2.0 * tl.dot(")
 
 
 def copied(to: Path) -> Path:
