@@ -30,6 +30,11 @@ class Site:
     def __init__(self) -> None:
         self.found: Any = None
 
+    def keep(self, found: Any, dtype: torch.dtype) -> None:
+        """Keeps what a call with inputs of this dtype has come to; not of fp32, how it is multiplied may change."""
+        if dtype is not torch.float32:
+            self.found = found
+
 
 def register(
     library: torch.library.Library,

@@ -302,7 +302,7 @@ def _div(e: Elements, v: Value, index: Index) -> Any:
     rounding = v.args.get("rounding_mode")
     if rounding is None and v.op == "div":
         return fold(lambda x, y: x / y if y != 0 else _no("division by zero", v), a, b)
-    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v) or not _holds(_operating(v), a, b):
+    if not _divides(e, v, a, b):
         return None
     if rounding == "trunc" and not nonnegative(a, e.ranges):
         return None
@@ -332,8 +332,10 @@ def _operating(v: Value) -> torch.dtype:
     return dtype
 
 
-def _is_rounded(e: Elements, v: Value) -> bool:
-    return any(x in e.rounded for x in v.inputs())
+def _divides(e: Elements, v: Value, a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether a whole number is divided by one above 0, both of them what they are read as."""
+    whole = a.is_integer and b.is_integer and b.is_positive
+    return bool(whole) and not any(x in e.rounded for x in v.inputs()) and _holds(_operating(v), a, b)
 
 
 def _no(reason: str, *culprits: object) -> Any:
@@ -342,7 +344,7 @@ def _no(reason: str, *culprits: object) -> Any:
 
 def _mod(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
-    if not (a.is_integer and b.is_integer and b.is_positive) or _is_rounded(e, v) or not _holds(_operating(v), a, b):
+    if not _divides(e, v, a, b):
         return None
     if v.op == "fmod" and not nonnegative(a, e.ranges):
         return None

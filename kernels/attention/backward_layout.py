@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import backward, cache, fit, launch
+from xfcompile.kernels.attention import backward, cache, fit, launch, template
 from xfcompile.kernels.attention.backward import Backward
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import Tiles, Trait
-from xfcompile.score import POSITION, I, J, Load
+from xfcompile.score import POSITION
 from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Program:
             found.append("window")
         if listed is not None and max(listed) <= LISTED_APART:
             found.append("listed")
-        if any({I, J} <= load.free_symbols for load in self.spec.score.atoms(Load)):
+        if template.dense_loads(self.spec):
             found.append("dense")
         return [*found, "linear" if self.made.slope is not None else "other"]
 

@@ -15,7 +15,7 @@ from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient
 from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.kernels.attention.template import returned, wrapped
-from xfcompile.score import B, I, J, Load, S
+from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 CONSTANTS = [
@@ -212,18 +212,7 @@ class Writer:
         return f" * {printer.float(self.slope).at(7)}"
 
     def place(self, heads: str, head: str) -> str:
-        """Which batch and head a program has: batches that share a bias follow each other, and find it in the cache."""
-        dense = [load for load in self.spec.score.atoms(Load) if {I, J} <= load.free_symbols]
-        if any(B not in load.free_symbols for load in dense):
-            return indented(
-                [
-                    f"batch = tl.num_programs(0) // (blocks * {heads})",
-                    "b = pid % batch",
-                    "pid = pid // batch",
-                    f"{head} = pid // blocks",
-                ]
-            )
-        return indented([f"b = pid // blocks // {heads}", f"{head} = pid // blocks % {heads}"])
+        return indented(template.batch_and_head(self.spec, heads, head))
 
     # -- signatures ----------------------------------------------------------------------------------------------
 

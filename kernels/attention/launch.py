@@ -25,7 +25,7 @@ from xfcompile.kernels.attention import (
     template,
 )
 from xfcompile.kernels.attention.blocks import Summary, summary
-from xfcompile.kernels.attention.repeat import ALIGNED, Blank, Launch
+from xfcompile.kernels.attention.repeat import Blank, Launch, aligned
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
     Tiles,
@@ -202,7 +202,8 @@ def run(
     prepared = _programs.get(key) or program(key)
     random = random_of(prepared.spec, seed, stream) if prepared.spec.dropout else ()
     scalars = prepared.numbers(ints, floats)
-    call = None if site is None or not _aligned(q, k, v) else site.found
+    usual = site is not None and aligned(q, k, v)
+    call = site.found if site is not None and usual else None
     layout: object = None
     if call is None:
         layout = layout_of(q, k, v, operands, tiles, block_m, block_n, heads_first)
@@ -221,13 +222,9 @@ def run(
         layout = layout or layout_of(q, k, v, operands, tiles, block_m, block_n, heads_first)
         call = prepared.calls[layout] = _by_definition(prepared.spec, heads_first)
         made = call(q, k, v, operands, scalars, tiles, *random)
-    if site is not None and q.dtype is not torch.float32 and _aligned(q, k, v):  # how fp32 is multiplied may change
-        site.found = call
+    if site is not None and usual:
+        site.keep(call, q.dtype)
     return made
-
-
-def _aligned(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNED
 
 
 def _by_definition(spec: ScoreSpec, heads_first: bool) -> Call:
@@ -287,7 +284,7 @@ def layout_of(
         q.shape, q.stride(), dtype, q.device,
         k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device,
-        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % ALIGNED,
+        aligned(q, k, v),
         heads_first, block_m, block_n,
         None if tiles is None else (tiles.shape, tiles.stride(), tiles.dtype, tiles.device),
         dtype is torch.float32 and precision(dtype),

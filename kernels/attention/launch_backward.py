@@ -53,8 +53,8 @@ def run(
     layout: Layout | None = None if site is None else site.found
     if layout is None:
         layout = layout_of(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
-        if site is not None and q.dtype is not torch.float32:  # how that is multiplied may change
-            site.found = layout
+        if site is not None:
+            site.keep(layout, q.dtype)
     made = layout.outputs()
     if layout.empty:
         for x in (*made[:3], *made[3]):

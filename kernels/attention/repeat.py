@@ -155,6 +155,15 @@ class Launch:
             encode_once(compiled.run)
 
 
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether all tensors that are there start at multiples of 16 bytes."""
+    start = 0
+    for x in tensors:
+        if x is not None:
+            start |= _data_ptr(x)
+    return start % ALIGNED == 0
+
+
 def _aligned(pointers: Sequence[int]) -> tuple[bool, ...]:
     return tuple([x % ALIGNED == 0 for x in pointers])
 

@@ -484,19 +484,30 @@ def lse(forms: Forms, names: Names, row: str = "row", first: str = "first") -> s
     return f"{text} + row_shift({shift})" if forms.row_shift else text
 
 
+def dense_loads(spec: ScoreSpec) -> list[Load]:
+    """What each score loads for itself."""
+    return [load for load in spec.score.atoms(Load) if {I, J} <= load.free_symbols]
+
+
+def _batches_share(spec: ScoreSpec) -> bool:
+    return any(B not in load.free_symbols for load in dense_loads(spec))
+
+
+def batch_and_head(spec: ScoreSpec, heads: str, head: str) -> list[str]:
+    """Of which batch and head a program is: batches that share a bias follow each other, and find it in the cache."""
+    if not _batches_share(spec):
+        return [f"b = pid // blocks // {heads}", f"{head} = pid // blocks % {heads}"]
+    return [
+        f"batch = tl.num_programs(0) // (blocks * {heads})", "b = pid % batch", "pid = pid // batch",
+        f"{head} = pid // blocks",
+    ]  # fmt: skip
+
+
 def _place(spec: ScoreSpec) -> str:
     """Which block of which batch and head a program has, in an order that keeps in the L2 cache what programs share."""
-    dense = [load for load in spec.score.atoms(Load) if {I, J} <= load.free_symbols]
-    if any(B not in load.free_symbols for load in dense):
-        lines = [
-            "# All batches load the same tile of the bias: one after the other.",
-            "batch = tl.num_programs(0) // (blocks * heads)",
-            "b = pid % batch",
-            "pid = pid // batch",
-            "h = pid // blocks",
-        ]
-    else:
-        lines = ["b = pid // blocks // heads", "h = pid // blocks % heads"]
+    lines = batch_and_head(spec, "heads", "h")
+    if _batches_share(spec):
+        lines = ["# All batches load the same tile of the bias: one after the other.", *lines]
     if spec.keep != sympy.true and spec.band.upper is not None:
         return "\n".join([*lines, "block = blocks - 1 - pid % blocks  # the last rows see most keys: start with them"])
     return "\n".join([*lines, "block = pid % blocks"])

@@ -116,7 +116,6 @@ listed: it sees tiles of a list, of 64 or less. dense: what is added has a value
 that it is read from, which take registers; diagonal: it goes by distance, so that what one diagonal of tiles has is
 summed (of kernels of loads). linear: the score's derivative by q·k is one number. other: it is not."""
 
-
 Place = tuple[str, str, int, int, Trait]
 """(kernel, hardware, bits of an element, head dim padded to a power of two, trait)."""
 
@@ -147,7 +146,7 @@ BACKWARD |= {(name, BLACKWELL, *rest): Fact(fact.value) for (name, _, *rest), fa
 
 def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, traits: Sequence[Trait]) -> Tiles:
     """The first tiles to try for a kernel of the backward: "dq", "dkdv", or that of a load. traits: of the score, those
-    that count first before the others; the last of the two loops' kernels is "linear" or "other"."""
+    that count most first; of "dq" and "dkdv" the last is "linear" or "other"."""
     wide = max(64, padded(max(dq, dv)))
     name = "load" if name.startswith("load") else name
     for trait in traits:

@@ -166,8 +166,8 @@ def _layout_of(x: Tensor | None) -> object:
 
 def _keep(site: Site | None, call: Callable[..., Any] | None, x: Tensor) -> None:
     """What a site comes to again, unless it depends on a setting."""
-    if site is not None and not _setting(x) and x.dtype is not torch.float32:
-        site.found = call
+    if site is not None and not _setting(x):
+        site.keep(call, x.dtype)
 
 
 def _setting(x: Tensor) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
-from xfcompile.kernels.attention.repeat import ALIGNED, Blank, Described, Launch
+from xfcompile.kernels.attention.repeat import Blank, Described, Launch, aligned
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import codegen, launch_hopper, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
@@ -127,14 +127,6 @@ def _layout_of(x: Tensor | None) -> object:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 
-def _all_aligned(tensors: Sequence[Tensor | None]) -> bool:
-    start = 0
-    for x in tensors:
-        if x is not None:
-            start |= x.data_ptr()
-    return start % ALIGNED == 0
-
-
 def starts(layout: Layout, features: int) -> tuple[int, int, int]:
     """Where gate's and up's features start in what holds both, and the step between neighbours."""
     gate, up = reference.STARTS[layout]
@@ -191,7 +183,8 @@ def forward(
     prepared = _programs.get(key) or program(key)
     seed = seed if p != 0.0 else None
     given = (x, weight, up_weight, gate_bias, up_bias, seed)
-    if site is not None and site.found is not None and _all_aligned(given):
+    usual = site is not None and aligned(*given)
+    if site is not None and usual and site.found is not None:
         return site.found(*given)
     setting = x.dtype is torch.float32 and precision(x.dtype)
     described = ("forward", layout, save, dtype, p, setting, *map(_layout_of, given))
@@ -201,8 +194,8 @@ def forward(
         return _Forward(prepared, x, weight, up_weight, gate_bias, up_bias, layout, save, dtype, Dropout(seed, p))
 
     call = _remembered(prepared, described, make)
-    if site is not None and x.dtype is not torch.float32 and _all_aligned(given):
-        site.found = call
+    if site is not None and usual:
+        site.keep(call, x.dtype)
     return call(*given)
 
 

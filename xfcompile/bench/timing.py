@@ -131,12 +131,16 @@ def milliseconds(call: Call, device: str) -> float:
 
 def _recorded(call: Call, cold: bool, launching: float) -> tuple[Any, Any]:
     """The events around a call. launching: seconds that its host takes for it."""
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     if cold:
         _flushing().zero_()
         torch.cuda._sleep(int(min(1.5 * launching, LONGEST) * CYCLES))
     else:
         torch.cuda.synchronize()
+    return _events(call)
+
+
+def _events(call: Call) -> tuple[Any, Any]:
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
     call()
     after.record()
@@ -177,11 +181,8 @@ def _share() -> float:
 
 def _between(call: Call) -> float:
     """Milliseconds of a GPU that is kept busy until all is launched."""
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda._sleep(int(1e-3 * CYCLES))
-    before.record()
-    call()
-    after.record()
+    before, after = _events(call)
     torch.cuda.synchronize()
     return float(before.elapsed_time(after))
 
