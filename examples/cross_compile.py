@@ -245,7 +245,9 @@ def mask_or_spec(job: Job) -> ScoreSpec:
     return next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
 
 
-def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
+def compile_hopper(
+    spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hopper.Variant = hopper.USUAL
+) -> Any:
     """The kernel in Gluon, as a launch would; None where another one is launched."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -254,7 +256,7 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
     pieces = codegen.pieces(spec)
     if hopper.why_not(spec, pieces, dtype, dim, dim) is not None:
         return None
-    source = hopper.module(spec, pieces)
+    source = hopper.module(spec, pieces, variant)
     kernel = cache.load(cache.store(source), f"hopper_{cache.key_of(source)}").attention_forward
 
     def descriptor(rows: int) -> str:
@@ -262,12 +264,12 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
         return f"tensordesc<{TRITON_DTYPES[dtype]}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
     constants: dict[str, object] = {
-        "ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
-        "REGISTERS": hopper.REGISTERS, "UNIT": template.unit(spec, dtype), "FAST": 2,
+        "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
+        "REGISTERS": variant.registers, "UNIT": template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {
-        "q_desc": descriptor(hopper.ROWS // 2),
+        "q_desc": descriptor(variant.rows // variant.warpgroups),
         "k_desc": descriptor(hopper.KEYS),
         "v_desc": descriptor(hopper.KEYS),
     }

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import sympy
 import torch
 
-from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention import codegen, template
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.forward_text import HELPERS
+from xfcompile.kernels.attention.printer import NAMES, Printer, Term
 from xfcompile.kernels.attention.template import wrapped
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
@@ -29,8 +31,37 @@ HEAD_DIMS = (64, 128)
 STAGES = {64: 4, 128: 3}
 """Tiles in shared memory: as many as there is room for."""
 
-REGISTERS = 240
-"""Of a thread that computes; the warp that loads leaves it the rest."""
+REGISTERS = {2: 240, 3: 160}
+"""Of a thread that computes, by warpgroups of them; the warp that loads leaves it the rest."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Ways to write the kernel, for the same numbers.
+
+    warpgroups: how many compute, with 64 query rows each. turns: whether they give the tensor cores their products one
+    after the other, so that one multiplies while another exponentiates. twice: two tiles a step of a loop, so that
+    weights need not move to the registers that a product reads. columns: what is added in proportion to a key's place,
+    as ALiBi's bias is, the tensor cores add. tree: the maximum of two neighbours first.
+    """
+
+    warpgroups: int = 2
+    turns: bool = False
+    twice: bool = False
+    columns: bool = False
+    tree: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a program."""
+        return 64 * self.warpgroups
+
+    @property
+    def registers(self) -> int:
+        return REGISTERS[self.warpgroups]
+
+
+USUAL = Variant()
 
 
 def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int) -> str | None:
@@ -131,6 +162,15 @@ def partial_sum(p):
     M: gl.constexpr = p.shape[0]
     N: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(p.reshape([M, N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def highest(s):
+    """The maximum of each row: of neighbours first, which makes a chain half as long."""
+    M: gl.constexpr = s.shape[0]
+    N: gl.constexpr = s.shape[1]
+    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
+    return gl.convert_layout(gl.max(gl.max(gl.max(s.reshape([M, N // 8, 4, 2]), 3), 1), 1), rows)
 '''
 
 KERNEL = '''\
@@ -169,7 +209,7 @@ KERNEL = '''\
         b, h, block = locate(work, blocks, heads, total)
         first = block * ROWS
         n, masked, evens_at, x0, x1, x2 = {call_bounds}
-        for w in gl.static_range(2):
+        for w in gl.static_range({groups}):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(w), M * q_smem.shape[4] * 2)
             tma.async_copy_global_to_shared(q_desc, [b, h, first + w * M, 0], q_full.index(w), q_smem.index(w))
@@ -212,12 +252,15 @@ KERNEL = '''\
     D: gl.constexpr = k_smem.shape[4]
     DIM_V: gl.constexpr = v_smem.shape[4]
     k = k_smem.index(at).reshape([KEYS, D]).permute((1, 0))
+{take_turn}
     s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
+{add_columns}
     # The rest of step t - 1.
-    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
+{leave}
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
     a = unpack(p, v_smem.dtype, gl.DotOperandLayout(0, O_MMA, 2))
     acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
+{give_turn}
     start = {call_tile}
 {ahead}
     s = warpgroup_mma_wait(1, deps=[s_])
@@ -252,6 +295,7 @@ KERNEL = '''\
         row = gl.minimum(first + offs_m, lq - 1)  # rows past the end repeat the last one, and are not stored
         i = row[:, None]
 {rows}
+{factors}
         m = {initial}
         acc = gl.zeros([M, DIM_V], gl.float32, O_MMA)
 
@@ -260,7 +304,10 @@ KERNEL = '''\
         mbarrier.wait(q_full.index(w), turn & 1)
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         k = k_smem.index(step % STAGES).reshape([KEYS, D]).permute((1, 0))
+{take_turn_outside}
         s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
+{add_columns_outside}
+{give_turn_outside}
         s = warpgroup_mma_wait(0, deps=[s_])
         p_, alpha, m = {call_softmax_first}
         l = partial_sum(p_)
@@ -269,13 +316,7 @@ KERNEL = '''\
         step += 1
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1, pred=n > 1)
 
-        for t in range(1, masked):
-            p, acc, alpha, m, l = {call_advance_masked}
-            step += 1
-        for t in range(gl.maximum(masked, 1), evens_at):
-            p, acc, alpha, m, l = {call_advance}
-            step += 1
-{even_loop}
+{loops}
         mbarrier.arrive(q_empty.index(w), count=1)
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
 
@@ -283,7 +324,9 @@ KERNEL = '''\
         mbarrier.wait(full.index(at), step // STAGES & 1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
         a = unpack(p, dtype, gl.DotOperandLayout(0, O_MMA, 2))
+{take_turn_outside}
         acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
+{give_turn_outside}
         l = gl.convert_layout(gl.sum(l, 1), S_ROW)
 {sink}
         lse = {lse}
@@ -313,28 +356,29 @@ KERNEL = '''\
     """
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_type.shape[2]
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, M, q_desc.block_type.shape[3]], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [{groups}, 1, 1, M, q_desc.block_type.shape[3]], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, k_desc.block_type.shape[3]], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, v_desc.block_type.shape[3]], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
+{turns}
+{places}
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(2):
+    for w in gl.static_range({groups}):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
+{turns_init}
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
-        mbarrier.init(empty.index(n), count=2)
+        mbarrier.init(empty.index(n), count={groups})
     fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
     gl.warp_specialize([(consume, (
-{consumer_0}
-    )), (consume, (
-{consumer_1}
+{consumers}
     )), (produce, (
 {producer}
-    ))], [4, 1], [REGISTERS, 24])
+    ))], {warps}, {registers})
 '''
 
 MEAN = '''\
@@ -370,10 +414,75 @@ def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, str
 '''
 
 
-def module(spec: ScoreSpec, pieces: Pieces) -> str:
+FACTORS = """\
+# What a key's place is multiplied by, as three numbers of 16 bits.
+factor = column_factor({arguments})
+high = factor.to(gl.bfloat16).to(gl.float32)
+middle = (factor - high).to(gl.bfloat16).to(gl.float32)
+part = gl.arange(0, 16, gl.SliceLayout(0, gl.DotOperandLayout(0, S_MMA, 2)))[None, :]
+factors = gl.where(part == 0, high, gl.where(part == 1, middle, gl.where(part == 2, factor - high - middle, 0.0)))
+factors = (factors + gl.zeros([M, 16], gl.float32, gl.DotOperandLayout(0, S_MMA, 2))).to(gl.bfloat16)"""
+
+PLACES = """\
+PLACE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [gl.num_warps(), 1], [1, 0])
+place = gl.arange(0, KEYS, gl.SliceLayout(1, PLACE_LAYOUT))[:, None]
+part = gl.arange(0, 16, gl.SliceLayout(0, PLACE_LAYOUT))[None, :]
+places = gl.allocate_shared_memory(
+    gl.bfloat16, [KEYS, 16], gl.NVMMASharedLayout.get_default_for([KEYS, 16], gl.bfloat16),
+    gl.where(part < 3, place, 0).to(gl.float32).to(gl.bfloat16))"""
+
+START = sympy.Symbol("start", integer=True, nonnegative=True)
+"""The first key of a tile."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A score scale * (s + factor * (j - start)) + shift, where the last two are numbers for a whole tile."""
+
+    scale: float
+    factor: sympy.Expr
+    shift: sympy.Expr
+
+
+def columns_of(spec: ScoreSpec, score: sympy.Expr) -> Columns | None:
+    """The score as that; None if it is something else."""
+    cores = [term for term in sympy.Add.make_args(score) if S in term.free_symbols]
+    if len(cores) != 1 or spec.far or spec.full is not None or template.wide(spec):
+        return None
+    scale, core = cores[0].as_coeff_Mul()
+    rest = sympy.expand(score - cores[0])
+    slope = rest.coeff(J, 1)
+    shift = sympy.expand(rest - slope * J)
+    if core != S or not scale > 0 or slope == 0 or {I, J} & (slope.free_symbols | shift.free_symbols):
+        return None
+    from_first = shift.coeff(codegen.FIRST, 1)
+    if from_first == -slope:  # which is exact
+        moved = slope * (START - codegen.FIRST) + sympy.expand(shift - from_first * codegen.FIRST)
+    else:
+        moved = slope * START + shift
+    return Columns(float(scale), slope / scale, moved)
+
+
+def _column_functions(spec: ScoreSpec, pieces: Pieces, found: Columns) -> list[str]:
+    names = pieces.names
+    scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, START)}}
+    rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
+    made = []
+    for name, value in (("factor", found.factor), ("shift", codegen.times(codegen.UNIT, found.shift))):
+        printer = Printer(spec.operands, scope, rows)
+        arguments = ["start", "b", "h", *names.inside, *names.flag_parameters]
+        text = printer.float(value).text
+        lines = "".join(f"    {line}\n" for line in [*printer.lines, f"return {text}"])
+        made.append(f"@triton.jit\n{wrapped(f'def column_{name}', arguments, ':')}\n{lines}")
+    return made
+
+
+def module(spec: ScoreSpec, pieces: Pieces, variant: Variant = USUAL) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
-    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *pieces.functions, FIXED, _kernel(spec, pieces)]
+    found = columns_of(spec, pieces.score) if variant.columns else None
+    functions = [*pieces.functions, *(_column_functions(spec, pieces, found) if found is not None else [])]
+    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, _kernel(spec, pieces, variant)]
     if needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)
@@ -384,13 +493,14 @@ def needs_mean(spec: ScoreSpec) -> bool:
     return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
 
 
-def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
+def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     names, forms = pieces.names, pieces.forms
     listed = ["list_ptr", "list_b", "list_h"] if names.listed else []
     own = [*names.outside, *listed]
     flags = names.flags
     tiling = ["n", "masked", "evens_at", "x0", "x1", "x2"]
     barriers = ["q_full", "q_empty", "full", "empty"]
+    turns = ["turns"] if variant.turns else []
     smem = ["q_smem", "k_smem", "v_smem"]
     sizes = ["blocks", "heads", "lq", "lk", "total"]
     constants = ["ROWS", "KEYS", "STAGES"]
@@ -413,9 +523,14 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         "t", "step", "p", "acc", "alpha", "m", "l", "q", *smem[1:], "full", "empty", *tiling, "b", "h", "i", "offs_n",
         "lk", *names.inside, *listed[:1],
     ]  # fmt: skip
+    if variant.turns:
+        advance += ["w", *turns]
+    found = columns_of(spec, pieces.score) if variant.columns else None
+    places = ["places"] if found is not None else []
+    advance += ["factors", *places] if places else []
     if "first" not in advance:
         advance.append("first")
-    consume = ["w", *smem, *barriers, *sizes, "out_ptr", "lse_ptr", *own]
+    consume = ["w", *smem, *barriers, *turns, *places, *sizes, "out_ptr", "lse_ptr", *own]
     produce = ["q_desc", "k_desc", "v_desc", *smem, *barriers, *sizes, "group", *names.scalars, *listed]
     pointers = ["q_desc", "k_desc", "v_desc", "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
     kernel = [*pointers, *sizes, "group", *names.strides, *names.scalars, *listed[1:]]
@@ -457,15 +572,25 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
     dead = "l = tl.where(l == 0.0, 1.0, l)" if spec.dead == "zero" and spec.sink is None else ""
     if needs_mean(spec):
         dead = "l = tl.where(l == 0.0, 1.0, l)  # such rows are filled later"
-    even_loop = ""
+    loops = [
+        _loop("1", "masked", advanced(True, False), False),
+        _loop("gl.maximum(masked, 1)", "evens_at", advanced(False, False), variant.twice),
+    ]
     if evens:
-        even_loop = "\n".join(
-            [
-                "for t in range(gl.maximum(evens_at, 1), n):",
-                f"    p, acc, alpha, m, l = {advanced(False, True)}",
-                "    step += 1",
-            ]
-        )
+        loops.append(_loop("gl.maximum(evens_at, 1)", "n", advanced(False, True), variant.twice))
+    take_turn, give_turn = "", ""
+    if variant.turns:
+        # The first is let in by the phase that a new barrier is not in.
+        take_turn = "mbarrier.wait(turns.index(w), (step & 1) ^ (w == 0))"
+        give_turn = f"mbarrier.arrive(turns.index((w + 1) % {variant.warpgroups}), count=1)"
+    leave = "mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)"
+    add_columns, factors = "", ""
+    if found is not None:
+        add_columns = "s_ = warpgroup_mma(factors, places.permute((1, 0)), s_, is_async=True)"
+        factors = FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))
+    arguments = [*consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]
+    made = [_arguments([str(w), *arguments]) for w in range(variant.warpgroups)]
+    others = variant.warpgroups - 1
     return KERNEL.format(
         locate=define("locate", ["work", "blocks", "heads", "total"]),
         place=_indented(_place(spec)),
@@ -477,7 +602,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         call_bounds=call("bounds", [*bounds, "ROWS", "KEYS"], 2),
         call_tile_produced=call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
         softmax=define("softmax", softmax, [*flags, "MASKED", *more]),
-        softmax_body=_indented(_softmax(spec, pieces)),
+        softmax_body=_indented(_softmax(spec, pieces, variant, found)),
         power=template.POWER,
         advance=define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
         call_tile=call("tile", [*tile, "KEYS"], 1),
@@ -488,17 +613,53 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         initial=initial,
         call_tile_first=call("tile", ["0", *tile[1:], "KEYS"], 2),
         call_softmax_first=call("softmax", first_step, 2),
-        call_advance_masked=advanced(True, False),
-        call_advance=advanced(False, False),
-        even_loop=_indented(even_loop, 2),
+        loops=_indented("\n".join(loops), 2),
         sink=_indented(sink, 2),
         lse=lse,
         dead=_indented(dead, 2),
         unspecialized=repr([*sizes, "group", *names.scalars, *listed[1:]]),
         kernel=define("attention_forward", kernel, [*constants, *flags, "DV", "HEADS_FIRST", "REGISTERS"]),
-        consumer_0=_arguments(["0", *consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]),
-        consumer_1=_arguments(["1", *consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]),
+        consumers="\n    )), (consume, (\n".join(made),
         producer=_arguments([*produce, *constants]),
+        groups=variant.warpgroups,
+        warps=repr([4] * others + [1]),
+        registers=f"[{', '.join(['REGISTERS'] * others)}, 24]",
+        add_columns=_indented(add_columns),
+        add_columns_outside=_indented(add_columns, 2),
+        factors=_indented(factors, 2),
+        places=_indented(PLACES if found is not None else ""),
+        leave="" if variant.turns else _indented(leave),
+        take_turn=_indented(f"{leave}\n{take_turn}" if variant.turns else ""),
+        give_turn=_indented(give_turn),
+        take_turn_outside=_indented(take_turn, 2),
+        give_turn_outside=_indented(give_turn, 2),
+        turns=_indented(
+            f"turns = gl.allocate_shared_memory(gl.int64, [{variant.warpgroups}, 1], mbarrier.MBarrierLayout())"
+            if variant.turns
+            else ""
+        ),
+        turns_init=_indented("mbarrier.init(turns.index(w), count=1)" if variant.turns else "", 2),
+    )
+
+
+def _loop(start: str, end: str, call: str, twice: bool) -> str:
+    """Over tiles from start to end."""
+    step = f"p, acc, alpha, m, l = {call}\nstep += 1"
+    if not twice:
+        return f"for t in range({start}, {end}):\n{_indented(step)}"
+    return "\n".join(
+        [
+            f"t_first = {start}",
+            f"pairs = gl.maximum({end} - t_first, 0) // 2",
+            "for pair in range(pairs):",
+            "    t = t_first + 2 * pair",
+            _indented(step),
+            "    t += 1",
+            _indented(step),
+            "t = t_first + 2 * pairs",
+            f"if t < {end}:",
+            _indented(step),
+        ]
     )
 
 
@@ -569,10 +730,10 @@ def _tile(names: template.Names) -> str:
     return "start = (n - 1 - t) * KEYS"
 
 
-def _softmax(spec: ScoreSpec, pieces: Pieces) -> str:
+def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns | None) -> str:
     names, forms = pieces.names, pieces.forms
     site = ", ".join(["b", "h", "i", "j", *names.inside, *names.flags])
-    highest = "gl.max(s, 1)"
+    highest = "highest(s)" if variant.tree else "gl.max(s, 1)"
     lines = ["column = start + offs_n", "j = column", "if MASKED:", "    j = gl.minimum(j, lk - 1)"]
     masks = ["if MASKED:"]
     seen = "column < lk" if spec.keep == sympy.true else f"keep({site}) & (column < lk)"
@@ -582,6 +743,10 @@ def _softmax(spec: ScoreSpec, pieces: Pieces) -> str:
         *masks,
         *template.softmax(forms.usual, site, highest=highest),
     ]
+    if columns is not None:
+        shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
+        form = template.Form(columns.scale, shifted=True)
+        usual = [*masks, *template.softmax(form, shift, "column_", highest=highest)]
     if forms.even is None:
         return "\n".join([*lines, *usual])
     with_evens = ", ".join([site, *names.evens])

@@ -95,7 +95,7 @@ class Hopper:
         total = batch * heads * blocks
         columns = hopper.columns(dq)
         constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
-        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
+        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.USUAL.registers}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
         loaded = [[1, 1, rows, columns] for rows in (hopper.ROWS // 2, hopper.KEYS, hopper.KEYS)]
         described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
