@@ -7,6 +7,7 @@ those of the Triton kernel, which Gluon compiles as its own.
 
 from __future__ import annotations
 
+import struct
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,10 @@ class Variant:
     warpgroups: how many compute, with 64 query rows each. turns: whether they give the tensor cores their products one
     after the other, so that one multiplies while another exponentiates. twice: two tiles a step of a loop, so that
     weights need not move to the registers that a product reads. columns: what is added in proportion to a key's place,
-    as ALiBi's bias is, the tensor cores add. tree: the maximum of two neighbours first.
+    as ALiBi's bias is, the tensor cores add. tree: the maximum of two neighbours first. emulated: of eight powers of two
+    so many by multiplications and additions. bounded: no maximum is taken off scores that are between -CAP and CAP in
+    base 2; of weights in bf16, which has fp32's exponents. early: the mask of the first tile is loaded before anything
+    is waited for. backwards: the last rows of a head first where tiles are listed, as of most masks they see most keys.
     """
 
     warpgroups: int = 2
@@ -50,6 +54,10 @@ class Variant:
     twice: bool = False
     columns: bool = False
     tree: bool = False
+    emulated: int = 0
+    bounded: bool = False
+    early: bool = False
+    backwards: bool = False
 
     @property
     def rows(self) -> int:
@@ -62,6 +70,18 @@ class Variant:
 
 
 USUAL = Variant()
+
+CAP = 75.0
+"""Of so bounded scores neither weights nor their sums overflow, nor products with values of usual sizes."""
+
+
+def is_bounded(spec: ScoreSpec, pieces: Pieces) -> bool:
+    """Whether no score is beyond CAP in base 2."""
+    form = pieces.forms.usual
+    if spec.sink is not None or form.scale is None or not form.core or form.shifted or template.wide(spec):
+        return False
+    cores = [term for term in sympy.Add.make_args(pieces.score) if S in term.free_symbols]
+    return cores[0].as_coeff_Mul()[1].func is sympy.tanh and form.scale * template.LOG2E <= CAP
 
 
 def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int) -> str | None:
@@ -237,7 +257,7 @@ KERNEL = '''\
     maximum of each row's scores, UNIT times as large as they are."""
     {power}
 {softmax_body}
-    alpha = tl.exp2((m - m_safe) * POWER)
+{alpha}
     return p, alpha, m_new
 
 
@@ -257,7 +277,7 @@ KERNEL = '''\
 {add_columns}
     # The rest of step t - 1.
 {leave}
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
+{rescale}
     a = unpack(p, v_smem.dtype, gl.DotOperandLayout(0, O_MMA, 2))
     acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
 {give_turn}
@@ -265,7 +285,8 @@ KERNEL = '''\
 {ahead}
     s = warpgroup_mma_wait(1, deps=[s_])
     p_new, alpha, m = {call_softmax}
-    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None] + partial_sum(p_new)
+{rescale_sum}
+    l = l + partial_sum(p_new)
     # The next stage, needed by the next step: waited for here, because the predicate's branch tends to keep ptxas from
     # moving the exponentials behind the wait for the product.
     mbarrier.wait(full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=t + 1 < n)
@@ -301,6 +322,7 @@ KERNEL = '''\
 
         # The first tile has no weights behind it. It may be masked or not: this suits both.
         start = {call_tile_first}
+{kept}
         mbarrier.wait(q_full.index(w), turn & 1)
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         k = k_smem.index(step % STAGES).reshape([KEYS, D]).permute((1, 0))
@@ -322,7 +344,7 @@ KERNEL = '''\
 
         at = step % STAGES
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
+{rescale_outside}
         a = unpack(p, dtype, gl.DotOperandLayout(0, O_MMA, 2))
 {take_turn_outside}
         acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
@@ -414,6 +436,41 @@ def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, str
 '''
 
 
+# 2**x for x in -0.5 ... 0.5, with relative errors below 1e-4: a twentieth of what rounding to bf16 makes.
+POWERS = (0.0551716451, 0.242611383, 0.693261009, 0.999928058)
+
+
+def _exp2(emulated: int, bounded: bool) -> str:
+    """Powers of two, some of each eight neighbours by a polynomial: special functions have a sixteenth of the
+    throughput of additions. -inf gives 0 and NaN gives NaN, as the instruction does."""
+    chosen = set(range(7, 7 - 8 // emulated * emulated, -(8 // emulated))) if emulated else set()
+    lines = []
+    for n in range(8):
+        x = f"${n + 8}"
+        if n not in chosen:
+            lines.append(f"ex2.approx.ftz.f32 ${n}, {x};")
+            continue
+        c3, c2, c1, c0 = (_hexadecimal(c) for c in POWERS)
+        lines += [
+            "{ .reg .f32 t, r, f, p; .reg .b32 n;",
+            f"mov.f32 t, {x};" if bounded else f"max.NaN.f32 t, {x}, {_hexadecimal(-127.0)};",
+            f"add.rn.f32 r, t, {_hexadecimal(12582912.0)}; sub.rn.f32 f, r, {_hexadecimal(12582912.0)};",
+            f"sub.rn.f32 f, t, f; fma.rn.f32 p, f, {c3}, {c2}; fma.rn.f32 p, p, f, {c1}; fma.rn.f32 p, p, f, {c0};",
+            "mov.b32 n, r; shl.b32 n, n, 23; add.s32 n, n, 0x3F800000; mov.b32 r, n;",
+            f"mul.rn.f32 ${n}, p, r; }}",
+        ]
+    text = "\n".join(f"        {line}" for line in lines)
+    constraints = ",".join(["=f"] * 8 + ["f"] * 8)
+    return (
+        f'@gluon.jit\ndef exp2(x):\n    return gl.inline_asm_elementwise("""\n{text}\n        """, '
+        f'"{constraints}", [x], dtype=gl.float32, is_pure=True, pack=8)\n'
+    )
+
+
+def _hexadecimal(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex().upper()
+
+
 FACTORS = """\
 # What a key's place is multiplied by, as three numbers of 16 bits.
 factor = column_factor({arguments})
@@ -481,8 +538,9 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant = USUAL) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
     found = columns_of(spec, pieces.score) if variant.columns else None
+    powers = [_exp2(variant.emulated, variant.bounded and is_bounded(spec, pieces))] if variant.emulated else []
     functions = [*pieces.functions, *(_column_functions(spec, pieces, found) if found is not None else [])]
-    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, _kernel(spec, pieces, variant)]
+    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, *powers, _kernel(spec, pieces, variant)]
     if needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)
@@ -583,6 +641,18 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         # The first is let in by the phase that a new barrier is not in.
         take_turn = "mbarrier.wait(turns.index(w), (step & 1) ^ (w == 0))"
         give_turn = f"mbarrier.arrive(turns.index((w + 1) % {variant.warpgroups}), count=1)"
+    bounded = variant.bounded and is_bounded(spec, pieces)
+    rescale = "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]"
+    rescale_sum = "l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]"
+    alpha = "alpha = tl.exp2((m - m_safe) * POWER)"
+    if bounded:
+        rescale, rescale_sum, alpha = "", "", "alpha = m"
+        initial = "gl.zeros([M], gl.float32, S_ROW)"
+    early = variant.early and spec.keep.has(Load)
+    kept = ""
+    if early:
+        site = ", ".join(["b", "h", "i", "gl.minimum(start + offs_n, lk - 1)", *names.inside, *flags])
+        kept = f"kept = keep({site}) & (start + offs_n < lk)"
     leave = "mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)"
     add_columns, factors = "", ""
     if found is not None:
@@ -593,7 +663,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     others = variant.warpgroups - 1
     return KERNEL.format(
         locate=define("locate", ["work", "blocks", "heads", "total"]),
-        place=_indented(_place(spec)),
+        place=_indented(_place(spec, variant.backwards and names.listed)),
         bounds=define("bounds", bounds, ["ROWS", "KEYS"]),
         bounds_body=_indented(_bounds(spec, names)),
         tile=define("tile", tile, ["KEYS"]),
@@ -601,18 +671,18 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         produce=define("produce", produce, constants),
         call_bounds=call("bounds", [*bounds, "ROWS", "KEYS"], 2),
         call_tile_produced=call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
-        softmax=define("softmax", softmax, [*flags, "MASKED", *more]),
+        softmax=define("softmax", softmax, [*flags, "MASKED", *more]).replace("):", ", kept):" if early else "):"),
         softmax_body=_indented(_softmax(spec, pieces, variant, found)),
         power=template.POWER,
         advance=define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
         call_tile=call("tile", [*tile, "KEYS"], 1),
         ahead=_indented("\n".join(ahead)),
-        call_softmax=call("softmax", [*softmax, *flags, "MASKED", *more], 1),
+        call_softmax=call("softmax", [*softmax, *flags, "MASKED", *more, *(["None"] if early else [])], 1),
         consume=define("consume", consume, [*constants, *flags, "DV", "HEADS_FIRST"]),
         rows=_indented("\n".join(pieces.row_lines), 2),
         initial=initial,
         call_tile_first=call("tile", ["0", *tile[1:], "KEYS"], 2),
-        call_softmax_first=call("softmax", first_step, 2),
+        call_softmax_first=call("softmax", [*first_step, *(["kept"] if early else [])], 2),
         loops=_indented("\n".join(loops), 2),
         sink=_indented(sink, 2),
         lse=lse,
@@ -624,6 +694,11 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         groups=variant.warpgroups,
         warps=repr([4] * others + [1]),
         registers=f"[{', '.join(['REGISTERS'] * others)}, 24]",
+        rescale=_indented(rescale),
+        rescale_outside=_indented(rescale, 2),
+        rescale_sum=_indented(rescale_sum),
+        alpha=_indented(alpha),
+        kept=_indented(kept, 2),
         add_columns=_indented(add_columns),
         add_columns_outside=_indented(add_columns, 2),
         factors=_indented(factors, 2),
@@ -663,9 +738,9 @@ def _loop(start: str, end: str, call: str, twice: bool) -> str:
     )
 
 
-def _place(spec: ScoreSpec) -> str:
+def _place(spec: ScoreSpec, backwards: bool) -> str:
     lines = ["b = work // blocks // heads", "h = work // blocks % heads"]
-    if spec.keep != sympy.true and spec.band.upper is not None:
+    if backwards or (spec.keep != sympy.true and spec.band.upper is not None):
         return "\n".join([*lines, "block = blocks - 1 - work % blocks  # the last rows see most keys: start with them"])
     return "\n".join([*lines, "block = work % blocks"])
 
@@ -737,7 +812,15 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns
     lines = ["column = start + offs_n", "j = column", "if MASKED:", "    j = gl.minimum(j, lk - 1)"]
     masks = ["if MASKED:"]
     seen = "column < lk" if spec.keep == sympy.true else f"keep({site}) & (column < lk)"
-    masks.append(f'    s = gl.where({seen}, s, float("-inf"))')
+    if variant.early and spec.keep.has(Load):
+        masks += [
+            "    if kept is None:",
+            f'        s = gl.where({seen}, s, float("-inf"))',
+            "    else:",
+            '        s = gl.where(kept, s, float("-inf"))',
+        ]
+    else:
+        masks.append(f'    s = gl.where({seen}, s, float("-inf"))')
     usual = [
         *template.scores(spec, forms.usual, site),
         *masks,
@@ -747,6 +830,11 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns
         shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
         form = template.Form(columns.scale, shifted=True)
         usual = [*masks, *template.softmax(form, shift, "column_", highest=highest)]
+    if variant.bounded and is_bounded(spec, pieces):
+        scale = f"({forms.usual.scale!r} * UNIT * POWER)"
+        usual = [*template.scores(spec, forms.usual, site), *masks, "m_new = m", f"p = tl.exp2(s * {scale})"]
+    if variant.emulated:
+        usual = [line.replace("p = tl.exp2(", "p = exp2(") for line in usual]
     if forms.even is None:
         return "\n".join([*lines, *usual])
     with_evens = ", ".join([site, *names.evens])
@@ -754,6 +842,8 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns
         *template.scores(spec, forms.even, with_evens, "even_"),
         *template.softmax(forms.even, with_evens, "even_", highest=highest),
     ]
+    if variant.emulated:
+        even = [line.replace("p = tl.exp2(", "p = exp2(") for line in even]
     return "\n".join([*lines, "if EVEN:", *(f"    {x}" for x in even), "else:", *(f"    {x}" for x in usual)])
 
 
