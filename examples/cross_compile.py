@@ -280,7 +280,7 @@ def compile_lists(spec: ScoreSpec, target: GPUTarget) -> Any:
     found = blocks.summary(codegen.canonical(spec))
     assert found is not None
     prepared = lists.program(lists.prepare(found.mask))
-    constants: dict[str, object] = {"BLOCK_M": LISTED, "BLOCK_N": LISTED, "SPAN": 2 * LISTED}
+    constants: dict[str, object] = {"BLOCK_M": LISTED, "BLOCK_N": LISTED, "WIDE_M": LISTED, "SPAN": 2 * LISTED}
     constants["TILES"] = 1 if prepared.single else lists.TILES_A_PROGRAM
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(prepared.mask.operands)}
     kernel = cache.load(cache.store(prepared.source), f"lists_{prepared.key}").tile_verdicts

@@ -56,8 +56,9 @@ def _why_no_module(key: str) -> str | None:
 
 
 @functools.cache
-def _module(key: str) -> Any:
-    return cache.load(cache.store(hopper.module(*_made_of(key))), f"xfcompile_attention_hopper_{key}")
+def _module(key: str, variant: hopper.Variant = hopper.USUAL) -> Any:
+    text = hopper.module(*_made_of(key), variant)
+    return cache.load(cache.store(text), f"xfcompile_attention_hopper_{cache.key_of(text)}")
 
 
 def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int, int]) -> bool:
@@ -87,17 +88,18 @@ class Hopper:
         strides: Sequence[int],
         flags: Mapping[str, Any],
         heads_first: bool,
+        variant: hopper.Variant = hopper.USUAL,
     ) -> None:
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
-        module = _module(prepared.key)
-        blocks = -(-lq // hopper.ROWS)
+        module = _module(prepared.key, variant)
+        blocks = -(-lq // variant.rows)
         total = batch * heads * blocks
         columns = hopper.columns(dq)
-        constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
-        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.USUAL.registers}
+        constants: dict[str, Any] = {"ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
+        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": variant.registers}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
-        loaded = [[1, 1, rows, columns] for rows in (hopper.ROWS // 2, hopper.KEYS, hopper.KEYS)]
+        loaded = [[1, 1, rows, columns] for rows in (variant.rows // variant.warpgroups, hopper.KEYS, hopper.KEYS)]
         described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
         self.launch = Launch(module.attention_forward, total, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
