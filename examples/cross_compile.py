@@ -245,9 +245,7 @@ def mask_or_spec(job: Job) -> ScoreSpec:
     return next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
 
 
-def compile_hopper(
-    spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hopper.Variant = hopper.USUAL
-) -> Any:
+def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hopper.Variant = hopper.USUAL) -> Any:
     """The kernel in Gluon, as a launch would; None where another one is launched."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -264,8 +262,8 @@ def compile_hopper(
         return f"tensordesc<{TRITON_DTYPES[dtype]}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
     constants: dict[str, object] = {
-        "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
-        "REGISTERS": variant.registers, "UNIT": template.unit(spec, dtype), "FAST": 2,
+        "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.stages or hopper.STAGES[dim], "DV": dim,
+        "HEADS_FIRST": False, "REGISTERS": variant.registers, "UNIT": template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {

@@ -384,9 +384,7 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str],
     def call(i: str, j: str) -> str:
         return indent(wrapped("some, every, even = look", [i, j, "b", "h", *_outside(mask), *sizes]), " " * 12)
 
-    body = TILE_BODY.format(
-        possible=test, look=call("i", "j"), look_at_edge=call("i", "tl.minimum(j, j1)")
-    )
+    body = TILE_BODY.format(possible=test, look=call("i", "j"), look_at_edge=call("i", "tl.minimum(j, j1)"))
     return [LOOK.format(signature=signature, lines=indent("\n".join(lines), "    "))], body, printer.helpers
 
 

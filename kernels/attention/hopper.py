@@ -43,10 +43,11 @@ class Variant:
     warpgroups: how many compute, with 64 query rows each. turns: whether they give the tensor cores their products one
     after the other, so that one multiplies while another exponentiates. twice: two tiles a step of a loop, so that
     weights need not move to the registers that a product reads. columns: what is added in proportion to a key's place,
-    as ALiBi's bias is, the tensor cores add. tree: the maximum of two neighbours first. emulated: of eight powers of two
-    so many by multiplications and additions. bounded: no maximum is taken off scores that are between -CAP and CAP in
-    base 2; of weights in bf16, which has fp32's exponents. early: the mask of the first tile is loaded before anything
-    is waited for. backwards: the last rows of a head first where tiles are listed, as of most masks they see most keys.
+    as ALiBi's bias is, the tensor cores add. tree: the maximum of two neighbours first. emulated: of eight powers of
+    two so many by multiplications and additions. bounded: no maximum is taken off scores that are between -CAP and CAP
+    in base 2; of weights in bf16, which has fp32's exponents. early: the mask of the first tile is loaded before
+    anything is waited for. backwards: the last rows of a head first where tiles are listed, as of most masks they see
+    most keys. stages: tiles in shared memory, if not as many as usual.
     """
 
     warpgroups: int = 2
@@ -58,6 +59,7 @@ class Variant:
     bounded: bool = False
     early: bool = False
     backwards: bool = False
+    stages: int | None = None
 
     @property
     def rows(self) -> int:
@@ -540,7 +542,14 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant = USUAL) -> str:
     found = columns_of(spec, pieces.score) if variant.columns else None
     powers = [_exp2(variant.emulated, variant.bounded and is_bounded(spec, pieces))] if variant.emulated else []
     functions = [*pieces.functions, *(_column_functions(spec, pieces, found) if found is not None else [])]
-    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, *powers, _kernel(spec, pieces, variant)]
+    parts = [
+        PREAMBLE.format(meaning=template.meaning(spec)),
+        *helpers,
+        *functions,
+        FIXED,
+        *powers,
+        _kernel(spec, pieces, variant),
+    ]
     if needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)
@@ -658,8 +667,8 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     if found is not None:
         add_columns = "s_ = warpgroup_mma(factors, places.permute((1, 0)), s_, is_async=True)"
         factors = FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))
-    arguments = [*consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]
-    made = [_arguments([str(w), *arguments]) for w in range(variant.warpgroups)]
+    given = [*consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]
+    made = [_arguments([str(w), *given]) for w in range(variant.warpgroups)]
     others = variant.warpgroups - 1
     return KERNEL.format(
         locate=define("locate", ["work", "blocks", "heads", "total"]),

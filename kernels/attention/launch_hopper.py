@@ -96,7 +96,11 @@ class Hopper:
         blocks = -(-lq // variant.rows)
         total = batch * heads * blocks
         columns = hopper.columns(dq)
-        constants: dict[str, Any] = {"ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
+        constants: dict[str, Any] = {
+            "ROWS": variant.rows,
+            "KEYS": hopper.KEYS,
+            "STAGES": variant.stages or hopper.STAGES[columns],
+        }
         constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": variant.registers}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
         loaded = [[1, 1, rows, columns] for rows in (variant.rows // variant.warpgroups, hopper.KEYS, hopper.KEYS)]
