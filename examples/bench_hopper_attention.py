@@ -90,7 +90,8 @@ def variants(name: str, dim: int) -> dict[str, Variant]:
         backwards = having(few, backwards=True)
         return few | backwards | having({key: few[key] for key in ("2", "2 turns")}, backwards=True, early=True)
     if name == "dense bias":
-        return {}
+        few.pop("3", None)
+        return having(few, tiles=True)
     return few
 
 
@@ -160,7 +161,7 @@ class Case:
         if "FAST" in self.prepared.kernel(False).arg_names:
             flags["FAST"] = launch.speed(spec, q)
         strides = [stride for operand in self.operands for stride in operand.stride()]
-        kernel = launch_hopper.Hopper(self.prepared, q, k, v, strides, flags, False, variant)
+        kernel = launch_hopper.Hopper(self.prepared, q, k, v, strides, flags, False, variant, self.operands)
         out, lse = launch.outputs(q, v)
         tiles = None
         if self.prepared.mask is not None:

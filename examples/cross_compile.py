@@ -252,17 +252,17 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hoppe
 
     spec = codegen.canonical(spec)
     pieces = codegen.pieces(spec)
-    if hopper.why_not(spec, pieces, dtype, dim, dim) is not None:
+    if hopper.why_not(spec, pieces, dtype, dim, dim, variant) is not None:
         return None
     source = hopper.module(spec, pieces, variant)
     kernel = cache.load(cache.store(source), f"hopper_{cache.key_of(source)}").attention_forward
 
-    def descriptor(rows: int) -> str:
-        block = [1, 1, rows, dim]
+    def descriptor(rows: int, columns: int = dim) -> str:
+        block = [1, 1, rows, columns]
         return f"tensordesc<{TRITON_DTYPES[dtype]}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
     constants: dict[str, object] = {
-        "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.stages or hopper.STAGES[dim], "DV": dim,
+        "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.tiles_of(dim), "DV": dim,
         "HEADS_FIRST": False, "REGISTERS": variant.registers, "UNIT": template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
@@ -270,6 +270,7 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hoppe
         "q_desc": descriptor(variant.rows // variant.warpgroups),
         "k_desc": descriptor(hopper.KEYS),
         "v_desc": descriptor(hopper.KEYS),
+        "bias_desc": descriptor(variant.rows // variant.warpgroups, hopper.KEYS),
     }
     return _compile(kernel, constants, types, dtype, spec, TARGETS["sm_90"], GluonASTSource)
 

@@ -20,7 +20,7 @@ from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.printer import NAMES, Printer, Term
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.score import I, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = 128, 128
@@ -31,6 +31,9 @@ HEAD_DIMS = (64, 128)
 
 STAGES = {64: 4, 128: 3}
 """Tiles in shared memory: as many as there is room for."""
+
+STAGES_WITH_BIAS, BIAS_STAGES = {64: 4, 128: 2}, 2
+"""The same where tiles of a bias stand beside them, and how many of these."""
 
 REGISTERS = {2: 240, 3: 160}
 """Of a thread that computes, by warpgroups of them; the warp that loads leaves it the rest."""
@@ -47,7 +50,8 @@ class Variant:
     two so many by multiplications and additions. bounded: no maximum is taken off scores that are between -CAP and CAP
     in base 2; of weights in bf16, which has fp32's exponents. early: the mask of the first tile is loaded before
     anything is waited for. backwards: the last rows of a head first where tiles are listed, as of most masks they see
-    most keys. stages: tiles in shared memory, if not as many as usual.
+    most keys. stages: tiles in shared memory, if not as many as usual. tiles: a bias that has a number for each score
+    is loaded by TMA too.
     """
 
     warpgroups: int = 2
@@ -60,6 +64,7 @@ class Variant:
     early: bool = False
     backwards: bool = False
     stages: int | None = None
+    tiles: bool = False
 
     @property
     def rows(self) -> int:
@@ -69,6 +74,10 @@ class Variant:
     @property
     def registers(self) -> int:
         return REGISTERS[self.warpgroups]
+
+    def tiles_of(self, columns: int) -> int:
+        """Of keys and values, in shared memory."""
+        return self.stages or (STAGES_WITH_BIAS if self.tiles else STAGES)[columns]
 
 
 USUAL = Variant()
@@ -86,7 +95,9 @@ def is_bounded(spec: ScoreSpec, pieces: Pieces) -> bool:
     return cores[0].as_coeff_Mul()[1].func is sympy.tanh and form.scale * template.LOG2E <= CAP
 
 
-def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int) -> str | None:
+def why_not(
+    spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int, variant: Variant = USUAL
+) -> str | None:
     """Why this kernel is not the one for such a site; None if it is."""
     if dtype not in (torch.float16, torch.bfloat16):
         return "it multiplies numbers of 16 bits"
@@ -104,7 +115,7 @@ def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: in
         return "documents are visited in smaller tiles"
     evens = set(pieces.evens)
     varying = [load for load in pieces.score.atoms(Load) if J in load.free_symbols and load not in evens]
-    if varying:
+    if varying and not (variant.tiles and bias_of(spec, pieces) is not None):
         return "loads of each score are waited for"
     if not spec.score.has(S):
         return "scores without q·k"
@@ -249,6 +260,7 @@ KERNEL = '''\
             mbarrier.expect(bar, V_BYTES, pred=has_k ^ True)
             tma.async_copy_global_to_shared(k_desc, [b, h // group, start, 0], bar, k_smem.index(at), pred=has_k)
             tma.async_copy_global_to_shared(v_desc, [b, h // group, before, 0], bar, v_smem.index(at), pred=has_v)
+{produce_bias}
             before = start
             step += 1
 
@@ -285,6 +297,7 @@ KERNEL = '''\
 {give_turn}
     start = {call_tile}
 {ahead}
+{read_bias}
     s = warpgroup_mma_wait(1, deps=[s_])
     p_new, alpha, m = {call_softmax}
 {rescale_sum}
@@ -332,6 +345,7 @@ KERNEL = '''\
         s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
 {add_columns_outside}
 {give_turn_outside}
+{read_bias_first}
         s = warpgroup_mma_wait(0, deps=[s_])
         p_, alpha, m = {call_softmax_first}
         l = partial_sum(p_)
@@ -387,6 +401,7 @@ KERNEL = '''\
     q_empty = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
 {turns}
 {places}
+{bias_memory}
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for w in gl.static_range({groups}):
@@ -396,6 +411,7 @@ KERNEL = '''\
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
         mbarrier.init(empty.index(n), count={groups})
+{bias_init}
     fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
     gl.warp_specialize([(consume, (
@@ -490,6 +506,68 @@ places = gl.allocate_shared_memory(
     gl.bfloat16, [KEYS, 16], gl.NVMMASharedLayout.get_default_for([KEYS, 16], gl.bfloat16),
     gl.where(part < 3, place, 0).to(gl.float32).to(gl.bfloat16))"""
 
+PRODUCE_BIAS = """\
+if has_k:
+    bias_step = step - turn + 1  # a work has one step more than tiles of the bias
+    for w in gl.static_range({groups}):
+        bias_at = bias_step % {stages} * {groups} + w
+        mbarrier.wait(bias_empty.index(bias_at), (bias_step // {stages} & 1) ^ 1)
+        mbarrier.expect(bias_full.index(bias_at), q_smem.shape[3] * KEYS * 2)
+        tma.async_copy_global_to_shared(
+            bias_desc, [{b}, {h}, first + w * q_smem.shape[3], start], bias_full.index(bias_at),
+            bias_smem.index(bias_at))"""
+
+READ_BIAS = """\
+bias_at = bias_step % {stages} * {groups} + w
+mbarrier.wait(bias_full.index(bias_at), bias_step // {stages} & 1)
+bias = bias_smem.index(bias_at).reshape([M, KEYS]).load(S_MMA)
+fence_async_shared()
+mbarrier.arrive(bias_empty.index(bias_at), count=1)"""
+
+BIAS_MEMORY = """\
+bias_smem = gl.allocate_shared_memory(dtype, [{number}, 1, 1, M, KEYS], bias_desc.layout)
+bias_full = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())
+bias_empty = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())"""
+
+BIAS_INIT = """\
+for n in gl.static_range({number}):
+    mbarrier.init(bias_full.index(n), count=1)
+    mbarrier.init(bias_empty.index(n), count=1)"""
+
+BIAS = sympy.Symbol("bias", real=True)
+"""A bias of each score."""
+
+
+def bias_of(spec: ScoreSpec, pieces: Pieces) -> Load | None:
+    """The one load that has a number for each score, if it can be read by TMA: [B or 1, H or 1, Lq, Lk]."""
+    varying = [load for load in pieces.score.atoms(Load) if J in load.free_symbols]
+    if len(varying) != 1 or pieces.names.listed or spec.keep.has(Load):
+        return None
+    (load,) = varying
+    if len(load.indices) != 4 or load.indices[2:] != (I, J):
+        return None
+    b, h = load.indices[:2]
+    return load if b in (0, B) and h in (0, H) else None
+
+
+def _bias_function(spec: ScoreSpec, pieces: Pieces, load: Load) -> str:
+    """What a tile of scores is with its bias: a score, or one that is UNIT times as large where that keeps finite what
+    is far from 0."""
+    names = pieces.names
+    score = pieces.score.xreplace({load: BIAS})
+    scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, BIAS)}}
+    rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
+    printer = Printer(spec.operands, scope, rows)
+    text = printer.float(codegen.times(codegen.UNIT, score) if _is_far(spec) else score).text
+    arguments = ["s", "bias", "b", "h", "i", "j", *names.inside, *names.flag_parameters]
+    lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
+    return f"@triton.jit\n{wrapped('def biased', arguments, ':')}\n{lines}"
+
+
+def _is_far(spec: ScoreSpec) -> bool:
+    return spec.far or template.wide(spec)
+
+
 START = sympy.Symbol("start", integer=True, nonnegative=True)
 """The first key of a tile."""
 
@@ -541,7 +619,9 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant = USUAL) -> str:
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
     found = columns_of(spec, pieces.score) if variant.columns else None
     powers = [_exp2(variant.emulated, variant.bounded and is_bounded(spec, pieces))] if variant.emulated else []
-    functions = [*pieces.functions, *(_column_functions(spec, pieces, found) if found is not None else [])]
+    bias = bias_of(spec, pieces) if variant.tiles else None
+    biased = [_bias_function(spec, pieces, bias)] if bias is not None else []
+    functions = [*pieces.functions, *biased, *(_column_functions(spec, pieces, found) if found is not None else [])]
     parts = [
         PREAMBLE.format(meaning=template.meaning(spec)),
         *helpers,
@@ -595,16 +675,24 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     found = columns_of(spec, pieces.score) if variant.columns else None
     places = ["places"] if found is not None else []
     advance += ["factors", *places] if places else []
+    bias = bias_of(spec, pieces) if variant.tiles else None
+    memory = ["bias_smem", "bias_full", "bias_empty"] if bias is not None else []
+    tile_of_bias = ["bias"] if bias is not None else []
+    softmax += tile_of_bias
+    if bias is not None:
+        advance += [*memory, "bias_step", *([] if variant.turns else ["w"])]
     if "first" not in advance:
         advance.append("first")
-    consume = ["w", *smem, *barriers, *turns, *places, *sizes, "out_ptr", "lse_ptr", *own]
-    produce = ["q_desc", "k_desc", "v_desc", *smem, *barriers, *sizes, "group", *names.scalars, *listed]
-    pointers = ["q_desc", "k_desc", "v_desc", "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
+    consume = ["w", *smem, *barriers, *turns, *places, *memory, *sizes, "out_ptr", "lse_ptr", *own]
+    described = ["q_desc", "k_desc", "v_desc", *(["bias_desc"] if bias is not None else [])]
+    produce = [*described, *smem, *barriers, *memory, *sizes, "group", *names.scalars, *listed]
+    pointers = [*described, "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
     kernel = [*pointers, *sizes, "group", *names.strides, *names.scalars, *listed[1:]]
 
     def advanced(masked: bool, even: bool) -> str:
         kinds = [str(masked), *([str(even)] if more else [])]
-        return call("advance", [*advance, *constants, *flags, *layouts, *kinds], 4)
+        given = ["step - turn + 1" if x == "bias_step" else x for x in advance]
+        return call("advance", [*given, *constants, *flags, *layouts, *kinds], 4)
 
     evens = names.evens
     ahead: list[str] = []
@@ -619,6 +707,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         *where,
         *names.inside,
         *("0.0" for _ in evens),
+        *tile_of_bias,
         *flags,
         "True",
         *(["False"] if more else []),
@@ -667,6 +756,13 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     if found is not None:
         add_columns = "s_ = warpgroup_mma(factors, places.permute((1, 0)), s_, is_async=True)"
         factors = FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))
+    number = BIAS_STAGES * variant.warpgroups
+    produce_bias, read_bias, bias_memory, bias_init = "", "", "", ""
+    if bias is not None:
+        about = {"stages": BIAS_STAGES, "groups": variant.warpgroups}
+        produce_bias = PRODUCE_BIAS.format(b=bias.indices[0], h=bias.indices[1], **about)
+        read_bias = READ_BIAS.format(**about)
+        bias_memory, bias_init = BIAS_MEMORY.format(number=number), BIAS_INIT.format(number=number)
     given = [*consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]
     made = [_arguments([str(w), *given]) for w in range(variant.warpgroups)]
     others = variant.warpgroups - 1
@@ -703,6 +799,11 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         groups=variant.warpgroups,
         warps=repr([4] * others + [1]),
         registers=f"[{', '.join(['REGISTERS'] * others)}, 24]",
+        produce_bias=_indented(produce_bias, 3),
+        read_bias=_indented(read_bias),
+        read_bias_first=_indented(f"bias_step = step - turn\n{read_bias}" if read_bias else "", 2),
+        bias_memory=_indented(bias_memory),
+        bias_init=_indented(bias_init),
         rescale=_indented(rescale),
         rescale_outside=_indented(rescale, 2),
         rescale_sum=_indented(rescale_sum),
@@ -749,6 +850,10 @@ def _loop(start: str, end: str, call: str, twice: bool) -> str:
 
 def _place(spec: ScoreSpec, backwards: bool) -> str:
     lines = ["b = work // blocks // heads", "h = work // blocks % heads"]
+    if template._batches_share(spec):
+        # All batches load the same tile of the bias: one after the other.
+        batch = "batch = total // (blocks * heads)"
+        lines = [batch, "b = work % batch", "work = work // batch", "h = work // blocks"]
     if backwards or (spec.keep != sympy.true and spec.band.upper is not None):
         return "\n".join([*lines, "block = blocks - 1 - work % blocks  # the last rows see most keys: start with them"])
     return "\n".join([*lines, "block = work % blocks"])
@@ -839,6 +944,9 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns
         shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
         form = template.Form(columns.scale, shifted=True)
         usual = [*masks, *template.softmax(form, shift, "column_", highest=highest)]
+    if variant.tiles and bias_of(spec, pieces) is not None:
+        form = template.Form() if _is_far(spec) else template.Form(1.0, core=True)
+        usual = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})", *masks, *template.softmax(form, site, highest=highest)]
     if variant.bounded and is_bounded(spec, pieces):
         scale = f"({forms.usual.scale!r} * UNIT * POWER)"
         usual = [*template.scores(spec, forms.usual, site), *masks, "m_new = m", f"p = tl.exp2(s * {scale})"]

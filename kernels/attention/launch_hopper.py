@@ -89,6 +89,7 @@ class Hopper:
         flags: Mapping[str, Any],
         heads_first: bool,
         variant: hopper.Variant = hopper.USUAL,
+        operands: Sequence[Tensor] = (),
     ) -> None:
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
@@ -99,12 +100,17 @@ class Hopper:
         constants: dict[str, Any] = {
             "ROWS": variant.rows,
             "KEYS": hopper.KEYS,
-            "STAGES": variant.stages or hopper.STAGES[columns],
+            "STAGES": variant.tiles_of(columns),
         }
         constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": variant.registers}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
         loaded = [[1, 1, rows, columns] for rows in (variant.rows // variant.warpgroups, hopper.KEYS, hopper.KEYS)]
         described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
+        bias = hopper.bias_of(*_made_of(prepared.key)) if variant.tiles else None
+        self.bias = None if bias is None else int(bias.operand)
+        if self.bias is not None:
+            block = [1, 1, variant.rows // variant.warpgroups, hopper.KEYS]
+            described.append(described_for_gluon(operands[self.bias], block))
         self.launch = Launch(module.attention_forward, total, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
@@ -126,7 +132,8 @@ class Hopper:
         scalars: Sequence[Any],
         tiles: Tensor | None,
     ) -> None:
-        tensors, free = [q, k, v, out, lse, *operands], scalars
+        bias = [] if self.bias is None else [operands[self.bias]]
+        tensors, free = [q, k, v, *bias, out, lse, *operands], scalars
         if tiles is not None:
             tensors.append(tiles)
             free = [*free, *lists.steps(tiles)]
