@@ -32,6 +32,8 @@ STAGES = {64: 3, 128: 3}
 AHEAD = {64: True, 128: False}
 """Whether the next tile's scores are computed before this one's are done with, for which registers must be left."""
 
+BUFFERS = {64: 2, 128: 1}
+
 WARPS = 8
 PRODUCER_REGISTERS = 24
 
@@ -47,8 +49,6 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
         return "head dims"
     if spec.dropout:
         return "it drops no weights out"
-    if spec.far or template.wide(spec):
-        return "scores that may be far from 0 take a second pass"
     if found.of("rows", "columns", "dense", "diagonal"):
         return "what is added has a gradient"
     if spec.band.lower is not None and spec.band.exact:
@@ -72,8 +72,10 @@ slope  {slope}
 
 import triton
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -81,38 +83,56 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+
+@builtin
+def add_to_global(desc, coordinates, block, _semantic=None):
+    """A block in shared memory is added to a tensor by TMA: what Gluon has no function for yet."""
+    at = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, at, block.handle)
 '''
 
 KERNELS = '''\
 @triton.jit
-def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_ptr,
+def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, delta_ptr, shift_ptr, dq_ptr,
                  stride_ob, stride_oh, stride_om, stride_od, stride_gb, stride_gh, stride_gm, stride_gd,
-                 heads, lq, padded, DV: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PAIR: tl.constexpr):
-    """Of ROWS query rows of a head: log2 of the sum of exponentials, and delta, the sum over dout * out; both [B, H,
-    padded], such that rows past the end have no weights. And zeros where dq [B, H, padded, COLUMNS] is summed up."""
+                 heads, lq, padded, DV: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+                 PAIRED: tl.constexpr, EXACT: tl.constexpr):
+    """Of ROWS query rows of a head what their weights are made of, and delta, the sum over dout * out; [B, H, padded],
+    such that rows past the end have no weights. And zeros where dq [B, H, padded, COLUMNS] is summed up.
+
+    PAIRED: both are there already, as the other kernels read them. EXACT: top is the maximum of a row, and shift log2
+    of one over the sum of exponentials; otherwise top is log2 of that sum.
+    """
     blocks = padded // ROWS
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks
-    b, h = tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
     offs_m = block * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     inside = offs_m < lq
-    rows = offs_m[:, None].to(tl.int64)
-    mask = inside[:, None] & (columns < DV)
-    out_ptr += b * stride_ob + h * stride_oh
-    dout_ptr += b * stride_gb + h * stride_gh
-    out = tl.load(out_ptr + rows * stride_om + columns * stride_od, mask=mask, other=0.0)
-    dout = tl.load(dout_ptr + rows * stride_gm + columns * stride_gd, mask=mask, other=0.0)
-    top = tl.load(lse_ptr + tl.cast(head, tl.int64) * lq + offs_m, mask=inside, other=float("-inf"))
-    delta = tl.reduce(out.to(tl.float32) * dout.to(tl.float32), 1, tl.standard._sum_combine)
-    delta = tl.where(top == float("-inf"), 0.0, delta)  # without keys there may be NaN in out
-    top = tl.where(top == float("-inf"), float("inf"), top)
-    if PAIR:
-        pair = pair_ptr + 2 * (tl.cast(head, tl.int64) * lq + offs_m)
-        tl.store(pair, top, mask=inside)
-        tl.store(pair + 1, delta, mask=inside)
+    row = tl.cast(head, tl.int64) * lq + offs_m
     place = tl.cast(head, tl.int64) * padded + offs_m
-    tl.store(top_ptr + place, top * LOG2E)
+    if PAIRED:
+        top = tl.load(pair_ptr + 2 * row, mask=inside, other=float("inf"))
+        delta = tl.load(pair_ptr + 2 * row + 1, mask=inside, other=0.0)
+    else:
+        b, h = tl.cast(head // heads, tl.int64), tl.cast(head % heads, tl.int64)
+        rows = offs_m[:, None].to(tl.int64)
+        mask = inside[:, None] & (columns < DV)
+        out_ptr += b * stride_ob + h * stride_oh
+        dout_ptr += b * stride_gb + h * stride_gh
+        out = tl.load(out_ptr + rows * stride_om + columns * stride_od, mask=mask, other=0.0)
+        dout = tl.load(dout_ptr + rows * stride_gm + columns * stride_gd, mask=mask, other=0.0)
+        top = tl.load(lse_ptr + row, mask=inside, other=float("-inf"))
+        delta = tl.reduce(out.to(tl.float32) * dout.to(tl.float32), 1, tl.standard._sum_combine)
+        delta = tl.where(top == float("-inf"), 0.0, delta)  # without keys there may be NaN in out
+        top = tl.where(top == float("-inf"), float("inf"), top)
+    if EXACT:
+        inverse = tl.load(inverse_ptr + row, mask=inside, other=1.0)
+        tl.store(shift_ptr + place, tl.log2(inverse))
+    else:
+        top *= LOG2E
+    tl.store(top_ptr + place, top)
     tl.store(delta_ptr + place, delta)
     tl.store(dq_ptr + place[:, None] * COLUMNS + columns, tl.full([ROWS, COLUMNS], 0.0, tl.float32))
 
@@ -169,31 +189,50 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_pt
             at = step % STAGES
             bar = full.index(at)
             mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(bar, ROWS * (D + DIM_V) * 2 + ROWS * 8)
+            mbarrier.expect(bar, ROWS * (D + DIM_V) * 2 + ROWS * {row_bytes})
             tma.async_copy_global_to_shared(q_desc, [b, h, start, 0], bar, q_smem.index(at))
             tma.async_copy_global_to_shared(dout_desc, [b, h, start, 0], bar, dout_smem.index(at))
             tma.async_copy_global_to_shared(top_desc, [b * heads + h, start], bar, top_smem.index(at))
             tma.async_copy_global_to_shared(delta_desc, [b * heads + h, start], bar, delta_smem.index(at))
+{load_shift}
             step += 1
 
 
 @gluon.jit
+def put(dq, smem, step, BUFFERS: gl.constexpr):
+    """A tile of dq to one of the buffers, which take turns; after a fence it may be added to global memory."""
+    tma.store_wait(BUFFERS - 1)  # what was added from this buffer before has been read
+    smem.index(step % BUFFERS).store(dq.reshape([1, 1, dq.shape[0], dq.shape[1]]))
+
+
+@gluon.jit
 {advance}
-    """Tile t of head h. s: its products of keys and queries, where AHEAD; they are returned for the next tile."""
+    """Tile t of head h. s: its products of keys and queries, where AHEAD; they are returned for the next tile.
+
+    The product for dq is behind by a tile, whose first query is `before`: it is there for the tensor cores while
+    weights are computed, and what it reads from shared memory needs no fence of its own. Nothing is in flight at a
+    loop's end: ptxas would then make each product wait for the one before.
+    """
     at = step % STAGES
     D: gl.constexpr = k_smem.shape[3]
     DIM_V: gl.constexpr = v_smem.shape[3]
     dtype: gl.constexpr = q_smem.dtype
     k = k_smem.reshape([KEYS, D])
+    v = v_smem.reshape([KEYS, DIM_V])
     q = q_smem.index(at).reshape([ROWS, D])
     dout = dout_smem.index(at).reshape([ROWS, DIM_V])
     zeros = gl.zeros([KEYS, ROWS], gl.float32, S_MMA)
+    none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
     if AHEAD:
-        dp_ = warpgroup_mma(v_smem.reshape([KEYS, DIM_V]), dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
     else:
+        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
         mbarrier.wait(full.index(at), step // STAGES & 1)
         s_ = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp_ = warpgroup_mma(v_smem.reshape([KEYS, DIM_V]), dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=[dq_])
+        put(dq, dq_smem, step, BUFFERS)
+        dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     start = {call_tile_advanced}
     offs_m = start + gl.arange(0, ROWS, gl.SliceLayout(0, S_MMA))[None, :]
     i = gl.minimum(offs_m, lq - 1)
@@ -201,10 +240,10 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_pt
 {rows}
     if not AHEAD:
         s = warpgroup_mma_wait(1, deps=[s_])
-    x = score(s, {site})
+    x = {score}(s, {site})
     if MASKED:
         x = gl.where({seen}, x, float("-inf"))
-    p = gl.exp2(x - top)
+    p = gl.exp2({exponent})
     a = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_MMA, 2))
     dv_ = warpgroup_mma(a, dout, dv, is_async=True)
     delta = delta_smem.index(at).load(S_MMA)
@@ -213,30 +252,25 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_pt
         mbarrier.wait(full.index(after), (step + 1) // STAGES & 1, pred=t + 1 < n)
         q_after = q_smem.index(after).reshape([ROWS, D])  # of the last tile: whatever is there, and not used
         s_ = warpgroup_mma(k, q_after.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp = warpgroup_mma_wait(2, deps=[dp_])
+        dp, dq = warpgroup_mma_wait(2, deps=[dp_, dq_])
+        put(dq, dq_smem, step, BUFFERS)
     else:
         dp = warpgroup_mma_wait(1, deps=[dp_])
     ds = p * (dp - delta){slope_of_score}
-    if MASKED:
-        ds = gl.where(p == 0.0, 0.0, ds)  # the slope of a score that is masked may be anything
+{masked_slope}
     ds_ = ds.to(dtype)
     ds_smem.store(ds_)
     fence_async_shared()
-    none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
-    dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
+    add_to_global(dq_desc, [b, h, before, 0], dq_smem.index(step % BUFFERS))
     a2 = gl.convert_layout(ds_, gl.DotOperandLayout(0, O_MMA, 2))
     dk_ = warpgroup_mma(a2, q, dk, is_async=True)
-    dq = warpgroup_mma_wait(1, deps=[dq_])
-    places = (start + gl.arange(0, ROWS, gl.SliceLayout(1, Q_MMA)))[:, None] * D
-    places += gl.arange(0, D, gl.SliceLayout(0, Q_MMA))[None, :]
-    gl.atomic_add(dq_ptr + (b.to(gl.int64) * heads + h) * padded * D + places, dq, sem="relaxed")
     if AHEAD:
         dk, dv, s, a, a2 = warpgroup_mma_wait(0, deps=[dk_, dv_, s_, a, a2])
     else:
         dk, dv, a, a2 = warpgroup_mma_wait(0, deps=[dk_, dv_, a, a2])
         s = zeros
     mbarrier.arrive(empty.index(at), count=1)
-    return dk, dv, s
+    return dk, dv, s, start
 
 
 @gluon.jit
@@ -267,12 +301,19 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_pt
             q = q_smem.index(step % STAGES).reshape([ROWS, D])
             s_ = warpgroup_mma(k_smem.reshape([KEYS, D]), q.permute((1, 0)), s, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s_])
+        before = padded  # there is no tile before: rows past the end, which are not added to
         for t in range(masked):
-            dk, dv, s = {call_advance_masked}
+            dk, dv, s, before = {call_advance_masked}
             step += 1
         for t in range(masked, n):
-            dk, dv, s = {call_advance}
+            dk, dv, s, before = {call_advance}
             step += 1
+        none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
+        k = k_smem.reshape([KEYS, D])
+        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
+        put(warpgroup_mma_wait(0, deps=[dq_]), dq_smem, step, BUFFERS)
+        fence_async_shared()
+        add_to_global(dq_desc, [b, h, before, 0], dq_smem.index(step % BUFFERS))
     rows = first + gl.arange(0, KEYS, gl.SliceLayout(1, O_MMA))[:, None]
     cols = gl.arange(0, D, gl.SliceLayout(0, O_MMA))[None, :]
     dk_ptr += b.to(gl.int64) * stride_db + kv_head.to(gl.int64) * stride_dh
@@ -282,6 +323,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_pt
     dv_ptr += b.to(gl.int64) * stride_eb + kv_head.to(gl.int64) * stride_eh
     places = rows.to(gl.int64) * stride_en + cols * stride_ed
     gl.store(dv_ptr + places, dv.to(dtype), mask=(rows < lk) & (cols < DV))
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize={unspecialized})
@@ -305,7 +347,9 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, top_ptr, delta_ptr, pair_ptr, dq_pt
     v_smem = gl.allocate_shared_memory(dtype, [1, 1, KEYS, D], v_desc.layout)
     top_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], top_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_desc.layout)
+{shift_smem}
     ds_smem = gl.allocate_shared_memory(dtype, [KEYS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
+    dq_smem = gl.allocate_shared_memory(gl.float32, [BUFFERS, 1, 1, ROWS, D], dq_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     own = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -340,7 +384,7 @@ def _kernels(w: Writer) -> str:
     listed = ["list_ptr", "list_b", "list_h"] if w.listed else []
     own = [*w.pointers, *w.strides, *w.scalars]
     tiling = ["n", "masked", "x0", "x1", "x2", "x3"]
-    smem = ["q_smem", "dout_smem", "k_smem", "v_smem", "top_smem", "delta_smem"]
+    smem = ["q_smem", "dout_smem", "k_smem", "v_smem", "top_smem", "delta_smem", *(["shift_smem"] if w.exact else [])]
     barriers = ["full", "empty", "own"]
     place = ["b", "kv_head", "block"]
     sizes = ["heads", "group", "lq", "lk"]
@@ -357,17 +401,39 @@ def _kernels(w: Writer) -> str:
     bounds_constants = ["ROWS", "KEYS", "LISTED_ROWS"]
     tile = ["t", *tiling, *listed[:1]]
     tile_constants = ["ROWS", "LISTED_ROWS"]
-    descriptors = ["q_desc", "k_desc", "v_desc", "dout_desc", "top_desc", "delta_desc"]
-    produce = [*descriptors, *smem, *barriers, *place, *sizes, *w.scalars, *listed]
-    pointers = ["dq_ptr", "dk_ptr", "dv_ptr"]
-    consume = [*smem, "ds_smem", *barriers, *place, *sizes, "padded", *pointers, *strides, *own, *listed]
+    descriptors = [
+        "q_desc",
+        "k_desc",
+        "v_desc",
+        "dout_desc",
+        "top_desc",
+        "delta_desc",
+        *(["shift_desc"] if w.exact else []),
+        "dq_desc",
+    ]
+    produce = [*descriptors[:-1], *smem, *barriers, *place, *sizes, *w.scalars, *listed]
+    pointers = ["dk_ptr", "dv_ptr"]
+    consume = [
+        *smem,
+        "ds_smem",
+        "dq_smem",
+        "dq_desc",
+        *barriers,
+        *place,
+        *sizes,
+        "padded",
+        *pointers,
+        *strides,
+        *own,
+        *listed,
+    ]
     hoisted = [t.text for t in w.columns.values()]
     advance = [
-        "t", "step", "s", "dk", "dv", *smem, "ds_smem", "full", "empty", *tiling, "b", "h", "heads", "j", "offs_n",
-        "lq", "lk", "padded", "dq_ptr", *own, *hoisted, *listed[:1],
+        "t", "step", "s", "dk", "dv", *smem, "ds_smem", "dq_smem", "dq_desc", "full", "empty", *tiling, "b", "h", "j",
+        "offs_n", "lq", "lk", "before", *own, *hoisted, *listed[:1],
     ]  # fmt: skip
-    advance_constants = [*constants, "AHEAD", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
-    consume_constants = [*constants, "AHEAD", *w.flags, "DQ", "DV"]
+    advance_constants = [*constants, "AHEAD", "BUFFERS", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
+    consume_constants = [*constants, "AHEAD", "BUFFERS", *w.flags, "DQ", "DV"]
     kernel = [*descriptors, *pointers, *w.pointers, *listed[:1], *sizes, "padded", *strides, *w.strides, *w.scalars]
     kernel += listed[1:]
     finish = ["sum_ptr", "dq_ptr", *(f"stride_d{d}" for d in "bhmd"), "heads", "lq", "padded", *w.scalars]
@@ -376,6 +442,16 @@ def _kernels(w: Writer) -> str:
         return call("advance", [*advance, *advance_constants, str(masked)], 3)
 
     slope_of_score = "" if w.slope is not None else f" * slope(s, {w.site})"
+    shift = "shift_{0} = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)"
+    exponent, load_shift = "x - top", ""
+    if w.exact:
+        exponent = "(x - top) * LOG2E + shift_smem.index(at).load(S_MMA)"
+        load_shift = " " * 12 + (
+            "tma.async_copy_global_to_shared(shift_desc, [b * heads + h, start], bar, shift_smem.index(at))"
+        )
+    masked_slope = ""
+    if w.slope is None:  # of a score that is masked it may be anything
+        masked_slope = "    if MASKED:\n        ds = gl.where(p == 0.0, 0.0, ds)"
     keep = "offs_n < lk" if w.spec.keep == sympy.true else f"keep({w.site}) & (offs_n < lk)"
     first_bounds = ["b", "kv_head * group", *bounds[2:], *bounds_constants]
     return KERNELS.format(
@@ -396,6 +472,12 @@ def _kernels(w: Writer) -> str:
         site=w.site,
         seen=keep,
         slope_of_score=slope_of_score,
+        score="exact_score" if w.exact else "score",
+        exponent=exponent,
+        masked_slope=masked_slope,
+        load_shift=load_shift,
+        row_bytes=12 if w.exact else 8,
+        shift_smem="    " + shift.format("smem") if w.exact else "",
         consume=define("consume", consume, consume_constants),
         columns=_indented("\n".join(w.column_lines), 2),
         call_advance_masked=advanced(True),

@@ -59,8 +59,10 @@ def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
     if layout.hopper is None or torch.are_deterministic_algorithms_enabled():
         return False
     if layout.hopper is UNKNOWN:
-        layout.hopper = HopperBackward(call, dq, dk, dv) if _suits(call) else None
-        if layout.hopper is None:
+        reason = _why_not_these(call)
+        layout.hopper = HopperBackward(call, dq, dk, dv) if reason is None else None
+        if reason is not None:
+            log.debug("a backward that is not for Hopper's kernel: %s", reason)
             return False
     if not aligned(call.q, call.k, call.v, call.dout):
         return False
@@ -73,21 +75,24 @@ def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
     return True
 
 
-def _suits(call: Call) -> bool:
-    """Whether the kernel takes tensors of this layout. It computes all three gradients at once."""
+def _why_not_these(call: Call) -> str | None:
+    """Why the kernel does not take tensors of this layout; None if it does. It computes all three gradients at once."""
     device, needs, sizes = call.q.device, call.needs, call.sizes
     if device.type != "cuda" or device_generation(device) != HOPPER:
-        return False
-    if not (needs.q and needs.k and needs.v) or call.lq < FEW_QUERIES or call.exact or call.random:
-        return False
-    if call.program.made.listed and (
-        sizes is None or sizes[1] != hopper_backward.KEYS or sizes[0] % hopper_backward.ROWS
-    ):
-        return False
-    forward, needed = call.program.forward, call.program.needed
-    if _why_not(forward, needed, call.q.dtype, call.dq, call.dv) is not None:
-        return False
-    return all(described(x) for x in (call.q, call.k, call.v, call.dout))
+        return "it is for Hopper"
+    if not (needs.q and needs.k and needs.v):
+        return "not all gradients are wanted"
+    if call.lq < FEW_QUERIES:
+        return "few queries"
+    if call.random:
+        return "weights are dropped out"
+    if call.program.made.listed and sizes is None:
+        return "no lists of tiles"
+    if sizes is not None and (sizes[1] != hopper_backward.KEYS or sizes[0] % hopper_backward.ROWS):
+        return f"lists of {sizes[0]}x{sizes[1]} tiles"
+    if not all(described(x) for x in (call.q, call.k, call.v, call.dout)):
+        return "strides that TMA does not take"
+    return _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
 
 
 class HopperBackward:
@@ -101,13 +106,13 @@ class HopperBackward:
         columns = hopper.columns(call.dq)
         padded = -(-lq // rows) * rows
         device = call.q.device
-        self.top = Blank((batch * heads, padded), torch.float32, device)
+        self.exact, self.paired = w.exact, w.exact or bool(call.program.made.gradients.loads)
+        self.rows = Blank((batch * heads, padded), torch.float32, device)
         self.sum = Blank((batch, heads, padded, columns), torch.float32, device)
         blocks = batch * heads * (padded // rows)
-        strides = [*call.out.stride(), *call.dout.stride()]
         self.before = Launch(
-            module.prepare_rows, blocks, [*strides, heads, lq, padded],
-            {"DV": call.dv, "COLUMNS": columns, "ROWS": rows, "PAIR": bool(call.program.made.gradients.loads)},
+            module.prepare_rows, blocks, [*call.out.stride(), *call.dout.stride(), heads, lq, padded],
+            {"DV": call.dv, "COLUMNS": columns, "ROWS": rows, "PAIRED": self.paired, "EXACT": self.exact},
             {"num_warps": 4},
         )  # fmt: skip
         self.after = Launch(
@@ -117,7 +122,7 @@ class HopperBackward:
         constants: dict[str, Any] = {
             "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.STAGES[columns],
             "LISTED_ROWS": rows if call.sizes is None else call.sizes[0], "EACH_HEAD": hopper_backward.each_head(w),
-            "AHEAD": hopper_backward.AHEAD[columns],
+            "AHEAD": hopper_backward.AHEAD[columns], "BUFFERS": hopper_backward.BUFFERS[columns],
         }  # fmt: skip
         if w.flags:
             constants["FAST"] = launch.speed(call.program.spec, call.q)
@@ -126,17 +131,23 @@ class HopperBackward:
         numbers += [stride for x in call.operands for stride in x.stride()]
         blocks_of = ((call.q, rows), (call.k, keys), (call.v, keys), (call.dout, rows))
         tiles = [described_for_gluon(x, [1, 1, n, columns]) for x, n in blocks_of]
-        of_rows = torch.empty_strided(self.top.shape, self.top.strides, dtype=torch.float32, device="meta")
-        tiles += 2 * [described_for_gluon(of_rows, [1, rows])]
+        of_rows = described_for_gluon(torch.empty(self.rows.shape, device="meta"), [1, rows])
+        tiles += (3 if self.exact else 2) * [of_rows]
+        tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
         programs = batch * call.kv_heads * -(-lk // keys)
         self.main = Launch(
             module.attention_backward, programs, numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
         )
 
     def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-        top, delta, total = self.top(), self.top(), self.sum()
-        self.before([call.out, call.dout, call.lse, top, delta, call.pair, total])
-        tensors, free = [call.q, call.k, call.v, call.dout, top, delta, total, dk, dv, *call.operands], call.scalars
+        if self.paired:
+            own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, call.q]
+            call.launch("pair", own, (call.q,))
+        of_rows = [self.rows() for _ in range(3 if self.exact else 2)]
+        total = self.sum()
+        shift = of_rows[-1]  # not written to where there is none
+        self.before([call.out, call.dout, call.lse, call.pair, call.inverse, *of_rows[:2], shift, total])
+        tensors, free = [call.q, call.k, call.v, call.dout, *of_rows, total, dk, dv, *call.operands], call.scalars
         if call.program.made.listed:
             assert call.lists is not None
             tensors.append(call.lists[1])
