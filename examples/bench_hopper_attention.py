@@ -48,18 +48,20 @@ NAMES = ("no mask", "key padding", "ALiBi", "soft-cap", "causal from a buffer", 
 TWO = {
     "2": Variant(),
     "2 turns": Variant(turns=True),
-    "2 tree": Variant(tree=True),
     "2 turns tree": Variant(turns=True, tree=True),
     "2 twice": Variant(twice=True),
-    "2 turns twice": Variant(turns=True, twice=True),
+    "2 persistent": Variant(persistent=True),
+    "2 turns persistent": Variant(turns=True, persistent=True),
 }
 THREE = {
     "3": Variant(3),
     "3 turns": Variant(3, turns=True),
     "3 turns tree": Variant(3, turns=True, tree=True),
+    "3 turns persistent": Variant(3, turns=True, persistent=True),
 }
 MORE = {
-    "2 emulated 1": Variant(emulated=1),
+    "2 tree": Variant(tree=True),
+    "2 turns twice": Variant(turns=True, twice=True),
     "2 turns emulated 1": Variant(turns=True, emulated=1),
     "3 turns emulated 1": Variant(3, turns=True, emulated=1),
     "3 turns emulated 2": Variant(3, turns=True, emulated=2),
@@ -73,26 +75,27 @@ def having(variants: dict[str, Variant], **fields: Any) -> dict[str, Variant]:
 
 def variants(name: str, dim: int) -> dict[str, Variant]:
     """By name, those that a program is timed with."""
-    three = THREE if dim == 64 else {}
-    few = {key: TWO[key] for key in ("2", "2 turns", "2 turns tree", "2 twice")} | three
+    all_of_them = TWO | (THREE if dim == 64 else {})
+    best = {key: v for key, v in all_of_them.items() if key != "3" and "persistent" not in key}
     if name == "no mask":
-        return TWO | three | {key: v for key, v in MORE.items() if v.warpgroups == 2 or dim == 64}
+        return all_of_them | {key: v for key, v in MORE.items() if v.warpgroups == 2 or dim == 64}
     if name == "ALiBi":
         # Of 128 columns three stages leave no room for the places of keys.
-        return {"2": Variant()} | having(few, columns=True, **({} if dim == 64 else {"stages": 2}))
+        fields = {"columns": True, **({} if dim == 64 else {"stages": 2})}
+        return {"2": Variant()} | having(all_of_them, **fields)
     if name == "soft-cap":
-        bounded = having(few, bounded=True)
-        emulated = having(
-            {key: few[key] for key in ("2", "2 turns", "3 turns") if key in few}, bounded=True, emulated=2
-        )
-        return few | bounded | emulated
+        few = {key: v for key, v in all_of_them.items() if key in ("2", "2 turns", "3 turns", "3 turns persistent")}
+        bounded = {key: v for key, v in all_of_them.items() if "tree" not in key and key != "3"}
+        emulated = having(few, bounded=True, emulated=2) | having(few, bounded=True, emulated=4)
+        return few | having(bounded, bounded=True) | emulated
     if name == "causal from a buffer":
-        backwards = having(few, backwards=True)
-        return few | backwards | having({key: few[key] for key in ("2", "2 turns")}, backwards=True, early=True)
+        few = {key: best[key] for key in ("2", "2 turns", "2 twice")}
+        return few | having(best, backwards=True) | having(few, backwards=True, early=True)
     if name == "dense bias":
-        few.pop("3", None)
-        return having(few, tiles=True)
-    return few
+        two = {key: v for key, v in all_of_them.items() if v.warpgroups == 2}
+        three = {key: v for key, v in all_of_them.items() if v.warpgroups == 3 and v.turns}
+        return having(two, tiles=True) | having(three, stages=3, tiles=True)
+    return all_of_them if name == "key padding" else best
 
 
 def program(name: str) -> Program:
@@ -100,13 +103,14 @@ def program(name: str) -> Program:
 
 
 def spec_of(name: str, sizes: Sizes) -> ScoreSpec:
-    """The score as a compiled program's, whose numbers are no roots."""
+    """The score as a compiled program's, whose numbers are no roots, and whose tensors may hold any number."""
     if name == "causal from a buffer":
         spec = ScoreSpec(S / sympy.sqrt(sizes.dim), sympy.Ne(Load(0, 0, 0, I, J), 0), "nan", coarse=True)
         spec = replace(spec, operands=(Operand(torch.float32, 4),))
     else:
         spec = program(name).spec(sizes)
-    return replace(spec, score=spec.score.xreplace({sympy.sqrt(2): sympy.Float(math.sqrt(2), 17)}))
+    far = bool(spec.score.atoms(Load))
+    return replace(spec, far=far, score=spec.score.xreplace({sympy.sqrt(2): sympy.Float(math.sqrt(2), 17)}))
 
 
 def inputs(name: str, sizes: Sizes) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -265,6 +265,8 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hoppe
         "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.tiles_of(dim), "DV": dim,
         "HEADS_FIRST": False, "REGISTERS": variant.registers, "UNIT": template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
+    if variant.tiles and hopper.bias_of(spec, pieces) is not None:
+        constants["UNIT"] = 1.0
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {
         "q_desc": descriptor(variant.rows // variant.warpgroups),

@@ -51,7 +51,8 @@ class Variant:
     in base 2; of weights in bf16, which has fp32's exponents. early: the mask of the first tile is loaded before
     anything is waited for. backwards: the last rows of a head first where tiles are listed, as of most masks they see
     most keys. stages: tiles in shared memory, if not as many as usual. tiles: a bias that has a number for each score
-    is loaded by TMA too.
+    is loaded by TMA too. persistent: as many programs as multiprocessors, each of which loads
+    ahead of the piece of work that it is at.
     """
 
     warpgroups: int = 2
@@ -65,6 +66,7 @@ class Variant:
     backwards: bool = False
     stages: int | None = None
     tiles: bool = False
+    persistent: bool = False
 
     @property
     def rows(self) -> int:
@@ -551,22 +553,23 @@ def bias_of(spec: ScoreSpec, pieces: Pieces) -> Load | None:
 
 
 def _bias_function(spec: ScoreSpec, pieces: Pieces, load: Load) -> str:
-    """What a tile of scores is with its bias: a score, or one that is UNIT times as large where that keeps finite what
-    is far from 0."""
+    """What a tile of scores is with its bias, as the program has it: UNIT is 1."""
     names = pieces.names
     score = pieces.score.xreplace({load: BIAS})
     scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, BIAS)}}
     rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
     printer = Printer(spec.operands, scope, rows)
-    text = printer.float(codegen.times(codegen.UNIT, score) if _is_far(spec) else score).text
+    text = printer.float(score).text
     arguments = ["s", "bias", "b", "h", "i", "j", *names.inside, *names.flag_parameters]
     lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
     return f"@triton.jit\n{wrapped('def biased', arguments, ':')}\n{lines}"
 
 
-def _is_far(spec: ScoreSpec) -> bool:
-    return spec.far or template.wide(spec)
-
+# Of rows whose maximum is that far from 0 a score is equal to it, or lower by more than leaves any weight: a fraction
+# of the difference does as well, and the products stay finite.
+WITH_BIAS = """\
+power = tl.where(tl.abs(m_safe) > 1e30, POWER / 4, POWER)
+p = tl.exp2(s * power[:, None] - (m_safe * power)[:, None])"""
 
 START = sympy.Symbol("start", integer=True, nonnegative=True)
 """The first key of a tile."""
@@ -584,7 +587,7 @@ class Columns:
 def columns_of(spec: ScoreSpec, score: sympy.Expr) -> Columns | None:
     """The score as that; None if it is something else."""
     cores = [term for term in sympy.Add.make_args(score) if S in term.free_symbols]
-    if len(cores) != 1 or spec.far or spec.full is not None or template.wide(spec):
+    if len(cores) != 1 or spec.full is not None or template.wide(spec):
         return None
     scale, core = cores[0].as_coeff_Mul()
     rest = sympy.expand(score - cores[0])
@@ -945,8 +948,8 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns
         form = template.Form(columns.scale, shifted=True)
         usual = [*masks, *template.softmax(form, shift, "column_", highest=highest)]
     if variant.tiles and bias_of(spec, pieces) is not None:
-        form = template.Form() if _is_far(spec) else template.Form(1.0, core=True)
-        usual = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})", *masks, *template.softmax(form, site, highest=highest)]
+        *safe, _ = template.softmax(template.Form(), site, highest=highest)
+        usual = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})", *masks, *safe, *WITH_BIAS.splitlines()]
     if variant.bounded and is_bounded(spec, pieces):
         scale = f"({forms.usual.scale!r} * UNIT * POWER)"
         usual = [*template.scores(spec, forms.usual, site), *masks, "m_new = m", f"p = tl.exp2(s * {scale})"]

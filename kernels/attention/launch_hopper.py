@@ -111,7 +111,11 @@ class Hopper:
         if self.bias is not None:
             block = [1, 1, variant.rows // variant.warpgroups, hopper.KEYS]
             described.append(described_for_gluon(operands[self.bias], block))
-        self.launch = Launch(module.attention_forward, total, numbers, constants, {"num_warps": 4}, described)
+            constants["UNIT"] = 1.0
+        number = total
+        if variant.persistent:
+            number = min(total, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        self.launch = Launch(module.attention_forward, number, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
             sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64, "HEADS_FIRST": heads_first}
