@@ -165,7 +165,7 @@ class Case:
         if "FAST" in self.prepared.kernel(False).arg_names:
             flags["FAST"] = launch.speed(spec, q)
         strides = [stride for operand in self.operands for stride in operand.stride()]
-        kernel = launch_hopper.Hopper(self.prepared, q, k, v, strides, flags, False, variant, self.operands)
+        kernel = launch_hopper.Hopper(self.prepared, q, k, v, strides, flags, False, self.operands, variant)
         out, lse = launch.outputs(q, v)
         tiles = None
         if self.prepared.mask is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -95,6 +95,26 @@ def is_bounded(spec: ScoreSpec, pieces: Pieces) -> bool:
         return False
     cores = [term for term in sympy.Add.make_args(pieces.score) if S in term.free_symbols]
     return cores[0].as_coeff_Mul()[1].func is sympy.tanh and form.scale * template.LOG2E <= CAP
+
+
+def suited(wanted: Variant, spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, width: int) -> Variant:
+    """What a site can have of a variant. width: columns of a tile."""
+    bias = bias_of(spec, pieces)
+    return replace(
+        wanted,
+        warpgroups=wanted.warpgroups if width == HEAD_DIMS[0] else 2,
+        # Of 128 columns three stages leave no room for the places of keys.
+        columns=wanted.columns
+        and columns_of(spec, pieces.score) is not None
+        and (width == HEAD_DIMS[0] or wanted.stages == 2),
+        bounded=wanted.bounded and dtype == torch.bfloat16 and is_bounded(spec, pieces),
+        tiles=wanted.tiles and bias is not None and spec.operands[bias.operand].dtype == dtype,
+    )
+
+
+def usual(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, width: int) -> Variant:
+    """The variant that a site has by default."""
+    return suited(USUAL, spec, pieces, dtype, width)
 
 
 def why_not(
@@ -460,7 +480,7 @@ def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, str
 POWERS = (0.0551716451, 0.242611383, 0.693261009, 0.999928058)
 
 
-def _exp2(emulated: int, bounded: bool) -> str:
+def _exp2(emulated: int) -> str:
     """Powers of two, some of each eight neighbours by a polynomial: special functions have a sixteenth of the
     throughput of additions. -inf gives 0 and NaN gives NaN, as the instruction does."""
     chosen = set(range(7, 7 - 8 // emulated * emulated, -(8 // emulated))) if emulated else set()
@@ -473,7 +493,7 @@ def _exp2(emulated: int, bounded: bool) -> str:
         c3, c2, c1, c0 = (_hexadecimal(c) for c in POWERS)
         lines += [
             "{ .reg .f32 t, r, f, p; .reg .b32 n;",
-            f"mov.f32 t, {x};" if bounded else f"max.NaN.f32 t, {x}, {_hexadecimal(-127.0)};",
+            f"max.NaN.f32 t, {x}, {_hexadecimal(-127.0)};",
             f"add.rn.f32 r, t, {_hexadecimal(12582912.0)}; sub.rn.f32 f, r, {_hexadecimal(12582912.0)};",
             f"sub.rn.f32 f, t, f; fma.rn.f32 p, f, {c3}, {c2}; fma.rn.f32 p, p, f, {c1}; fma.rn.f32 p, p, f, {c0};",
             "mov.b32 n, r; shl.b32 n, n, 23; add.s32 n, n, 0x3F800000; mov.b32 r, n;",
@@ -621,7 +641,7 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant = USUAL) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
     found = columns_of(spec, pieces.score) if variant.columns else None
-    powers = [_exp2(variant.emulated, variant.bounded and is_bounded(spec, pieces))] if variant.emulated else []
+    powers = [_exp2(variant.emulated)] if variant.emulated else []
     bias = bias_of(spec, pieces) if variant.tiles else None
     biased = [_bias_function(spec, pieces, bias)] if bias is not None else []
     functions = [*pieces.functions, *biased, *(_column_functions(spec, pieces, found) if found is not None else [])]

@@ -28,7 +28,7 @@ def why_not(prepared: Program, device: torch.device, dtype: torch.dtype, dq: int
     """Why such a site is not computed by this kernel; None if it is."""
     if device.type != "cuda" or device_generation(device) != HOPPER:
         return "it is for Hopper"
-    return _why_not(prepared.key, dtype, dq, dv) or _why_no_module(prepared.key)
+    return _why_not(prepared.key, dtype, dq, dv) or _why_no_module(prepared.key, usual(prepared.key, dtype, dq))
 
 
 @functools.cache
@@ -41,14 +41,20 @@ def _made_of(key: str) -> tuple[ScoreSpec, codegen.Pieces]:
 
 @functools.cache
 def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
-    return hopper.why_not(*_made_of(key), dtype, dq, dv)
+    return hopper.why_not(*_made_of(key), dtype, dq, dv, usual(key, dtype, dq))
 
 
 @functools.cache
-def _why_no_module(key: str) -> str | None:
+def usual(key: str, dtype: torch.dtype, dq: int) -> hopper.Variant:
+    """How the kernel is written for such a site."""
+    return hopper.usual(*_made_of(key), dtype, hopper.columns(min(dq, hopper.HEAD_DIMS[-1])))
+
+
+@functools.cache
+def _why_no_module(key: str, variant: hopper.Variant) -> str | None:
     """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
     try:
-        _module(key)
+        _module(key, variant)
     except Exception as error:
         log.debug("no kernel for Hopper: %s", error)
         return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
@@ -56,17 +62,24 @@ def _why_no_module(key: str) -> str | None:
 
 
 @functools.cache
-def _module(key: str, variant: hopper.Variant = hopper.USUAL) -> Any:
+def _module(key: str, variant: hopper.Variant) -> Any:
     text = hopper.module(*_made_of(key), variant)
     return cache.load(cache.store(text), f"xfcompile_attention_hopper_{cache.key_of(text)}")
 
 
-def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int, int]) -> bool:
+def suits(
+    prepared: Program, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], listed: tuple[int, int]
+) -> bool:
     """Whether the kernel takes these tensors. listed: sizes of the tiles in lists, if there are any."""
-    if prepared.mask is not None and listed != (hopper.ROWS, hopper.KEYS):
-        return False
     if q.shape[2] < FEW_QUERIES or why_not(prepared, q.device, q.dtype, q.shape[3], v.shape[3]) is not None:
         return False
+    chosen = usual(prepared.key, q.dtype, q.shape[3])
+    if prepared.mask is not None and listed != (chosen.rows, hopper.KEYS):
+        return False
+    if chosen.tiles:
+        bias = hopper.bias_of(*_made_of(prepared.key))
+        if bias is None or not described(operands[bias.operand][..., : q.shape[2], : k.shape[2]]):
+            return False
     return all(described(x) for x in (q, k, v))
 
 
@@ -88,9 +101,10 @@ class Hopper:
         strides: Sequence[int],
         flags: Mapping[str, Any],
         heads_first: bool,
-        variant: hopper.Variant = hopper.USUAL,
         operands: Sequence[Tensor] = (),
+        variant: hopper.Variant | None = None,
     ) -> None:
+        variant = variant or usual(prepared.key, q.dtype, q.shape[3])
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
         module = _module(prepared.key, variant)
@@ -110,7 +124,8 @@ class Hopper:
         self.bias = None if bias is None else int(bias.operand)
         if self.bias is not None:
             block = [1, 1, variant.rows // variant.warpgroups, hopper.KEYS]
-            described.append(described_for_gluon(operands[self.bias], block))
+            # As large as the scores: of a larger one nothing else is read.
+            described.append(described_for_gluon(operands[self.bias][..., :lq, :lk], block))
             constants["UNIT"] = 1.0
         number = total
         if variant.persistent:
