@@ -32,7 +32,10 @@ STAGES = {64: 3, 128: 3}
 AHEAD = {64: True, 128: False}
 """Whether the next tile's scores are computed before this one's are done with, for which registers must be left."""
 
-BUFFERS = {64: 2, 128: 1}
+LATER = {64: True, 128: False}
+"""Whether what a tile adds to dq is handed to TMA behind the next tile's fence rather than one of its own, which takes
+a second buffer: 2.99 ms and not 3.10 at head dims of 64, and 2.93 and not 2.49 at 128 (an H200, B4 H32 S4096 D64 and
+B4 H16 S4096 D128, bf16, no mask)."""
 
 WARPS = 8
 PRODUCER_REGISTERS = 24
@@ -58,6 +61,8 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
     if not spec.score.has(S):
         return "scores without q·k"
     writer = Writer(spec, found)
+    if writer.slope is None and hopper.columns(dq) > hopper.HEAD_DIMS[0]:
+        return "a slope of its own for each score takes registers that wide head dims leave none of"
     if extent(writer.score) != {I, J} or (writer.slope is None and extent(found.slope) != {I, J}):
         return "a score, or its slope, that is one for many scores"
     return None
@@ -199,19 +204,11 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
 
 
 @gluon.jit
-def put(dq, smem, step, BUFFERS: gl.constexpr):
-    """A tile of dq to one of the buffers, which take turns; after a fence it may be added to global memory."""
-    tma.store_wait(BUFFERS - 1)  # what was added from this buffer before has been read
-    smem.index(step % BUFFERS).store(dq.reshape([1, 1, dq.shape[0], dq.shape[1]]))
-
-
-@gluon.jit
 {advance}
-    """Tile t of head h. s: its products of keys and queries, where AHEAD; they are returned for the next tile.
+    """Tile t of head h. s: its products of keys and queries, where AHEAD; they are returned for the next tile. before:
+    the first query of the tile before, which is still to be added to dq where LATER; it is returned too.
 
-    The product for dq is behind by a tile, whose first query is `before`: it is there for the tensor cores while
-    weights are computed, and what it reads from shared memory needs no fence of its own. Nothing is in flight at a
-    loop's end: ptxas would then make each product wait for the one before.
+    Nothing is in flight at a loop's end: ptxas would then make each product wait for the one before.
     """
     at = step % STAGES
     D: gl.constexpr = k_smem.shape[3]
@@ -223,16 +220,10 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
     dout = dout_smem.index(at).reshape([ROWS, DIM_V])
     zeros = gl.zeros([KEYS, ROWS], gl.float32, S_MMA)
     none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
-    if AHEAD:
-        dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
-    else:
-        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
+    if not AHEAD:
         mbarrier.wait(full.index(at), step // STAGES & 1)
         s_ = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(1, deps=[dq_])
-        put(dq, dq_smem, step, BUFFERS)
-        dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     start = {call_tile_advanced}
     offs_m = start + gl.arange(0, ROWS, gl.SliceLayout(0, S_MMA))[None, :]
     i = gl.minimum(offs_m, lq - 1)
@@ -252,8 +243,7 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
         mbarrier.wait(full.index(after), (step + 1) // STAGES & 1, pred=t + 1 < n)
         q_after = q_smem.index(after).reshape([ROWS, D])  # of the last tile: whatever is there, and not used
         s_ = warpgroup_mma(k, q_after.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp, dq = warpgroup_mma_wait(2, deps=[dp_, dq_])
-        put(dq, dq_smem, step, BUFFERS)
+        dp = warpgroup_mma_wait(2, deps=[dp_])
     else:
         dp = warpgroup_mma_wait(1, deps=[dp_])
     ds = p * (dp - delta){slope_of_score}
@@ -261,9 +251,18 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
     ds_ = ds.to(dtype)
     ds_smem.store(ds_)
     fence_async_shared()
-    add_to_global(dq_desc, [b, h, before, 0], dq_smem.index(step % BUFFERS))
+    dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
     a2 = gl.convert_layout(ds_, gl.DotOperandLayout(0, O_MMA, 2))
     dk_ = warpgroup_mma(a2, q, dk, is_async=True)
+    if LATER:
+        add_to_global(dq_desc, [b, h, before, 0], dq_smem.index((step + 1) % 2))  # the tile before's
+    dq = warpgroup_mma_wait(1, deps=[dq_])
+    buffer = dq_smem.index(step % 2 if LATER else 0)
+    tma.store_wait(1 if LATER else 0)  # what was added from this buffer before has been read
+    buffer.store(dq.reshape([1, 1, ROWS, D]))
+    if not LATER:
+        fence_async_shared()
+        add_to_global(dq_desc, [b, h, start, 0], buffer)
     if AHEAD:
         dk, dv, s, a, a2 = warpgroup_mma_wait(0, deps=[dk_, dv_, s_, a, a2])
     else:
@@ -308,12 +307,9 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
         for t in range(masked, n):
             dk, dv, s, before = {call_advance}
             step += 1
-        none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
-        k = k_smem.reshape([KEYS, D])
-        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
-        put(warpgroup_mma_wait(0, deps=[dq_]), dq_smem, step, BUFFERS)
-        fence_async_shared()
-        add_to_global(dq_desc, [b, h, before, 0], dq_smem.index(step % BUFFERS))
+        if LATER:
+            fence_async_shared()
+            add_to_global(dq_desc, [b, h, before, 0], dq_smem.index((step + 1) % 2))
     rows = first + gl.arange(0, KEYS, gl.SliceLayout(1, O_MMA))[:, None]
     cols = gl.arange(0, D, gl.SliceLayout(0, O_MMA))[None, :]
     dk_ptr += b.to(gl.int64) * stride_db + kv_head.to(gl.int64) * stride_dh
@@ -349,7 +345,7 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_desc.layout)
 {shift_smem}
     ds_smem = gl.allocate_shared_memory(dtype, [KEYS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BUFFERS, 1, 1, ROWS, D], dq_desc.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2 if LATER else 1, 1, 1, ROWS, D], dq_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     own = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -432,8 +428,8 @@ def _kernels(w: Writer) -> str:
         "t", "step", "s", "dk", "dv", *smem, "ds_smem", "dq_smem", "dq_desc", "full", "empty", *tiling, "b", "h", "j",
         "offs_n", "lq", "lk", "before", *own, *hoisted, *listed[:1],
     ]  # fmt: skip
-    advance_constants = [*constants, "AHEAD", "BUFFERS", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
-    consume_constants = [*constants, "AHEAD", "BUFFERS", *w.flags, "DQ", "DV"]
+    advance_constants = [*constants, "AHEAD", "LATER", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
+    consume_constants = [*constants, "AHEAD", "LATER", *w.flags, "DQ", "DV"]
     kernel = [*descriptors, *pointers, *w.pointers, *listed[:1], *sizes, "padded", *strides, *w.strides, *w.scalars]
     kernel += listed[1:]
     finish = ["sum_ptr", "dq_ptr", *(f"stride_d{d}" for d in "bhmd"), "heads", "lq", "padded", *w.scalars]

@@ -69,7 +69,7 @@ def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
     try:
         layout.hopper(call, dq, dk, dv)
     except fit.Unavailable as error:
-        log.debug("the backward for Hopper failed, others run: %s", error)
+        log.warning("the backward for Hopper does not run (%s): other kernels take its place", error)
         layout.hopper = None
         return False
     return True
@@ -104,7 +104,9 @@ class HopperBackward:
         rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
         batch, heads, lq, lk = call.batch, call.heads, call.lq, call.lk
         columns = hopper.columns(call.dq)
-        padded = -(-lq // rows) * rows
+        # Tiles of a list may be taller, the last ones wholly past the end: what is read of their rows must be there.
+        tall = rows if call.sizes is None else call.sizes[0]
+        padded = -(-lq // tall) * tall
         device = call.q.device
         self.exact, self.paired = w.exact, w.exact or bool(call.program.made.gradients.loads)
         self.rows = Blank((batch * heads, padded), torch.float32, device)
@@ -121,8 +123,8 @@ class HopperBackward:
         )  # fmt: skip
         constants: dict[str, Any] = {
             "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.STAGES[columns],
-            "LISTED_ROWS": rows if call.sizes is None else call.sizes[0], "EACH_HEAD": hopper_backward.each_head(w),
-            "AHEAD": hopper_backward.AHEAD[columns], "BUFFERS": hopper_backward.BUFFERS[columns],
+            "LISTED_ROWS": tall, "EACH_HEAD": hopper_backward.each_head(w),
+            "AHEAD": hopper_backward.AHEAD[columns], "LATER": hopper_backward.LATER[columns],
         }  # fmt: skip
         if w.flags:
             constants["FAST"] = launch.speed(call.program.spec, call.q)
