@@ -35,10 +35,11 @@ from torch import Tensor
 from xfcompile.activation import GATE, UP, silu
 from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, captured, interleaved, wall
-from xfcompile.kernels.gated_mlp import launch, launch_few, prepare, tiles
+from xfcompile.kernels.gated_mlp import gated_mlp, launch, launch_few, prepare, reference, tiles
 from xfcompile.kernels.gated_mlp.launch import Dropout
 from xfcompile.kernels.gated_mlp.tiles import Stream, Tiles
 from xfcompile.measured import Fact
+from xfcompile.site import Layout
 
 Size = tuple[int, int, int]
 Call = Callable[[], Any]
@@ -196,6 +197,55 @@ class Case:
         return ((self.out.float() - exact).abs() / allowed).nan_to_num(math.inf).max().item()
 
 
+CHECKED = (Stream(1, 1, 5), Stream(1, 4, 2), Stream(1, 2, 3, 2), Stream(2, 2, 2), Stream(3, 1, 4), Stream(4, 1, 2))
+"""With these, `hopper_few` is compared with fp64 at odd sizes."""
+ODD: tuple[tuple[int, int, int, Layout], ...] = (
+    (1, 72, 100, "separate"), (3, 200, 33, "gate first"), (8, 1032, 257, "up first"), (9, 64, 4300, "gate even"),
+    (16, 8, 7, "up even"), (17, 520, 130, "separate"), (33, 136, 96, "gate first"), (64, 264, 200, "gate even"),
+    (65, 1000, 31, "separate"), (128, 328, 520, "up even"),
+)  # fmt: skip
+"""Rows, width, features and layout."""
+
+
+def check(stream: Stream) -> dict[str, Any]:
+    """The largest error of product and projections, with biases, in multiples of what rounding may leave; and whether
+    the product is the same, in every bit, where projections are not saved, and at each call."""
+    worst, usual = 0.0, tiles.stream
+    tiles.stream = lambda *_: stream
+    key = prepare(FORMULA)
+    try:
+        for (rows, width, features, layout), dtype in itertools.product(ODD, (torch.bfloat16, torch.float16)):
+            generator = torch.Generator("cuda").manual_seed(rows)
+
+            def random(*shape: int, generator: torch.Generator = generator, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(shape, device="cuda", generator=generator).to(dtype)
+
+            both = layout != "separate"
+            x, scale = random(rows, width), width**-0.5
+            weights = [random(features * (2 if both else 1), width) * scale for _ in range(1 if both else 2)]
+            biases = (random(features), random(features))
+            given = (x, weights[0], None if both else weights[1], *biases, key, layout, "dual")
+            launch.program(key).calls.clear()
+            out, saved = gated_mlp(*given, True, dtype)
+            (made,) = launch.program(key).calls.values()
+            if not isinstance(made.launch.launch, launch_few.Few):  # type: ignore[attr-defined]
+                raise RuntimeError(f"another kernel runs at {(rows, width, features, layout)}")
+            for save in (True, False, False):
+                if not torch.equal(gated_mlp(*given, save, dtype)[0], out):
+                    raise RuntimeError(f"two calls differ at {(rows, width, features, layout)}")
+            exact = reference.project(x, (weights[0], given[2]), biases, layout, torch.float64)
+            truths = (F.silu(exact[0]) * exact[1], *exact)
+            for ours, truth in zip((out, *reference.parts(saved, layout)), truths, strict=True):
+                allowed = 0.51 * torch.finfo(dtype).eps * truth.abs() + 4e-4 * (1 + truth.abs() / 16)
+                error = ((ours.double() - truth).abs() / allowed).nan_to_num(math.inf).max().item()
+                worst = max(worst, error)
+                if error > 1:
+                    raise RuntimeError(f"wrong at {(rows, width, features, layout, dtype)}: {error:.3g}")
+    finally:
+        tiles.stream = usual
+    return {"error": worst}
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -212,8 +262,11 @@ def worker(device: str) -> None:
     cases: dict[Size, Case] = {}
     for line in sys.stdin:
         item = json.loads(line)
-        size = tuple(item["size"])
+        size = tuple(item.get("size", ()))
         try:
+            if "check" in item:
+                print(json.dumps(check(Stream(**item["check"]))), file=answers, flush=True)
+                continue
             case = cases.get(size)
             if case is None:
                 cases.clear()
@@ -294,6 +347,8 @@ class Compiling:
                     seen.add(name)
                     self.waiting.put((name, {"size": size, "candidate": candidate.packed()}))
         self.total = len(seen)
+        for stream in CHECKED if device == "cuda" else ():
+            self.waiting.put((f"at odd sizes: {stream}", {"check": asdict(stream)}))
         self.processes = [Supervised(device) for _ in range(processes)]
         self.threads = [threading.Thread(target=self._through, args=(p,), daemon=True) for p in self.processes]
         for thread in self.threads:
@@ -468,7 +523,10 @@ def main() -> None:
                 print(f"  Inductor fails at {size}: {type(error).__name__}: {error}"[:400], flush=True)
     print(f"Inductor is ready after {time.perf_counter() - start:.0f} s", flush=True)
     compiling.finish(start + options.budget * 0.55)
-    done = f"{len(compiling.found)} of {compiling.total} kernels"
+    checked = {name: found for name, found in compiling.found.items() if name.startswith("at odd sizes")}
+    for name, found in checked.items():
+        print(f"{name}: {found}", flush=True)
+    done = f"{len(compiling.found) - len(checked)} of {compiling.total} kernels"
     print(f"{done} are compiled after {time.perf_counter() - start:.0f} s", flush=True)
     about = surroundings(device)
     results: list[dict[str, Any]] = []
@@ -481,7 +539,7 @@ def main() -> None:
         except Exception as error:
             print(f"  {size}: {type(error).__name__}: {error}"[:400], flush=True)
         if options.json:
-            options.json.write_text(json.dumps({**about, "results": results}, indent=1) + "\n")
+            options.json.write_text(json.dumps({**about, "checks": checked, "results": results}, indent=1) + "\n")
     summary(results)
     print(f"{time.perf_counter() - start:.0f} s")
 
