@@ -113,7 +113,7 @@ def streams(rows: int) -> Iterator[Stream]:
             for n in range(2, 33)
             if (s := Stream(groups, parts, n, programs)).shared(wide) * programs <= tiles.SHARED - 2048 * (programs - 1)
         ]
-        if fitting and (groups, wide) != (4, 128):  # of so many threads none has as many registers
+        if fitting and wide <= tiles.WIDEST[groups]:
             yield fitting[-1]
             if len(fitting) > 4 and programs == 1 and (groups, parts) in ((1, 2), (3, 1)):
                 yield replace(fitting[-1], stages=fitting[-1].stages // 2)
@@ -139,7 +139,7 @@ def candidates(rows: int) -> Iterator[Candidate]:
     if rows <= 64:
         height = 1 if rows == 1 else tiles.padded(rows)
         for n, k, warps, stages in ONE if rows == 1 else SEVERAL:
-            if 2 * stages * k * (2 * n + height) <= tiles.SHARED:
+            if 2 * stages * k * (2 * n + height) <= tiles.SHARED and (warps > 1 or rows <= 16):
                 yield Candidate("few", tiles=Tiles(height, n, k, warps, stages))
 
 

@@ -80,6 +80,11 @@ def compile_gated(
     return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
 
 
+def stream_of(rows: int) -> Stream:
+    """On an H200, of 11008 features."""
+    return tiles.stream(rows, 11008, 132)
+
+
 def compile_few_hopper(program: str, dtype: torch.dtype, rows: int, s: Stream, *, about: bool = False) -> Any:
     """about: with biases, and with projections that are saved."""
     from triton.experimental.gluon import language as gl

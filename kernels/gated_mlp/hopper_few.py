@@ -48,11 +48,47 @@ def with_bias(x, bias_ptr, n, stride, features):
 
 
 @gluon.jit
+def halves(x):
+    """The left and the right half of a block [N, M]. Nothing moves: they are other registers of the same threads."""
+    N: gl.constexpr = x.shape[0]
+    M: gl.constexpr = x.shape[1] // 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
+    left, right = x.reshape([N, 2, M]).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, MMA, assert_trivial=True), gl.convert_layout(right, MMA, assert_trivial=True)
+
+
+@gluon.jit
 def finish(
-    acc, first, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features, stride_gb, stride_ub,
+    acc, first, first_m, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features, stride_gb, stride_ub,
     gate_start, up_start, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr, SAVE: gl.constexpr, STEP: gl.constexpr,
 ):
-    """From sums [2 FEATURES, M], of gate above those of up, to what is stored of the features from `first` on."""
+    """`finish_part` of one half of the rows after the other, and so on: what many take besides their sums does not fit
+    in registers."""
+    M: gl.constexpr = acc.shape[1]
+    if M > 16:
+        left, right = halves(acc)
+        finish(
+            left, first, first_m, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features,
+            stride_gb, stride_ub, gate_start, up_start, GATE_BIAS, UP_BIAS, SAVE, STEP,
+        )  # fmt: skip
+        finish(
+            right, first, first_m + M // 2, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features,
+            stride_gb, stride_ub, gate_start, up_start, GATE_BIAS, UP_BIAS, SAVE, STEP,
+        )  # fmt: skip
+    else:
+        finish_part(
+            acc, first, first_m, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features,
+            stride_gb, stride_ub, gate_start, up_start, GATE_BIAS, UP_BIAS, SAVE, STEP,
+        )  # fmt: skip
+
+
+@gluon.jit
+def finish_part(
+    acc, first, first_m, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features, stride_gb, stride_ub,
+    gate_start, up_start, GATE_BIAS: gl.constexpr, UP_BIAS: gl.constexpr, SAVE: gl.constexpr, STEP: gl.constexpr,
+):
+    """From sums [2 FEATURES, M], of gate above those of up, to what is stored of the features from `first` on and of
+    the rows from `first_m` on."""
     M: gl.constexpr = acc.shape[1]
     # A thread has gate and up of an element, a warp the features of a row.
     APART: gl.constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, gl.num_warps(), 1], [2, 0, 1])
@@ -60,7 +96,7 @@ def finish(
     gate, up = gl.convert_layout(both, APART).split()
     LAYOUT: gl.constexpr = gate.type.layout
     n = first + gl.arange(0, FEATURES, gl.SliceLayout(1, LAYOUT))
-    m = gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
+    m = first_m + gl.arange(0, M, gl.SliceLayout(0, LAYOUT))
     inside = (n < features)[:, None] & (m < rows)[None, :]
     if GATE_BIAS:
         gate = with_bias(gate, gate_bias_ptr, n, stride_gb, features)
@@ -129,7 +165,7 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
         finish(
-            acc, (tile * GROUPS + w) * FEATURES, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features,
+            acc, (tile * GROUPS + w) * FEATURES, 0, out_ptr, saved_ptr, gate_bias_ptr, up_bias_ptr, rows, features,
             stride_gb, stride_ub, gate_start, up_start, GATE_BIAS, UP_BIAS, SAVE, STEP,
         )  # fmt: skip
 

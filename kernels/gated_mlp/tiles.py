@@ -78,13 +78,17 @@ class Stream:
         return (64 * self.groups + columns) * 64 * self.parts * 2
 
     def shared(self, columns: int) -> int:
-        """Bytes of a program: of the sums, on their way to other threads, no more than 8 KiB are there at once."""
-        return self.stages * self.stage(columns) + self.groups * min(256 * columns, 8192) + 16 * self.stages + 64
+        """Bytes of a program: beside the steps, sums of up to 16 rows on their way to other threads, and barriers."""
+        return self.stages * self.stage(columns) + self.groups * 256 * min(columns, 16) + 16 * self.stages + 64
 
 
 def columns(rows: int) -> int:
     """Of the tensor cores' instructions: a power of two, and no less than they take."""
     return max(8, 1 << (rows - 1).bit_length())
+
+
+WIDEST = {1: 128, 2: 128, 3: 64, 4: 32}
+"""Columns of sums that threads have registers for, by groups."""
 
 
 def stream(rows: int, features: int, multiprocessors: int) -> Stream:
@@ -93,8 +97,8 @@ def stream(rows: int, features: int, multiprocessors: int) -> Stream:
     def read(groups: int) -> int:
         return -(-features // (32 * groups * multiprocessors)) * groups
 
-    groups = min((3, 1, 2, 4), key=read)
     wide = columns(rows)
+    groups = min((groups for groups in (3, 1, 2, 4) if wide <= WIDEST[groups]), key=read)
     made = Stream(groups, 2 if groups == 1 else 1, 1)
     return max(
         (replace(made, stages=n) for n in range(2, 33) if replace(made, stages=n).shared(wide) <= SHARED),
