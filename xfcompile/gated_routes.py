@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import sympy
@@ -83,11 +84,13 @@ def usual(site: GatedMLPSite, training: bool, rows: str) -> str:
 
 
 def most_rows(site: GatedMLPSite, training: bool) -> int:
-    """Up to so many rows a site usually runs as with one; 0 where that is by Inductor."""
-    names = [usual(site, training, name) for _, name in CLASSES]
-    if names[0] == "inductor":
-        return 0
-    return max(most for (most, _), name in zip(CLASSES, names, strict=True) if name == names[0])
+    """Up to so many rows a site usually runs as with a few; 0 where that is by Inductor.
+
+    A number that may change is never 1: torch.compile compiles for that alone.
+    """
+    few, *_ = routes = [(most, usual(site, training, name)) for most, name in CLASSES[1:]]
+    alike = itertools.takewhile(lambda route: route[1] == few[1], routes)
+    return 0 if few[1] == "inductor" else max(most for most, _ in alike)
 
 
 def choose(site: GatedMLPSite, *, training: bool, forced: str | None, most: int | None = None) -> Route:

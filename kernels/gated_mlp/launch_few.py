@@ -60,8 +60,8 @@ def declines(formula: sympy.Expr, operands: Operands, out: Tensor, drops: bool) 
     """Why the kernel does not compute this; None if it does."""
     if operands.x.shape[0] != 1:
         return "experts"
-    if operands.x.shape[1] > tiles.HOPPER_FEW_ROWS:
-        return f"more than {tiles.HOPPER_FEW_ROWS} rows"
+    if not tiles.HOPPER_LEAST_ROWS <= operands.x.shape[1] <= tiles.HOPPER_FEW_ROWS:
+        return f"it is for {tiles.HOPPER_LEAST_ROWS} to {tiles.HOPPER_FEW_ROWS} rows"
     if drops:
         return "dropout"
     if out.dtype.itemsize != 2:

@@ -56,8 +56,9 @@ FEW: dict[tuple[bool, int], Fact[Tiles]] = {
     (False, 32): Fact(Tiles(16, 16, 128, 4, 3)),
 }
 
+HOPPER_LEAST_ROWS = 1
 HOPPER_FEW_ROWS = 128
-"""Up to so many rows Hopper has a kernel of its own: `hopper_few`."""
+"""From so many to so many rows Hopper has a kernel of its own: `hopper_few`."""
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on Hopper."""
