@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sympy
 import torch
 
 from xfcompile.indexing import Ranges, extreme, floordiv, integer, linear, mod, nonnegative, unravel
-from xfcompile.magnitude import may_absorb, numerals
+from xfcompile.magnitude import may_absorb
 from xfcompile.score import J, Load, S, Where
 from xfcompile.site import Miss
 from xfcompile.values import Value, depends
@@ -416,11 +416,34 @@ def _cast(e: Elements, v: Value, index: Index) -> Any:
             return fold(lambda y: rounded(y, v.dtype), x)
         if not e.depends_on_dot(v) or v.dtype.itemsize >= v["self"].dtype.itemsize:
             return x
-        wider = {e.loads[n.operand] for n in numerals(x) if isinstance(n, Load)}
+        wider = {e.loads[n.operand] for n in _apart_from_positions(x)}
         if any(t.dtype.itemsize > v.dtype.itemsize and may_absorb(t) for t in wider):
             raise Miss("what is added to the scores may be infinite in the dtype that they are then cast to", v)
         return _overflown(x, v.dtype)
     return x if not v["self"].dtype.is_floating_point or (x.is_integer and v["self"] not in e.rounded) else None
+
+
+def _apart_from_positions(x: sympy.Basic) -> Iterator[Load]:
+    """The loads that a formula computes with other than as factors of a key's position, or of its distance: a number
+    times those is another one for each key of a row, and no row has nothing else (ALiBi)."""
+    if isinstance(x, sympy.Mul) and any(_is_place(factor) for factor in x.args):
+        return
+    if isinstance(x, Load):
+        yield x
+    elif not isinstance(x, sympy.logic.boolalg.Boolean):
+        for arg in x.args[1:] if isinstance(x, Where) else x.args:
+            yield from _apart_from_positions(arg)
+
+
+def _is_place(x: sympy.Basic) -> bool:
+    """Whether a number is one for each key, or for two that are equally far away."""
+    inner = x.args[0] if isinstance(x, sympy.Abs) else x
+    return (
+        isinstance(inner, sympy.Expr)
+        and not inner.atoms(Load)
+        and inner.diff(J).is_nonzero
+        and not inner.diff(J).has(J)
+    )
 
 
 def _overflown(x: sympy.Expr, dtype: torch.dtype, factor: sympy.Expr = sympy.S.One) -> sympy.Expr:

@@ -78,11 +78,12 @@ class Call:
         self.lists, self.sizes = (tiles, tiles_by_key), (block_m, block_n)
 
     def launch(self, name: str, tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-        """One of the two main kernels. made: what it writes to and has strides of."""
+        """One of the two main kernels, or what finds of each row what others read of it ("pair"), which is that for dq
+        without its loop. made: what it writes to and has strides of."""
         tensors = [*tensors, *self.operands]
         free = self.scalars
         if self.program.made.listed:
-            given = None if self.lists is None else self.lists[0 if name == "dq" else 1]
+            given = None if self.lists is None else self.lists[1 if name == "dkdv" else 0]
             tensors.append(self.q if given is None else given)
             free = [*free, *lists.steps(given)]
         if self.random:
@@ -97,10 +98,11 @@ class Call:
     def _first(self, name: str, tensors: Sequence[Tensor], free: Sequence[Any], made: Sequence[Tensor]) -> None:
         """Programs for blocks of queries or of keys, of each batch and head."""
         flags: dict[str, Any]
-        if name == "dq":
+        if name != "dkdv":
+            alone = name == "pair"
             flags = {
-                "NEED_DQ": self.needs.q,
-                "LOOP": self.needs.q or bool(self.layout.rows),
+                "NEED_DQ": self.needs.q and not alone,
+                "LOOP": (self.needs.q or bool(self.layout.rows)) and not alone,
                 "ALWAYS": self.q.dtype == torch.float32,
             }
             strided = [self.q, self.k, self.v, self.out, self.dout, *made]
@@ -126,7 +128,7 @@ class Call:
                     "PARTS_M": m // sizes.block_m,
                     "PARTS_N": n // sizes.block_n,
                 }
-            programs = self.batch * heads * -(-length // (sizes.block_m if name == "dq" else sizes.block_n))
+            programs = self.batch * heads * -(-length // (sizes.block_n if name == "dkdv" else sizes.block_m))
             return self.made(name, programs, numbers, constants, sizes, tensors)
 
         self._fitting(name, with_tiles, tensors, free)
@@ -157,7 +159,7 @@ class Call:
         sizes: Tiles,
         tensors: Sequence[Tensor],
     ) -> Launch:
-        kernel = self.program.kernel(name, self.interpreted)
+        kernel = self.program.kernel(_source(name), self.interpreted)
         ordered = {x: constants[x] for x in kernel.arg_names if x in constants}
         options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
         kind = (name, *ordered.items(), sizes, self.q.device, *[x.dtype for x in tensors])
@@ -178,7 +180,7 @@ class Call:
         self.layout.launches[name] = made[self.tiles(name, launch_with)]
 
     def tiles(self, name: str, launch_with: Callable[[Tiles], Any]) -> Tiles:
-        listed = self.sizes if name in ("dq", "dkdv") else None
+        listed = self.sizes if _source(name) in ("dq", "dkdv") else None
         if self.interpreted:
             wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
             launch_with(wanted)
@@ -187,7 +189,7 @@ class Call:
 
         def find() -> Tiles:
             kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)
-            first = choose_backward(name, kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
+            first = choose_backward(_source(name), kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
@@ -200,3 +202,8 @@ class Call:
         return reference.evaluator(
             self.program.spec, shape, self.operands, self.ints, self.floats, torch.float32, device
         )
+
+
+def _source(name: str) -> str:
+    """The kernel that a launch is of."""
+    return "dq" if name == "pair" else name

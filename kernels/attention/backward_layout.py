@@ -147,10 +147,14 @@ def layout_of(
     return found
 
 
+UNKNOWN = object()
+
+
 class Layout:
     """What a backward's calls with tensors of one layout have in common, found out at the first of them.
 
-    launches: of its kernels by their names, with tiles that fit. totals: of a kernel for a load the memory that it
+    launches: of its kernels by their names, with tiles that fit. hopper: a `HopperBackward`, None where that is not for
+    these tensors, or UNKNOWN. totals: of a kernel for a load the memory that it
     writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
     """
 
@@ -176,6 +180,7 @@ class Layout:
         whole = {found.loads[n].load.operand for n in self.direct}
         self.added_to = [n for n in range(len(doperands)) if n not in whole]
         self.launches: dict[str, Launch] = {}
+        self.hopper: Any = UNKNOWN
         self.unavailable: fit.Unavailable | None = None
         self.totals: dict[str, Blank] = {}
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import backward_loads, dead_rows, fit, launch, reference
+from xfcompile.kernels.attention import backward_loads, dead_rows, fit, launch, launch_hopper_backward, reference
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import Gradients, Layout, Needs, layout_of, outputs, prepare
 from xfcompile.kernels.attention.gradient import gradients
@@ -80,13 +80,14 @@ def _fill(call: Call, made: Gradients) -> None:
     needs, layout = call.needs, call.layout
     rows = {n: layout.row() for n in layout.rows}
     columns_ = {n: layout.column() for n in layout.columns}
-    dq = dq if needs.q else call.q
-    own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, dq]
-    call.launch("dq", [*own, *rows.values()], (dq,))
-    if needs.k or needs.v or columns_:
-        outer = (dk if needs.k else call.k, dv if needs.v else call.v)
-        own = [call.q, call.k, call.v, call.dout, call.pair, call.inverse, *outer]
-        call.launch("dkdv", [*own, *columns_.values()], outer)
+    if not launch_hopper_backward.run(call, dq, dk, dv):
+        dq = dq if needs.q else call.q
+        own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, dq]
+        call.launch("dq", [*own, *rows.values()], (dq,))
+        if needs.k or needs.v or columns_:
+            outer = (dk if needs.k else call.k, dv if needs.v else call.v)
+            own = [call.q, call.k, call.v, call.dout, call.pair, call.inverse, *outer]
+            call.launch("dkdv", [*own, *columns_.values()], outer)
     if needs.v and call.program.spec.dead == "mean" and call.program.spec.sink is None:
         dead_rows.mean_rows(call, dv)
     if call.program.spec.leaks:

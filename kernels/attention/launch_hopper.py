@@ -66,10 +66,10 @@ def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int,
         return False
     if q.shape[2] < FEW_QUERIES or why_not(prepared, q.device, q.dtype, q.shape[3], v.shape[3]) is not None:
         return False
-    return all(_described(x) for x in (q, k, v))
+    return all(described(x) for x in (q, k, v))
 
 
-def _described(x: Tensor) -> bool:
+def described(x: Tensor) -> bool:
     """Whether TMA reads a tensor: rows start at multiples of 16 bytes, and neighbours are neighbours in memory."""
     strides = aligned_strides(x)
     return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.data_ptr() % 16 == 0

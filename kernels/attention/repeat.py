@@ -269,14 +269,16 @@ def aligned_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def described_for_gluon(x: Tensor, block: Sequence[int]) -> Described:
-    """A tensor of 16 bits an element, of which such blocks are loaded or stored."""
+    """A tensor of 16 or 32 bits an element, of which such blocks are loaded or stored."""
     shape, strides, itemsize = tuple(x.shape), aligned_strides(x), x.dtype.itemsize
 
     def make(x: Tensor) -> Any:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-        dtype = {2: gl.bfloat16}[itemsize]  # of the layout, for which the number of bits is all that counts
+        dtype = {2: gl.bfloat16, 4: gl.float32}[
+            itemsize
+        ]  # of the layout, for which the number of bits is all that counts
         layout = gl.NVMMASharedLayout.get_default_for(list(block), dtype)
         return TensorDescriptor(x, list(shape), list(strides), list(block), layout)
 

@@ -98,3 +98,17 @@ def test_a_mask_of_data_that_may_be_infinite_in_another_dtype_is_none_that_is_kn
     mask[3] = torch.finfo(torch.float32).min
     outcome = check(program, *tensors(*[(1, 2, 6, 8)] * 3), mask)
     assert "infinite in the dtype" in outcome.reasons
+
+
+@pytest.mark.parametrize(("step", "matched"), [(1, True), (4, False)])
+def test_a_slope_times_a_distance_is_no_mask_that_may_be_infinite(step: int, matched: bool) -> None:
+    """Of a row one key at most is as far away as makes finfo(float32).min of it; of steps of distances, several."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
+        i = torch.arange(6)
+        distance = (i - i[:, None]) // step
+        return (q @ k.mT + slopes[:, None, None] * distance).to(torch.bfloat16).float().softmax(-1) @ v
+
+    outcome = check(program, *tensors(*[(1, 2, 6, 8)] * 3), torch.tensor([0.5, 0.25]))
+    assert [site.matched for site in outcome.sites] == [matched]
+    assert ("infinite in the dtype" in outcome.reasons) != matched

@@ -1,0 +1,156 @@
+"""From tensors to the launches of the backward for Hopper: which tensors it takes, and what it needs beside them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xfcompile.kernels.attention import cache, fit, hopper, hopper_backward, launch, lists
+from xfcompile.kernels.attention.backward_call import Call
+from xfcompile.kernels.attention.backward_layout import UNKNOWN, prepare
+from xfcompile.kernels.attention.backward_writer import Writer
+from xfcompile.kernels.attention.launch_hopper import described
+from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, described_for_gluon
+from xfcompile.kernels.attention.tiles import HOPPER, device_generation
+
+log = logging.getLogger(__name__)
+
+FEW_QUERIES = 256
+"""Fewer than this, and a program has too few tiles to keep the tensor cores busy."""
+
+
+@functools.cache
+def _why_not(forward: str, needed: tuple[int, ...], dtype: torch.dtype, dq: int, dv: int) -> str | None:
+    made = prepare(forward, needed)
+    return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dq, dv) or _why_no_module(forward, needed)
+
+
+@functools.cache
+def _why_no_module(forward: str, needed: tuple[int, ...]) -> str | None:
+    """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
+    try:
+        _module(forward, needed)
+    except Exception as error:
+        log.debug("no backward for Hopper: %s", error)
+        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
+    return None
+
+
+@functools.cache
+def _writer(forward: str, needed: tuple[int, ...]) -> Writer:
+    made = prepare(forward, needed)
+    return Writer(made.spec, made.made.gradients)
+
+
+@functools.cache
+def _module(forward: str, needed: tuple[int, ...]) -> Any:
+    text = hopper_backward.module(_writer(forward, needed))
+    return cache.load(cache.store(text), f"xfcompile_attention_hopper_backward_{cache.key_of(text)}")
+
+
+def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
+    """Whether it was this kernel that computed the three gradients. It adds dq up in an order that is not the same
+    every time: not where PyTorch is asked for what is."""
+    layout = call.layout
+    if layout.hopper is None or torch.are_deterministic_algorithms_enabled():
+        return False
+    if layout.hopper is UNKNOWN:
+        reason = _why_not_these(call)
+        layout.hopper = HopperBackward(call, dq, dk, dv) if reason is None else None
+        if reason is not None:
+            log.debug("a backward that is not for Hopper's kernel: %s", reason)
+            return False
+    if not aligned(call.q, call.k, call.v, call.dout):
+        return False
+    try:
+        layout.hopper(call, dq, dk, dv)
+    except fit.Unavailable as error:
+        log.debug("the backward for Hopper failed, others run: %s", error)
+        layout.hopper = None
+        return False
+    return True
+
+
+def _why_not_these(call: Call) -> str | None:
+    """Why the kernel does not take tensors of this layout; None if it does. It computes all three gradients at once."""
+    device, needs, sizes = call.q.device, call.needs, call.sizes
+    if device.type != "cuda" or device_generation(device) != HOPPER:
+        return "it is for Hopper"
+    if not (needs.q and needs.k and needs.v):
+        return "not all gradients are wanted"
+    if call.lq < FEW_QUERIES:
+        return "few queries"
+    if call.random:
+        return "weights are dropped out"
+    if call.program.made.listed and sizes is None:
+        return "no lists of tiles"
+    if sizes is not None and (sizes[1] != hopper_backward.KEYS or sizes[0] % hopper_backward.ROWS):
+        return f"lists of {sizes[0]}x{sizes[1]} tiles"
+    if not all(described(x) for x in (call.q, call.k, call.v, call.dout)):
+        return "strides that TMA does not take"
+    return _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
+
+
+class HopperBackward:
+    """Launches of the kernel, and of those before and after it, with tensors of one layout."""
+
+    def __init__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        forward, needed = call.program.forward, call.program.needed
+        module, w = _module(forward, needed), _writer(forward, needed)
+        rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
+        batch, heads, lq, lk = call.batch, call.heads, call.lq, call.lk
+        columns = hopper.columns(call.dq)
+        padded = -(-lq // rows) * rows
+        device = call.q.device
+        self.exact, self.paired = w.exact, w.exact or bool(call.program.made.gradients.loads)
+        self.rows = Blank((batch * heads, padded), torch.float32, device)
+        self.sum = Blank((batch, heads, padded, columns), torch.float32, device)
+        blocks = batch * heads * (padded // rows)
+        self.before = Launch(
+            module.prepare_rows, blocks, [*call.out.stride(), *call.dout.stride(), heads, lq, padded],
+            {"DV": call.dv, "COLUMNS": columns, "ROWS": rows, "PAIRED": self.paired, "EXACT": self.exact},
+            {"num_warps": 4},
+        )  # fmt: skip
+        self.after = Launch(
+            module.finish_dq, blocks, [*dq.stride(), heads, lq, padded],
+            {"DQ": call.dq, "COLUMNS": columns, "ROWS": rows}, {"num_warps": 4},
+        )  # fmt: skip
+        constants: dict[str, Any] = {
+            "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.STAGES[columns],
+            "LISTED_ROWS": rows if call.sizes is None else call.sizes[0], "EACH_HEAD": hopper_backward.each_head(w),
+            "AHEAD": hopper_backward.AHEAD[columns], "BUFFERS": hopper_backward.BUFFERS[columns],
+        }  # fmt: skip
+        if w.flags:
+            constants["FAST"] = launch.speed(call.program.spec, call.q)
+        constants |= {"DQ": call.dq, "DV": call.dv, "PRODUCER_REGISTERS": hopper_backward.PRODUCER_REGISTERS}
+        numbers = [heads, heads // call.kv_heads, lq, lk, padded, *dk.stride(), *dv.stride()]
+        numbers += [stride for x in call.operands for stride in x.stride()]
+        blocks_of = ((call.q, rows), (call.k, keys), (call.v, keys), (call.dout, rows))
+        tiles = [described_for_gluon(x, [1, 1, n, columns]) for x, n in blocks_of]
+        of_rows = described_for_gluon(torch.empty(self.rows.shape, device="meta"), [1, rows])
+        tiles += (3 if self.exact else 2) * [of_rows]
+        tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
+        programs = batch * call.kv_heads * -(-lk // keys)
+        self.main = Launch(
+            module.attention_backward, programs, numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
+        )
+
+    def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        if self.paired:
+            own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, call.q]
+            call.launch("pair", own, (call.q,))
+        of_rows = [self.rows() for _ in range(3 if self.exact else 2)]
+        total = self.sum()
+        shift = of_rows[-1]  # not written to where there is none
+        self.before([call.out, call.dout, call.lse, call.pair, call.inverse, *of_rows[:2], shift, total])
+        tensors, free = [call.q, call.k, call.v, call.dout, *of_rows, total, dk, dv, *call.operands], call.scalars
+        if call.program.made.listed:
+            assert call.lists is not None
+            tensors.append(call.lists[1])
+            free = [*free, *lists.steps(call.lists[1])]
+        self.main(tensors, free)
+        self.after([total, dq], call.scalars)
