@@ -176,6 +176,11 @@ def jobs(all_programs: bool) -> Iterator[Job]:
 
 def gated(target: str, all_programs: bool) -> Iterator[Job]:
     """The kernels of gated MLPs: for one row, few and many; with all programs, every formula, dtype and dropout."""
+    if target == "sm_90":
+        for program in gated_jobs.PROGRAMS if all_programs else ("SwiGLU",):
+            for rows in (1, 16, 64, 128) if all_programs else (16, 128):
+                for training in (False, True):
+                    yield Job(program, torch.bfloat16, 0, target, "gated_few_hopper", rows, training)
     for program in gated_jobs.PROGRAMS if all_programs else ("SwiGLU",):
         for dtype in (torch.bfloat16, torch.float16, torch.float32) if all_programs else (torch.bfloat16,):
             for kernel in gated_jobs.KERNELS:
@@ -199,6 +204,10 @@ def compile_job(job: Job) -> Compiled | None:
         tile = bias_jobs.tile_of(job.kernel, job.dtype)
         compiled = bias_jobs.compile_bias(job.program, job.kernel, job.dtype, target)
         return outcome(job, compiled, Tiles(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages))
+    if job.kernel == "gated_few_hopper":
+        stream = gated_jobs.stream_of(job.rows)
+        made = gated_jobs.compile_few_hopper(job.program, job.dtype, job.rows, stream, about=job.training)
+        return outcome(job, made, Tiles(gated_jobs.tiles.columns(job.rows), 32 * stream.groups, 4, stream.stages))
     if job.kernel in gated_jobs.KERNELS:
         made = gated_jobs.compile_gated(
             job.program, job.kernel, job.dtype, target, job.rows, save=job.training, dropout=job.dropout

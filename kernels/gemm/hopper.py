@@ -369,7 +369,7 @@ def flags(epilogue: Epilogue) -> list[str]:
 
 def module(epilogue: Epilogue) -> str:
     """The whole text, of an epilogue that `why_not` has nothing against."""
-    value, helpers = _value(epilogue)
+    value, helpers = value_text(epilogue)
     parts = [
         HEAD.format(value=epilogue.value),
         *pointwise.functions(helpers),
@@ -389,7 +389,8 @@ def _read(epilogue: Epilogue) -> list[str]:
     return [s.name for s in (*epilogue.sums, *keep, *vectors, *tensors)]
 
 
-def _value(epilogue: Epilogue) -> tuple[str, set[str]]:
+def value_text(epilogue: Epilogue) -> tuple[str, set[str]]:
+    """The function that computes a formula from sums, and the helpers that it calls."""
     names = {s: s.name for s in epilogue.value.free_symbols}
     formula = with_ndtr(epilogue.value)
     apart = separate(formula) if epilogue.gated else None

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from xfcompile.kernels.gated_mlp.tiles import stream
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -155,3 +157,13 @@ def test_gated_mlps_compile_for_every_target(results: list[dict[str, Any]]) -> N
         if r["target"] == "sm_90" and r["kernel"].startswith("gated_forward"):
             assert r["wgmma"], r
             assert r["shared"] <= 227 * 1024, r
+
+
+def test_few_rows_compile_for_hopper_as_their_tiles_say(results: list[dict[str, Any]]) -> None:
+    found = [r for r in results if r["kernel"] == "gated_few_hopper"]
+    assert {r["target"] for r in found} == {"sm_90"}
+    assert sorted(r["tiles"]["block_m"] for r in found) == [16, 16, 128, 128]
+    for r in found:
+        assert r["wgmma"] and r["spills"] == 0, r
+        rows = r["tiles"]["block_m"]
+        assert r["shared"] <= stream(rows, 11008, 132).shared(rows) <= 227 * 1024, r
