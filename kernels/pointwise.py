@@ -72,14 +72,41 @@ def ndtr(x, FAST: tl.constexpr):
     if FAST == 0:
         y = 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
     else:
-        # Abramowitz & Stegun, 26.2.17, off by 7.5e-8 at most: enough for what is rounded to 16 bits.
-        t = reciprocal(0.2316419 * tl.abs(x) + 1.0, FAST)
-        p = 0.5307027145 * t - 0.7265760135
-        p = p * t + 0.7107068705
-        p = p * t - 0.142248368
-        p = p * t + 0.127414796
-        # The exponential as the derivative has it, so that it is computed once.
-        q = p * t * exp2(-0.7213475204444818 * (x * x), FAST)
+        # The logarithm of the lower half, by a polynomial that falls all the way (examples/fit_gelu.py): of 1 it is off
+        # by 2e-7, and of the lower half by 2**-14 of it down to x = -5.6, where fp16 ends.
+        a = tl.abs(x)
+        p = -7.915159432880792e-07 * a + 1.385867370183591e-05
+        p = p * a - 6.20985214864686e-05
+        p = p * a - 0.0004353961469224128
+        p = p * a + 0.007438815194656115
+        p = p * a - 0.05273649068937213
+        p = p * a - 0.45913843874673166
+        p = p * a - 1.1511118521694947
+        q = exp2(p * a - 1.0, FAST)
+        y = tl.where(x < 0.0, q, 1.0 - q)
+    return y
+""",
+    "gelu": """\
+@triton.jit
+def gelu(x, FAST: tl.constexpr):
+    return x * ndtr(x, FAST)
+""",
+    "gelu_slope": """\
+@triton.jit
+def gelu_slope(x, FAST: tl.constexpr):
+    e = exp2(-0.7213475204444818 * (x * x), FAST)
+    if FAST == 0:
+        y = ndtr(x, FAST) + 0.3989422804014327 * x * e
+    else:
+        # Of the lower half, what the density is multiplied by, but for sqrt(2 pi): off by 2e-7 then
+        # (examples/fit_gelu.py).
+        a = tl.abs(x)
+        t = reciprocal(0.38 * a + 1.0, FAST)
+        p = -0.15182624195395134 * t + 0.6183339240053061
+        p = p * t - 0.26721242372769527
+        p = p * t + 0.3408453145634537
+        p = p * t - 0.04014044577288646
+        q = (p - 0.39731732314728074 * a) * e
         y = tl.where(x < 0.0, q, 1.0 - q)
     return y
 """,
@@ -109,7 +136,8 @@ _CALLS = {
     "sigmoid": {"reciprocal", "exp2"},
     "tanh": {"reciprocal", "exp2"},
     "erf": {"reciprocal", "exp2"},
-    "ndtr": {"reciprocal", "exp2"},
+    "gelu": {"ndtr", "exp2"},
+    "gelu_slope": {"ndtr", "reciprocal", "exp2"},
 }
 
 
@@ -135,26 +163,39 @@ class PointwisePrinter(Printer):
 
     def _sigmoid(self, expr: sympy.Basic) -> Term:
         self.helpers.add("sigmoid")
-        return Term(f"sigmoid({self.float(-LOG2E * expr.args[0]).text}, FAST)", "float")
+        return Term(f"sigmoid({self.float(_scaled(-LOG2E, expr.args[0])).text}, FAST)", "float")
 
     def _exp(self, expr: sympy.Basic) -> Term:
         self.helpers.add("exp2")
         return Term(f"exp2({self.float(LOG2E * expr.args[0]).text}, FAST)", "float")
 
     def _helper(self, expr: sympy.Basic) -> Term:
-        name = type(expr).__name__.lower()
+        name = _HELPER_OF.get(type(expr).__name__, type(expr).__name__.lower())
         self.helpers.add(name)
         return Term(f"{name}({self.float(expr.args[0]).text}, FAST)", "float")
 
+
+_HELPER_OF = {"GeluSlope": "gelu_slope"}
 
 _OWN: dict[str, Callable[[PointwisePrinter, sympy.Basic], Term]] = {
     "Sigmoid": PointwisePrinter._sigmoid,
     "exp": PointwisePrinter._exp,
     "erf": PointwisePrinter._helper,
     "Ndtr": PointwisePrinter._helper,
+    "Gelu": PointwisePrinter._helper,
+    "GeluSlope": PointwisePrinter._helper,
     "Softplus": PointwisePrinter._helper,
     "Expm1": PointwisePrinter._helper,
 }
+
+
+def _scaled(factor: sympy.Expr, x: sympy.Expr) -> sympy.Expr:
+    """A number times x; of a polynomial in one symbol it takes no product of its own."""
+    product = factor * x
+    symbols = x.free_symbols
+    if len(symbols) == 1 and isinstance(x, sympy.Add) and x.is_polynomial(*symbols):
+        return sympy.horner(sympy.expand(product))
+    return product
 
 
 def lines(

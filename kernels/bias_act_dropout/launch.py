@@ -43,11 +43,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Share:
-    """A program's share without a product: so many elements, in rows of `widest` columns at most."""
+    """A program's share without a product: so many elements, in rows of `widest` columns at most. ahead: of a
+    backward, whether rows are read while those before them are computed."""
 
     elements: int
     widest: int
     num_warps: int
+    ahead: bool = False
 
 
 # Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
@@ -414,6 +416,7 @@ def _backward(
     numbers = [rows.count, rows.inner, *rows.strides[0], *rows.strides[-1]]
     constants = _constants(n, tile, rows, dout.dtype if x is None else x.dtype, bias) | {
         "ROWS": steps * tile.block_m,
+        "AHEAD": POINTWISE["backward"].value.ahead and steps > 1,
         "NEED_X": needs_x,
         "NEED_BIAS": needs_bias,
         **{f"NEED_V{k}": yes for k, yes in enumerate(needs)},
@@ -471,6 +474,7 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
         "BLOCK_N": tile.block_n,
         "SPLIT": rows.split,
         "GROUPED": n % 8 == 0,
+        "FEW": rows.count * n < 1 << 35,
         "FAST": fast(dtype),
         "BIASED": bias is not None,
     }

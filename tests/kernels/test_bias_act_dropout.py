@@ -281,7 +281,7 @@ def test_what_gradients_are_functions_of() -> None:
 def test_formulas_are_read_back() -> None:
     for case in CASES.values():
         formula = parse(text_of(case.formula), int(case.scale), int(case.residual))
-        assert formula.value == activation.with_ndtr(case.formula)
+        assert formula.value == activation.with_distributions(case.formula)
         assert formula.drops == bool(case.p)
     with pytest.raises(ValueError, match="no operand"):
         parse(text_of(X + vector(0)), 0, 0)
