@@ -43,21 +43,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class Share:
-    """A program's share without a product: so many elements, in rows of `widest` columns at most. ahead: of a
-    backward, whether rows are read while those before them are computed."""
+    """A program's share without a product: so many elements a step, in rows of `widest` columns at most. ahead: whether
+    those of the next step are read meanwhile. programs: about so many have all steps, where there are more steps."""
 
     elements: int
     widest: int
     num_warps: int
-    ahead: bool = False
+    ahead: bool
+    programs: int
+    registers: int | None = None
 
 
 # Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
 # loads. Backward: half of it a step, as sums over rows stand in registers too.
-POINTWISE = {"forward": Fact(Share(4096, 1024, 4)), "backward": Fact(Share(2048, 256, 4))}
-
-PROGRAMS = 2048
-"""Of a backward, about: more would only leave more sums to be added up, each of its own rows."""
+POINTWISE = {"forward": Fact(Share(2048, 512, 4, True, 8192)), "backward": Fact(Share(2048, 256, 4, True, 2048))}
 
 # Not measured yet either. By bytes of an element.
 PRODUCT = {2: Fact(Tile(128, 128, 8, 64, 3)), 4: Fact(Tile(64, 64, 4, 32, 3))}
@@ -224,8 +223,9 @@ def _forward(
     n = x.shape[-1]
     tile = pointwise(n, "forward")
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
-    constants = _constants(n, tile, rows, x.dtype, bias)
-    programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
+    parts, loop = _loop(rows.count, n, tile, "forward")
+    constants = _constants(n, tile, rows, x.dtype, bias) | loop
+    programs = parts * -(-n // tile.block_n)
     launch = _launch("forward", (text, len(vectors), len(tensors), p), programs, numbers, constants, tile)
     blank = Blank(x.shape, dtype, x.device)
     copied = rows.copied
@@ -380,7 +380,7 @@ def backward(
         tensors,
         *needed,
         seed is None,
-        PROGRAMS,
+        POINTWISE["backward"].value.programs,
         _setting(dout),
         *map(_layout_of, given),
     )
@@ -409,14 +409,10 @@ def _backward(
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
     tile = pointwise(n, "backward")
-    count = -(-rows.count // tile.block_m)
-    steps = max(1, count * -(-n // tile.block_n) // PROGRAMS)
-    steps = 1 << (steps - 1).bit_length()  # few kernels
-    parts = -(-count // steps)
+    parts, loop = _loop(rows.count, n, tile, "backward")
     numbers = [rows.count, rows.inner, *rows.strides[0], *rows.strides[-1]]
     constants = _constants(n, tile, rows, dout.dtype if x is None else x.dtype, bias) | {
-        "ROWS": steps * tile.block_m,
-        "AHEAD": POINTWISE["backward"].value.ahead and steps > 1,
+        **loop,
         "NEED_X": needs_x,
         "NEED_BIAS": needs_bias,
         **{f"NEED_V{k}": yes for k, yes in enumerate(needs)},
@@ -480,13 +476,24 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
     }
 
 
+def _loop(rows: int, n: int, tile: Tile, kernel: str) -> tuple[int, dict[str, Any]]:
+    """How many parts rows are in, a program's each, and what the kernel's loop over these is compiled for."""
+    share = POINTWISE[kernel].value
+    count = -(-rows // tile.block_m)
+    steps = max(1, count * -(-n // tile.block_n) // share.programs)
+    steps = 1 << (steps - 1).bit_length()  # few kernels
+    part = steps * tile.block_m
+    even = rows % part == 0 and n % tile.block_n == 0
+    return -(-rows // part), {"ROWS": part, "AHEAD": share.ahead and steps > 1, "EVEN": even}
+
+
 def pointwise(n: int, kernel: str) -> Tile:
     """Tiles of the kernels without a product."""
     if interpreting():
         return Tile(8, 32, 4)
     share = POINTWISE[kernel].value
     block_n = min(max(1 << (n - 1).bit_length(), 8), share.widest)
-    return Tile(max(share.elements // block_n, 1), block_n, share.num_warps)
+    return Tile(max(share.elements // block_n, 1), block_n, share.num_warps, registers=share.registers)
 
 
 def fast(dtype: torch.dtype) -> int:

@@ -35,10 +35,24 @@ def row_offsets(row, inner, outer_stride, row_stride, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def read(ptr, row, col, mask, inner, outer_stride, row_stride, col_stride, SPLIT: tl.constexpr):
-    """[M, N], 0 where the mask is."""
+def inside(row, rows, col, N: tl.constexpr, M: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr):
+    """Which rows and columns there are, [M, COLS]. EVEN: all."""
+    if EVEN:
+        mask = tl.full([M, COLS], True, tl.int1)
+    else:
+        mask = (row < rows)[:, None] & (col < N)[None, :]
+    return mask
+
+
+@triton.jit
+def read(ptr, row, col, mask, inner, outer_stride, row_stride, col_stride, SPLIT: tl.constexpr, EVEN: tl.constexpr):
+    """[M, N]; 0 where there are no such rows or columns."""
     offs = row_offsets(row, inner, outer_stride, row_stride, SPLIT)[:, None] + (col * col_stride)[None, :]
-    return tl.load(ptr + offs, mask=mask, other=0.0)
+    if EVEN:
+        x = tl.load(ptr + offs, mask=mask)
+    else:
+        x = tl.load(ptr + offs, mask=mask, other=0.0)
+    return x
 
 
 @triton.jit
@@ -71,18 +85,27 @@ def kept(seed, stream, row, first, N: tl.constexpr, M: tl.constexpr, COLS: tl.co
 FORWARD = '''\
 @triton.jit(do_not_specialize=["stream"])
 {signature}
-    """One program: BLOCK_M rows, BLOCK_N columns."""
+    """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time. AHEAD: rows are read while those before them are
+    computed."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    row = (pid // columns).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = (pid // columns).to(tl.int64) * ROWS
     first = (pid % columns) * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (col < N)[None, :]
-    offs = row_offsets(row, inner, x_outer, x_row, SPLIT)[:, None] + (col.to(tl.int64) * x_col)[None, :]
-    x = in_fp32(tl.load(x_ptr + offs, mask=mask), FAST)
+    wide = col.to(tl.int64)
+{once}
+    if AHEAD:
+        row = start + tl.arange(0, BLOCK_M)
+        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
+{fetch}
+    for step in tl.range(0, ROWS, BLOCK_M):
+        row = start + step + tl.arange(0, BLOCK_M)
+        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
+        if not AHEAD:
+{fetch_now}
 {loads}
-    out = {value}
-    tl.store(out_ptr + row[:, None] * N + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        out = {value}
+        tl.store(out_ptr + row[:, None] * N + wide[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 '''
 
 LINEAR = '''\
@@ -144,23 +167,23 @@ LINEAR = '''\
 BACKWARD = '''\
 @triton.jit(do_not_specialize=["stream"])
 {signature}
-    """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time. Sums over rows are of these: [row blocks, N].
-    AHEAD: rows are read while those before them are computed."""
+    """As forward. Sums over rows are of a program's: [row blocks, N]."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    part = pid // columns
+    part = (pid // columns).to(tl.int64)
+    start = part * ROWS
     first = (pid % columns) * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)
     wide = col.to(tl.int64)
-{vectors}
+{once}
 {sums}
     if AHEAD:
-        row = part.to(tl.int64) * ROWS + tl.arange(0, BLOCK_M)
-        mask = (row < rows)[:, None] & (col < N)[None, :]
+        row = start + tl.arange(0, BLOCK_M)
+        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
 {fetch}
     for step in tl.range(0, ROWS, BLOCK_M):
-        row = part.to(tl.int64) * ROWS + step + tl.arange(0, BLOCK_M)
-        mask = (row < rows)[:, None] & (col < N)[None, :]
+        row = start + step + tl.arange(0, BLOCK_M)
+        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
         if not AHEAD:
 {fetch_now}
 {loads}
@@ -225,6 +248,7 @@ def _function(name: str, parameters: Sequence[str], lines: Sequence[str], result
 
 
 CONSTANTS = ["N", "BLOCK_M", "BLOCK_N", "SPLIT", "GROUPED", "FEW", "FAST", "BIASED"]
+LOOP = ["ROWS", "AHEAD", "EVEN"]
 
 
 def _constexprs(names: Sequence[str]) -> list[str]:
@@ -253,6 +277,28 @@ def _epilogue(formula: Formula) -> list[str]:
     return lines
 
 
+def _rows(formula: Formula, fetched: Sequence[str], kept: bool) -> dict[str, str]:
+    """What both kernels without a product do with each of their rows before they compute."""
+    fetch = [f"{t}_raw = read({t}_ptr, row, wide, mask, inner, {_strides(t)}, SPLIT, EVEN)" for t in fetched]
+    loads = [f"{t} = in_fp32({t}_raw, FAST)" for t in fetched]
+    loads += ["if AHEAD:", "    below = row + BLOCK_M"]
+    loads.append("    mask_below = inside(below, rows, col, N, BLOCK_M, BLOCK_N, EVEN) & (step + BLOCK_M < ROWS)")
+    loads += [f"    {line.replace('row, wide, mask', 'below, wide, mask_below')}" for line in fetch]
+    if X.name in fetched:
+        loads += ["if BIASED:", "    x = x + bias"]
+    if kept:
+        loads.append("keep = kept(seed, stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED, FEW)")
+    return {
+        "fetch": textwrap.indent("\n".join(fetch), " " * 8),
+        "fetch_now": textwrap.indent("\n".join(fetch), " " * 12),
+        "loads": textwrap.indent("\n".join(loads), " " * 8),
+    }
+
+
+def _strides(name: str) -> str:
+    return ", ".join(f"{name}_{axis}" for axis in ("outer", "row", "col"))
+
+
 def _value(read: Sequence[str]) -> str:
     return f"value({', '.join([*read, 'FAST'])})"
 
@@ -268,10 +314,12 @@ def _operands(formula: Formula) -> tuple[list[str], list[str]]:
 def _forward(formula: Formula, read: Sequence[str]) -> str:
     pointers, numbers = _operands(formula)
     parameters = ["out_ptr", "x_ptr", *pointers, *numbers, "x_outer", "x_row", "x_col", "stream"]
+    once = _vector_loads(formula) + (["seed = tl.load(seed_ptr)"] if formula.drops else [])
     return FORWARD.format(
-        signature=wrapped("def forward", [*parameters, *_constexprs(CONSTANTS)], ":"),
-        loads=textwrap.indent("\n".join(_epilogue(formula)), "    "),
+        signature=wrapped("def forward", [*parameters, *_constexprs([*CONSTANTS, *LOOP])], ":"),
+        once=textwrap.indent("\n".join(once), "    "),
         value=_value(read),
+        **_rows(formula, [X.name, *(f"r{n}" for n in range(formula.tensors))], formula.drops),
     )
 
 
@@ -289,7 +337,7 @@ def _linear(formula: Formula, read: Sequence[str]) -> str:
     )
 
 
-BACKWARD_CONSTANTS = [*CONSTANTS, "ROWS", "AHEAD", "NEED_X", "NEED_BIAS"]
+BACKWARD_CONSTANTS = [*CONSTANTS, *LOOP, "NEED_X", "NEED_BIAS"]
 
 
 def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> str:
@@ -306,33 +354,21 @@ def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> st
         stores += [
             f"if {flag}:",
             f"    total = tl.reduce(sum_{name}, 0, tl.standard._sum_combine)",
-            f"    tl.store(d{name}_ptr + part.to(tl.int64) * N + col, total, mask=col < N)",
+            f"    tl.store(d{name}_ptr + part * N + col, total, mask=col < N)",
         ]
     # The bias has dx itself, which by then is times dout where it was stored.
     adds[1] = f"    sum_bias += dx if NEED_X else {chain}dx"
-    tensors = ["dout", *([X.name] if X.name in read else [])]
-    fetch = [f"{t}_raw = read({t}_ptr, row, wide, mask, inner, {t}_outer, {t}_row, {t}_col, SPLIT)" for t in tensors]
-    loads = [f"{t} = in_fp32({t}_raw, FAST)" for t in tensors]
-    loads += ["if AHEAD:", "    below = row + BLOCK_M"]
-    loads.append("    there = (below < rows)[:, None] & (col < N)[None, :] & (step + BLOCK_M < ROWS)")
-    loads += [f"    {line.replace('row, wide, mask', 'below, wide, there')}" for line in fetch]
-    if X.name in read:
-        loads += ["if BIASED:", "    x = x + bias"]
-    if KEEP.name in read:
-        loads.append("keep = kept(seed, stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED, FEW)")
     used = [line for line in _vector_loads(formula) if not line.startswith("v") or line.split(" ")[0] in read]
     if KEEP.name in read:
         used.append("seed = tl.load(seed_ptr)")
     return BACKWARD.format(
         signature=wrapped("def backward", [*parameters, *_constexprs([*BACKWARD_CONSTANTS, *flags])], ":"),
-        vectors=textwrap.indent("\n".join(used), "    "),
+        once=textwrap.indent("\n".join(used), "    "),
         sums=textwrap.indent("\n".join(sums), "    "),
-        fetch=textwrap.indent("\n".join(fetch), "        "),
-        fetch_now=textwrap.indent("\n".join(fetch), "            "),
-        loads=textwrap.indent("\n".join(loads), "        "),
         names=", ".join(names),
         arguments=", ".join([*_given(formula), *read, "FAST"]),
         chain=chain,
         adds=textwrap.indent("\n".join(adds), "        "),
         stores=textwrap.indent("\n".join(stores), "    "),
+        **_rows(formula, ["dout", *([X.name] if X.name in read else [])], KEEP.name in read),
     )

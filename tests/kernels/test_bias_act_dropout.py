@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import sympy
@@ -17,6 +17,7 @@ from xfcompile.kernels import philox
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, linear_act_dropout, reference, saves, text_of
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.launch import rows_of
+from xfcompile.measured import Fact
 
 ACTS: dict[str, sympy.Expr] = {
     "identity": X,
@@ -364,7 +365,10 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", ["many rows", "everything", "features of several tiles", "transposed, 2 leading"])
 @pytest.mark.parametrize("product", [False, True], ids=["pointwise", "epilogue"])
-def test_few_programs_share_the_rows_of_a_backward(name: str, product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
+def test_few_programs_share_the_rows(name: str, product: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each then takes several steps, the last of them past the end."""
-    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_calls", {})
+    few = {kernel: Fact(replace(fact.value, programs=2, ahead=ahead)) for kernel, fact in launch.POINTWISE.items()}
+    monkeypatch.setattr(launch, "POINTWISE", few)
     check(CASES[name], product)
