@@ -101,7 +101,7 @@ PRODUCTS = [
     ) if n & (n - 1) == 0
 ]  # fmt: skip
 SHARES = [
-    Share(elements, widest, warps, True, 4096)
+    Share(elements, widest, warps, 3, 4096)
     for elements in (1024, 2048, 4096, 8192)
     for widest in (128, 256, 512, 1024, 2048)
     for warps in (4, 8)

@@ -43,20 +43,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class Share:
-    """A program's share without a product: so many elements a step, in rows of `widest` columns at most. ahead: whether
-    those of the next step are read meanwhile. programs: about so many have all steps, where there are more steps."""
+    """A program's share without a product: so many elements a step, in rows of `widest` columns at most. stages: steps
+    that are read at a time. programs: about so many share all steps, where there are more."""
 
     elements: int
     widest: int
     num_warps: int
-    ahead: bool
+    stages: int
     programs: int
     registers: int | None = None
 
 
 # Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
 # loads. Backward: half of it a step, as sums over rows stand in registers too.
-POINTWISE = {"forward": Fact(Share(2048, 512, 4, True, 8192)), "backward": Fact(Share(2048, 256, 4, True, 2048))}
+POINTWISE = {"forward": Fact(Share(2048, 256, 4, 3, 4096)), "backward": Fact(Share(2048, 256, 4, 3, 2048))}
 
 # Not measured yet either. By bytes of an element.
 PRODUCT = {2: Fact(Tile(128, 128, 8, 64, 3)), 4: Fact(Tile(64, 64, 4, 32, 3))}
@@ -484,7 +484,7 @@ def _loop(rows: int, n: int, tile: Tile, kernel: str) -> tuple[int, dict[str, An
     steps = 1 << (steps - 1).bit_length()  # few kernels
     part = steps * tile.block_m
     even = rows % part == 0 and n % tile.block_n == 0
-    return -(-rows // part), {"ROWS": part, "AHEAD": share.ahead and steps > 1, "EVEN": even}
+    return -(-rows // part), {"ROWS": part, "STAGES": min(share.stages, steps), "EVEN": even}
 
 
 def pointwise(n: int, kernel: str) -> Tile:

@@ -45,17 +45,6 @@ def inside(row, rows, col, N: tl.constexpr, M: tl.constexpr, COLS: tl.constexpr,
 
 
 @triton.jit
-def read(ptr, row, col, mask, inner, outer_stride, row_stride, col_stride, SPLIT: tl.constexpr, EVEN: tl.constexpr):
-    """[M, N]; 0 where there are no such rows or columns."""
-    offs = row_offsets(row, inner, outer_stride, row_stride, SPLIT)[:, None] + (col * col_stride)[None, :]
-    if EVEN:
-        x = tl.load(ptr + offs, mask=mask)
-    else:
-        x = tl.load(ptr + offs, mask=mask, other=0.0)
-    return x
-
-
-@triton.jit
 def in_fp32(x, FAST: tl.constexpr):
     if FAST == 2 and x.dtype == tl.bfloat16:  # an instruction each, where the compiler takes three for two
         y = tl.inline_asm_elementwise(
@@ -64,6 +53,18 @@ def in_fp32(x, FAST: tl.constexpr):
     else:
         y = x.to(tl.float32)
     return y
+
+
+@triton.jit
+def read(ptr, row, col, mask, inner, outer_stride, row_stride, col_stride, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+         FAST: tl.constexpr):
+    """[M, N] in fp32; 0 where there are no such rows or columns."""
+    offs = row_offsets(row, inner, outer_stride, row_stride, SPLIT)[:, None] + (col * col_stride)[None, :]
+    if EVEN:
+        x = tl.load(ptr + offs)
+    else:
+        x = tl.load(ptr + offs, mask=mask, other=0.0)
+    return in_fp32(x, FAST)
 
 
 @triton.jit
@@ -85,8 +86,8 @@ def kept(seed, stream, row, first, N: tl.constexpr, M: tl.constexpr, COLS: tl.co
 FORWARD = '''\
 @triton.jit(do_not_specialize=["stream"])
 {signature}
-    """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time. AHEAD: rows are read while those before them are
-    computed."""
+    """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time, which are read while STAGES - 1 steps before them
+    are computed."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
     start = (pid // columns).to(tl.int64) * ROWS
@@ -94,15 +95,9 @@ FORWARD = '''\
     col = first + tl.arange(0, BLOCK_N)
     wide = col.to(tl.int64)
 {once}
-    if AHEAD:
-        row = start + tl.arange(0, BLOCK_M)
-        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
-{fetch}
-    for step in tl.range(0, ROWS, BLOCK_M):
+    for step in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
         row = start + step + tl.arange(0, BLOCK_M)
         mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
-        if not AHEAD:
-{fetch_now}
 {loads}
         out = {value}
         tl.store(out_ptr + row[:, None] * N + wide[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -177,15 +172,9 @@ BACKWARD = '''\
     wide = col.to(tl.int64)
 {once}
 {sums}
-    if AHEAD:
-        row = start + tl.arange(0, BLOCK_M)
-        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
-{fetch}
-    for step in tl.range(0, ROWS, BLOCK_M):
+    for step in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
         row = start + step + tl.arange(0, BLOCK_M)
         mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
-        if not AHEAD:
-{fetch_now}
 {loads}
         {names} = gradients({arguments})
         if NEED_X:
@@ -248,7 +237,7 @@ def _function(name: str, parameters: Sequence[str], lines: Sequence[str], result
 
 
 CONSTANTS = ["N", "BLOCK_M", "BLOCK_N", "SPLIT", "GROUPED", "FEW", "FAST", "BIASED"]
-LOOP = ["ROWS", "AHEAD", "EVEN"]
+LOOP = ["ROWS", "STAGES", "EVEN"]
 
 
 def _constexprs(names: Sequence[str]) -> list[str]:
@@ -277,26 +266,16 @@ def _epilogue(formula: Formula) -> list[str]:
     return lines
 
 
-def _rows(formula: Formula, fetched: Sequence[str], kept: bool) -> dict[str, str]:
-    """What both kernels without a product do with each of their rows before they compute."""
-    fetch = [f"{t}_raw = read({t}_ptr, row, wide, mask, inner, {_strides(t)}, SPLIT, EVEN)" for t in fetched]
-    loads = [f"{t} = in_fp32({t}_raw, FAST)" for t in fetched]
-    loads += ["if AHEAD:", "    below = row + BLOCK_M"]
-    loads.append("    mask_below = inside(below, rows, col, N, BLOCK_M, BLOCK_N, EVEN) & (step + BLOCK_M < ROWS)")
-    loads += [f"    {line.replace('row, wide, mask', 'below, wide, mask_below')}" for line in fetch]
+def _row_loads(fetched: Sequence[str], kept: bool) -> str:
+    """Of a step of the kernels without a product."""
+    loads = [
+        f"{t} = read({t}_ptr, row, wide, mask, inner, {t}_outer, {t}_row, {t}_col, SPLIT, EVEN, FAST)" for t in fetched
+    ]
     if X.name in fetched:
         loads += ["if BIASED:", "    x = x + bias"]
     if kept:
         loads.append("keep = kept(seed, stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED, FEW)")
-    return {
-        "fetch": textwrap.indent("\n".join(fetch), " " * 8),
-        "fetch_now": textwrap.indent("\n".join(fetch), " " * 12),
-        "loads": textwrap.indent("\n".join(loads), " " * 8),
-    }
-
-
-def _strides(name: str) -> str:
-    return ", ".join(f"{name}_{axis}" for axis in ("outer", "row", "col"))
+    return textwrap.indent("\n".join(loads), " " * 8)
 
 
 def _value(read: Sequence[str]) -> str:
@@ -319,7 +298,7 @@ def _forward(formula: Formula, read: Sequence[str]) -> str:
         signature=wrapped("def forward", [*parameters, *_constexprs([*CONSTANTS, *LOOP])], ":"),
         once=textwrap.indent("\n".join(once), "    "),
         value=_value(read),
-        **_rows(formula, [X.name, *(f"r{n}" for n in range(formula.tensors))], formula.drops),
+        loads=_row_loads([X.name, *(f"r{n}" for n in range(formula.tensors))], formula.drops),
     )
 
 
@@ -370,5 +349,5 @@ def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> st
         chain=chain,
         adds=textwrap.indent("\n".join(adds), "        "),
         stores=textwrap.indent("\n".join(stores), "    "),
-        **_rows(formula, ["dout", *([X.name] if X.name in read else [])], KEEP.name in read),
+        loads=_row_loads(["dout", *([X.name] if X.name in read else [])], KEEP.name in read),
     )

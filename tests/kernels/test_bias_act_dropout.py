@@ -365,10 +365,9 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", ["many rows", "everything", "features of several tiles", "transposed, 2 leading"])
 @pytest.mark.parametrize("product", [False, True], ids=["pointwise", "epilogue"])
-@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
-def test_few_programs_share_the_rows(name: str, product: bool, ahead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_programs_share_the_rows(name: str, product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each then takes several steps, the last of them past the end."""
     monkeypatch.setattr(launch, "_calls", {})
-    few = {kernel: Fact(replace(fact.value, programs=2, ahead=ahead)) for kernel, fact in launch.POINTWISE.items()}
+    few = {kernel: Fact(replace(fact.value, programs=2)) for kernel, fact in launch.POINTWISE.items()}
     monkeypatch.setattr(launch, "POINTWISE", few)
     check(CASES[name], product)
