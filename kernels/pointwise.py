@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import sympy
 
+from xfcompile.activation import Sigmoid
 from xfcompile.kernels.attention.printer import ATOM, LOG2E, Printer, Term
 
 HELPERS = {
@@ -33,6 +34,16 @@ def exp2(x, FAST: tl.constexpr):
 def sigmoid(e, FAST: tl.constexpr):
     # e = -log2(e) x
     return reciprocal(1.0 + exp2(e, FAST), FAST)
+""",
+    "complement": """\
+@triton.jit
+def complement(y, e, FAST: tl.constexpr):
+    # 1 - y, of a sigmoid y of the same e; near 0 little is left of the difference in fp32.
+    if FAST == 0:
+        z = sigmoid(-e, FAST)
+    else:
+        z = 1.0 - y
+    return z
 """,
     "tanh": """\
 @triton.jit
@@ -75,13 +86,13 @@ def ndtr(x, FAST: tl.constexpr):
         # The logarithm of the lower half, by a polynomial that falls all the way (examples/fit_gelu.py): of 1 it is off
         # by 2e-7, and of the lower half by 2**-14 of it down to x = -5.6, where fp16 ends.
         a = tl.abs(x)
-        p = -7.915159432880792e-07 * a + 1.385867370183591e-05
-        p = p * a - 6.20985214864686e-05
-        p = p * a - 0.0004353961469224128
-        p = p * a + 0.007438815194656115
-        p = p * a - 0.05273649068937213
-        p = p * a - 0.45913843874673166
-        p = p * a - 1.1511118521694947
+        p = -7.915148909076741e-07 * a + 1.3858657064408364e-05
+        p = p * a - 6.209842164983659e-05
+        p = p * a - 0.00043539643540855405
+        p = p * a + 0.007438815621307091
+        p = p * a - 0.052736491005135396
+        p = p * a - 0.45913843864227516
+        p = p * a - 1.1511118521807433
         q = exp2(p * a - 1.0, FAST)
         y = tl.where(x < 0.0, q, 1.0 - q)
     return y
@@ -102,11 +113,11 @@ def gelu_slope(x, FAST: tl.constexpr):
         # (examples/fit_gelu.py).
         a = tl.abs(x)
         t = reciprocal(0.38 * a + 1.0, FAST)
-        p = -0.15182624195395134 * t + 0.6183339240053061
-        p = p * t - 0.26721242372769527
-        p = p * t + 0.3408453145634537
-        p = p * t - 0.04014044577288646
-        q = (p - 0.39731732314728074 * a) * e
+        p = -0.1518262485757924 * t + 0.6183339474014294
+        p = p * t - 0.2672124560339499
+        p = p * t + 0.340845336317096
+        p = p * t - 0.04014045199463433
+        q = (p - 0.3973173228017339 * a) * e
         y = tl.where(x < 0.0, q, 1.0 - q)
     return y
 """,
@@ -134,6 +145,7 @@ is, 1 as 16 bits are; 2 is the same with NVIDIA's instructions."""
 
 _CALLS = {
     "sigmoid": {"reciprocal", "exp2"},
+    "complement": {"sigmoid", "reciprocal", "exp2"},
     "tanh": {"reciprocal", "exp2"},
     "erf": {"reciprocal", "exp2"},
     "gelu": {"ndtr", "exp2"},
@@ -163,7 +175,17 @@ class PointwisePrinter(Printer):
 
     def _sigmoid(self, expr: sympy.Basic) -> Term:
         self.helpers.add("sigmoid")
-        return Term(f"sigmoid({self.float(_scaled(-LOG2E, expr.args[0])).text}, FAST)", "float")
+        return Term(f"sigmoid({self._exponent(expr)}, FAST)", "float")
+
+    def _exponent(self, sigmoid: sympy.Basic) -> str:
+        return self.float(_scaled(-LOG2E, sigmoid.args[0])).text
+
+    def _sum(self, expr: sympy.Basic) -> Term:
+        sigmoid = 1 - expr
+        if not isinstance(sigmoid, Sigmoid):
+            return super().print(expr)
+        self.helpers.add("complement")
+        return Term(f"complement({self.float(sigmoid).text}, {self._exponent(sigmoid)}, FAST)", "float")
 
     def _exp(self, expr: sympy.Basic) -> Term:
         self.helpers.add("exp2")
@@ -179,6 +201,7 @@ _HELPER_OF = {"GeluSlope": "gelu_slope"}
 
 _OWN: dict[str, Callable[[PointwisePrinter, sympy.Basic], Term]] = {
     "Sigmoid": PointwisePrinter._sigmoid,
+    "Add": PointwisePrinter._sum,
     "exp": PointwisePrinter._exp,
     "erf": PointwisePrinter._helper,
     "Ndtr": PointwisePrinter._helper,

@@ -29,6 +29,10 @@ HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32)
 
 
+MANY = 8 << 32
+"""Elements; groups of eight of no more than these have numbers of 32 bits."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """A program's share of the result. block_k: of the features that a product sums over, a step."""
@@ -470,7 +474,7 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
         "BLOCK_N": tile.block_n,
         "SPLIT": rows.split,
         "GROUPED": n % 8 == 0,
-        "FEW": rows.count * n < 1 << 35,
+        "FEW": rows.count * n <= MANY,
         "FAST": fast(dtype),
         "BIASED": bias is not None,
     }

@@ -257,6 +257,16 @@ def test_the_mask_is_that_of_an_elements_place_whatever_its_layout(features: int
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_places_of_more_than_32_bits_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seed, text = torch.randn(19, 72), torch.tensor([-77]), text_of(KEEP * X)
+    few = bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32)
+    monkeypatch.setattr(launch, "_calls", {})
+    monkeypatch.setattr(launch, "MANY", 0)
+    assert torch.equal(few, bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32))
+    assert torch.equal(few != 0, philox.linear_keep(seed, 0.3, (19, 72), 5))
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_only_what_is_needed_is_computed() -> None:
     text = text_of(vector(0) * FUNCTIONS["gelu"](X, {"approximate": "none"}))
     op = torch.ops.xfcompile.bias_act_dropout_backward
