@@ -1,6 +1,6 @@
 """What share of a copy's bandwidth the kernels of bias, activation and dropout without a product reach, by tile sizes.
 
-    python examples/bench_bias_bandwidth.py --budget 75 --json bias_bandwidth.json
+    python examples/bench_bias_bandwidth.py --budget 65 --json bias_bandwidth.json
 
 Needs a CUDA GPU (`--try`: tiny sizes on a CPU). In bf16, of 16384 rows. Calls follow each other, each with tensors
 that the last three calls did not use, and none with an emptied L2 cache, whose own writes would be counted: kernels and
@@ -95,7 +95,7 @@ def jobs() -> Iterator[Job]:
         yield from (Job("gelu, dropout", kernel, n, share) for n in (3072, 16384) for share in shares[:5])
 
 
-def make(job: Job, rows: int, device: str) -> tuple[Callable[[int], Any], int]:
+def make(job: Job, rows: int, device: str, count: int = SETS) -> tuple[Callable[[int], Any], int]:
     """A call by its number, and the bytes that it moves."""
     launch.POINTWISE[job.kernel] = Fact(job.share)
     launch._calls.clear()  # which remember tiles
@@ -105,16 +105,16 @@ def make(job: Job, rows: int, device: str) -> tuple[Callable[[int], Any], int]:
     bias = torch.randn(job.n, device=device, dtype=torch.bfloat16)
 
     def sets() -> list[Tensor]:
-        return [torch.randn(rows, job.n, device=device, dtype=torch.bfloat16) for _ in range(SETS)]
+        return [torch.randn(rows, job.n, device=device, dtype=torch.bfloat16) for _ in range(count)]
 
     drops = KEEP in formula.free_symbols
     size = 2 * rows * job.n
-    outs: list[Any] = [None] * SETS  # kept, so that memory is not that of the call before
+    outs: list[Any] = [None] * count  # kept, so that memory is not that of the call before
     if job.kernel == "forward":
         xs, rs = sets(), sets() if added else []
 
         def forward(k: int) -> None:
-            k %= SETS
+            k %= count
             more = [rs[k]] if added else []
             p = P if drops else 0.0
             outs[k] = bias_act_dropout(xs[k], bias, [], more, seed if drops else None, 0, text, p, torch.bfloat16)
@@ -123,7 +123,7 @@ def make(job: Job, rows: int, device: str) -> tuple[Callable[[int], Any], int]:
     hs, douts = [] if added else sets(), sets()
 
     def backward(k: int) -> None:
-        k %= SETS
+        k %= count
         h = None if added else hs[k]
         given = (douts[k], h, bias, [], seed if drops else None, 0, text, P if drops else 0.0, int(added))
         outs[k] = torch.ops.xfcompile.bias_act_dropout_backward(*given, [True, job.sums], ["bfloat16"] * 2)
@@ -133,7 +133,7 @@ def make(job: Job, rows: int, device: str) -> tuple[Callable[[int], Any], int]:
 
 def compiled(job: Job) -> None:
     """Once, in a process of its own: what is compiled stays on disk."""
-    call, _ = make(job, ROWS, "cuda")
+    call, _ = make(job, ROWS, "cuda", 1)
     call(0)
     torch.cuda.synchronize()
 
@@ -213,7 +213,7 @@ def compile_all(work: list[Job], processes: int, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers, versions and hardware there")
-    parser.add_argument("--budget", type=float, default=75.0, help="seconds, of which compilation takes half at most")
+    parser.add_argument("--budget", type=float, default=65.0, help="seconds, of which compilation takes half at most")
     parser.add_argument("--only", default="", help="formulas that have this in their names")
     parser.add_argument("--try", dest="trial", action="store_true", help="tiny sizes on a CPU: does this script run?")
     options = parser.parse_args()

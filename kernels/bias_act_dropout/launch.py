@@ -58,8 +58,8 @@ class Share:
     registers: int | None = None
 
 
-# Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
-# loads. Backward: half of it a step, as sums over rows stand in registers too.
+# Not measured yet (examples/bench_bias_bandwidth.py), for no hardware. A step is of 16 elements a thread, in 2 loads of
+# each tensor. Of a backward more programs would only leave more sums to be added up, each of its own rows.
 POINTWISE = {"forward": Fact(Share(2048, 256, 4, 3, 4096)), "backward": Fact(Share(2048, 256, 4, 3, 2048))}
 
 # Not measured yet either. By bytes of an element.
