@@ -162,10 +162,11 @@ def functions(names: Iterable[str]) -> list[str]:
 
 
 class PointwisePrinter(Printer):
-    """Prints formulas of numbers that are there, without any loads."""
+    """Prints formulas of numbers that are there, without any loads. exponents: names of those of sigmoids."""
 
     def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
         super().__init__((), names)
+        self.exponents: dict[sympy.Basic, str] = {}
 
     def print(self, expr: sympy.Basic) -> Term:
         own = _OWN.get(type(expr).__name__)
@@ -178,7 +179,7 @@ class PointwisePrinter(Printer):
         return Term(f"sigmoid({self._exponent(expr)}, FAST)", "float")
 
     def _exponent(self, sigmoid: sympy.Basic) -> str:
-        return self.float(_scaled(-LOG2E, sigmoid.args[0])).text
+        return self.exponents.get(sigmoid) or self.float(_scaled(-LOG2E, sigmoid.args[0])).text
 
     def _sum(self, expr: sympy.Basic) -> Term:
         sigmoid = 1 - expr
@@ -213,12 +214,12 @@ _OWN: dict[str, Callable[[PointwisePrinter, sympy.Basic], Term]] = {
 
 
 def _scaled(factor: sympy.Expr, x: sympy.Expr) -> sympy.Expr:
-    """A number times x; of a polynomial in one symbol it takes no product of its own."""
-    product = factor * x
+    """A negative number times x; of a polynomial in one symbol it takes no product of its own."""
     symbols = x.free_symbols
-    if len(symbols) == 1 and isinstance(x, sympy.Add) and x.is_polynomial(*symbols):
-        return sympy.horner(sympy.expand(product))
-    return product
+    if len(symbols) == 1 and x.is_polynomial(*symbols) and not x.as_coeff_Mul()[1].is_Symbol:
+        # The sign last: a product that is negated before a number is taken from it is none that is added to one.
+        return -sympy.horner(sympy.expand(-factor * x))
+    return factor * x
 
 
 def lines(
@@ -229,6 +230,9 @@ def lines(
     exact = {name: _as_numbers(f) for name, f in formulas.items()}
     text: list[str] = []
     for n, part in enumerate(repeated(exact.values())):
+        if isinstance(part, Sigmoid) and any(f.has(1 - part) for f in exact.values()):
+            text.append(f"e{n} = {printer._exponent(part)}")
+            printer.exponents[part] = f"e{n}"
         term = printer.print(part)
         text.append(f"{stem}{n} = {term.text}")
         printer.hoisted[part] = Term(f"{stem}{n}", term.kind, ATOM)
