@@ -1,10 +1,11 @@
-"""Times our gated kernels alone by tile sizes: what `kernels/gated_mlp/tiles.py` is chosen by.
+"""Times our gated kernels of Triton's alone by tile sizes: what `kernels/gated_mlp/tiles.py` is chosen by.
 
     python examples/bench_gated_tiles.py --json examples/results/gated_tiles.json
     python examples/bench_gated_tiles.py --rows 1 16    # some sizes
 
 Needs a CUDA GPU. Times are medians in ms, in bf16, with an empty L2 cache; up to 1023 rows those of a CUDA graph.
-Whole programs, beside Inductor and others, are timed by `python -m xfcompile bench gated-mlp`.
+Kernels for Hopper are timed by `bench_gated_few.py` and `bench_hopper_gemm.py`; whole programs, beside Inductor and
+others, by `python -m xfcompile bench gated-mlp`.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this measures GPUs and none was found")
+    launch.launch_few.declines = launch.launch_hopper.declines = lambda *about: "not timed here"
     console = Console()
     results: list[dict[str, Any]] = []
     for size in SIZES["gpu"]:

@@ -32,6 +32,7 @@ from xfcompile.kernels.attention import (
     codegen,
     decode,
     hopper,
+    hopper_backward,
     launch,
     launch_decode,
     lists,
@@ -130,6 +131,7 @@ def jobs(all_programs: bool) -> Iterator[Job]:
             for dim in (64, 128):
                 yield Job("causal", torch.bfloat16, dim, target, "hopper")
                 yield Job("key padding", torch.bfloat16, dim, target, "hopper")
+                yield Job("causal", torch.bfloat16, dim, target, "hopper_backward")
         for dim in (64, 128):
             for kernel in BACKWARD:
                 yield Job("soft-cap, causal", torch.bfloat16, dim, target, kernel)
@@ -160,6 +162,7 @@ def jobs(all_programs: bool) -> Iterator[Job]:
             if target == "sm_90" and program.name not in ("causal", "key padding"):
                 for dim in (64, 128):
                     yield Job(program.name, torch.bfloat16, dim, target, "hopper")
+                    yield Job(program.name, torch.bfloat16, dim, target, "hopper_backward")
             if program.name != "causal":
                 yield Job(program.name, torch.bfloat16, 64, target)
                 yield Job(program.name, torch.bfloat16, 128, target)
@@ -172,6 +175,11 @@ def jobs(all_programs: bool) -> Iterator[Job]:
 
 def gated(target: str, all_programs: bool) -> Iterator[Job]:
     """The kernels of gated MLPs: for one row, few and many; with all programs, every formula, dtype and dropout."""
+    if target == "sm_90":
+        for program in gated_jobs.PROGRAMS if all_programs else ("SwiGLU",):
+            for rows in (1, 16, 64, 128) if all_programs else (16, 128):
+                for training in (False, True):
+                    yield Job(program, torch.bfloat16, 0, target, "gated_few_hopper", rows, training)
     for program in gated_jobs.PROGRAMS if all_programs else ("SwiGLU",):
         for dtype in (torch.bfloat16, torch.float16, torch.float32) if all_programs else (torch.bfloat16,):
             for kernel in gated_jobs.KERNELS:
@@ -195,6 +203,10 @@ def compile_job(job: Job) -> Compiled | None:
         tile = bias_jobs.tile_of(job.kernel, job.dtype)
         compiled = bias_jobs.compile_bias(job.program, job.kernel, job.dtype, target)
         return outcome(job, compiled, Tiles(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages))
+    if job.kernel == "gated_few_hopper":
+        stream = gated_jobs.stream_of(job.rows)
+        made = gated_jobs.compile_few_hopper(job.program, job.dtype, job.rows, stream, about=job.training)
+        return outcome(job, made, Tiles(gated_jobs.tiles.columns(job.rows), 32 * stream.groups, 4, stream.stages))
     if job.kernel in gated_jobs.KERNELS:
         made = gated_jobs.compile_gated(
             job.program, job.kernel, job.dtype, target, job.rows, save=job.training, dropout=job.dropout
@@ -212,6 +224,12 @@ def compile_job(job: Job) -> Compiled | None:
             return None
         rows, keys = (hopper.ROWS, hopper.KEYS) if job.kernel == "hopper" else (LISTED, LISTED)
         return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[job.dim] if job.kernel == "hopper" else 1))
+    if job.kernel == "hopper_backward":
+        compiled = compile_hopper_backward(backward_of(job), job.dtype, job.dim)
+        tiles = Tiles(
+            hopper_backward.ROWS, hopper_backward.KEYS, hopper_backward.WARPS, hopper_backward.STAGES[job.dim]
+        )
+        return None if compiled is None else outcome(job, compiled, tiles)
     kind = generation(0 if target.backend == "hip" else int(target.arch) // 10, target.backend == "hip")
     if job.kernel in (*BACKWARD, "load0"):
         tiles = choose_backward(
@@ -247,7 +265,6 @@ def mask_or_spec(job: Job) -> ScoreSpec:
 
 def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hopper.Variant = hopper.USUAL) -> Any:
     """The kernel in Gluon, as a launch would; None where another one is launched."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     spec = codegen.canonical(spec)
@@ -257,10 +274,6 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hoppe
     source = hopper.module(spec, pieces, variant)
     kernel = cache.load(cache.store(source), f"hopper_{cache.key_of(source)}").attention_forward
 
-    def descriptor(rows: int, columns: int = dim) -> str:
-        block = [1, 1, rows, columns]
-        return f"tensordesc<{TRITON_DTYPES[dtype]}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
-
     constants: dict[str, object] = {
         "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.tiles_of(dim), "DV": dim,
         "HEADS_FIRST": False, "REGISTERS": variant.registers, "UNIT": template.unit(spec, dtype), "FAST": 2,
@@ -269,12 +282,46 @@ def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int, variant: hoppe
         constants["UNIT"] = 1.0
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {
-        "q_desc": descriptor(variant.rows // variant.warpgroups),
-        "k_desc": descriptor(hopper.KEYS),
-        "v_desc": descriptor(hopper.KEYS),
-        "bias_desc": descriptor(variant.rows // variant.warpgroups, hopper.KEYS),
+        "q_desc": descriptor([1, 1, variant.rows // variant.warpgroups, dim], dtype),
+        "k_desc": descriptor([1, 1, hopper.KEYS, dim], dtype),
+        "v_desc": descriptor([1, 1, hopper.KEYS, dim], dtype),
+        "bias_desc": descriptor([1, 1, variant.rows // variant.warpgroups, hopper.KEYS], dtype),
     }
     return _compile(kernel, constants, types, dtype, spec, TARGETS["sm_90"], GluonASTSource)
+
+
+def descriptor(block: list[int], dtype: torch.dtype) -> str:
+    """The type of a TMA descriptor of such blocks."""
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.float32 if dtype.itemsize == 4 else gl.bfloat16)
+    return f"tensordesc<{TRITON_DTYPES[dtype]}{block},{layout!r}>"
+
+
+def compile_hopper_backward(backward: backward_layout.Program, dtype: torch.dtype, dim: int) -> Any:
+    """The backward in Gluon, as a launch would; None where others are launched."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    spec, found = backward.spec, backward.made.gradients
+    if hopper_backward.why_not(spec, found, dtype, dim, dim) is not None:
+        return None
+    writer = hopper_backward.writer(spec, found, dtype)
+    source = hopper_backward.module(writer)
+    kernel = cache.load(cache.store(source), f"hopper_backward_{cache.key_of(source)}").attention_backward
+    rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
+    constants: dict[str, object] = {
+        "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.stages(writer, dim), "LISTED_ROWS": hopper.ROWS,
+        "EACH_HEAD": writer.listed, "AHEAD": hopper_backward.AHEAD[dim], "LATER": hopper_backward.LATER[dim],
+        "FAST": 2, "DQ": dim, "DV": dim, "PRODUCER_REGISTERS": hopper_backward.PRODUCER_REGISTERS,
+        "stride_dd": 1, "stride_ed": 1,
+    }  # fmt: skip
+    constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
+    types = {f"{name}_desc": descriptor([1, 1, rows, dim], dtype) for name in ("q", "dout")}
+    types |= {f"{name}_desc": descriptor([1, 1, keys, dim], dtype) for name in "kv"}
+    types |= {f"{name}_desc": descriptor([1, rows], torch.float32) for name in ("top", "delta", "shift")}
+    types["bias_desc"] = descriptor([1, 1, rows, keys], dtype)
+    types["dq_desc"] = descriptor([1, 1, rows, dim], torch.float32)
+    return _compile(kernel, constants, types, dtype, spec, TARGETS["sm_90"], GluonASTSource, hopper_backward.WARPS)
 
 
 def compile_lists(spec: ScoreSpec, target: GPUTarget) -> Any:
@@ -297,14 +344,17 @@ def _compile(
     spec: ScoreSpec,
     target: GPUTarget,
     source: Any,
+    warps: int = 4,
 ) -> Any:
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constants else types.get(name) or _type(name, dtype, spec)
-        if name.endswith("_ptr") or (re.fullmatch(r"t\d+_stride\d+", name) and name not in constants):
+        if name.endswith("_ptr") or (
+            re.fullmatch(r"t\d+_stride\d+|stride_[de].|padded", name) and name not in constants
+        ):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    return triton.compile(source(kernel, signature, constants, attributes), target=target, options={"num_warps": 4})
+    return triton.compile(source(kernel, signature, constants, attributes), target=target, options={"num_warps": warps})
 
 
 def outcome(job: Job, compiled: Any, tiles: Tiles) -> Compiled:

@@ -13,8 +13,8 @@ from triton.compiler import ASTSource
 from xfcompile import activation
 from xfcompile.activation import GATE, UP, Sigmoid
 from xfcompile.kernels.attention.tiles import AMD, BLACKWELL, HOPPER, generation
-from xfcompile.kernels.gated_mlp import launch, prepare, tiles
-from xfcompile.kernels.gated_mlp.tiles import Tiles
+from xfcompile.kernels.gated_mlp import hopper_few, launch, launch_few, prepare, tiles
+from xfcompile.kernels.gated_mlp.tiles import Stream, Tiles
 
 KERNELS = ("gated_forward", "gated_forward_tma", "gated_few", "gated_product", "gated_backward")
 
@@ -78,6 +78,38 @@ def compile_gated(
     if kind_of(target) == AMD:
         options["num_stages"] = max(t.num_stages, 1)
     return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+
+
+def stream_of(rows: int) -> Stream:
+    """On an H200, of 11008 features."""
+    return tiles.stream(rows, 11008, 132)
+
+
+def compile_few_hopper(program: str, dtype: torch.dtype, rows: int, s: Stream, *, about: bool = False) -> Any:
+    """about: with biases, and with projections that are saved."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    function = launch_few.kernel(PROGRAMS[program])
+
+    def descriptor(height: int) -> str:
+        block = [height, launch_few.DEPTH]
+        return f"tensordesc<{NAMES[dtype]}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+
+    constants = {
+        "GATE_BIAS": about, "UP_BIAS": about, "SAVE": about, "STEP": 1,
+        "STAGES": s.stages, "GROUPS": s.groups, "PARTS": s.parts,
+    }  # fmt: skip
+    types = {f"{name}_desc": descriptor(hopper_few.FEATURES) for name in ("gate", "up")}
+    types |= {"x_desc": descriptor(tiles.columns(rows)), "seed_ptr": "*i64"}
+    signature, attributes = {}, {}
+    for position, name in enumerate(function.arg_names):
+        pointer = f"*{NAMES[dtype]}" if name.endswith("_ptr") else "i32"
+        signature[name] = "constexpr" if name in constants else types.get(name, pointer)
+        if name.endswith("_ptr"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(function, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch_few.options(s))
 
 
 def _type(name: str, dtype: str, t: Tiles) -> str:

@@ -257,7 +257,7 @@ def _site(
         layout=layout,
         biases=(biases[0], biases[1]),
         experts=by_size[gate.expert] if gate.expert is not None else None,
-        rows=sympy.prod([by_size[a] for a in of_rows]),
+        rows=sympy.prod([by_size[a] for a in of_rows], sympy.S.One),
         features=sizes[-1],
         inner=gate.inner,
         dtype=gate.product.value.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import sympy
@@ -24,6 +25,8 @@ TIMED = ("triton", "cublas", "inductor")
 
 UNKNOWN = "the number of features is not known at compile time"
 
+CHANGING = "the number of rows may change"
+
 UNMEASURED = "not measured to be faster than Inductor at this size"
 
 _MEASURED = Measured(
@@ -36,10 +39,12 @@ _MEASURED = Measured(
 _HOPPER: Mapping[tuple[str, str, str], Fact[str]] = {
     ("inference", "separate", "one row"): Fact("inductor", _MEASURED),
     ("inference", "separate", "few rows"): Fact("inductor", _MEASURED),
+    ("inference", "separate", "dozens of rows"): Fact("inductor"),
     ("inference", "separate", "some rows"): Fact("inductor", _MEASURED),
     ("inference", "separate", "many rows"): Fact("triton", tiles.MEASURED),
     ("inference", "packed", "one row"): Fact("inductor", _MEASURED),
     ("inference", "packed", "few rows"): Fact("inductor", _MEASURED),
+    ("inference", "packed", "dozens of rows"): Fact("inductor"),
     ("inference", "packed", "some rows"): Fact("inductor", _MEASURED),
     ("inference", "packed", "many rows"): Fact("triton", tiles.MEASURED),
     ("training", "separate", "some rows"): Fact("inductor", _MEASURED),
@@ -56,9 +61,10 @@ USUAL: dict[tuple[str, str, str, str], Fact[str]] = {
 the number of rows. What is not in the table is left to Inductor. `python -m xfcompile bench gated-mlp` measures all of
 its cells."""
 
-CLASSES = ((1, "one row"), (16, "few rows"), (1023, "some rows"))
-"""Up to how many rows; "many rows" beyond. 16 rows are one tile of tensor cores, and cost no more than reading the
-weights; from about 1024 rows on the products take longer than that on an H200, of 4096 by 11008 and larger."""
+CLASSES = ((1, "one row"), (16, "few rows"), (64, "dozens of rows"), (1023, "some rows"))
+"""Up to how many rows; "many rows" beyond. 16 rows are one tile of tensor cores, and dozens, too, cost little more than
+reading the weights; from about 1024 rows on the products take longer than that on an H200, of 4096 by 11008 and
+larger."""
 
 
 def rows_class(rows: sympy.Expr) -> str:
@@ -68,37 +74,49 @@ def rows_class(rows: sympy.Expr) -> str:
     return next((name for most, name in CLASSES if rows <= most), "many rows")
 
 
-def usual(site: GatedMLPSite, training: bool) -> str:
-    """The usual route on GPUs."""
+def usual(site: GatedMLPSite, training: bool, rows: str) -> str:
+    """The usual route on GPUs of a class of rows."""
     if site.experts is not None or site.dtype.itemsize != 2:
         return "inductor"
     weights = "separate" if site.layout == "separate" else "packed"
-    place = (
-        hardware_of(site.root.meta.device),
-        "training" if training else "inference",
-        weights,
-        rows_class(site.rows),
-    )
+    place = (hardware_of(site.root.meta.device), "training" if training else "inference", weights, rows)
     return USUAL.get(place, Fact("inductor")).value
 
 
-def choose(site: GatedMLPSite, *, training: bool, forced: str | None) -> Route:
-    """The route of a site; `forced` is what the user asks for."""
+def most_rows(site: GatedMLPSite, training: bool) -> int:
+    """Up to so many rows a site usually runs as with a few; 0 where that is by Inductor.
+
+    A number that may change is never 1: torch.compile compiles for that alone.
+    """
+    few, *_ = routes = [(most, usual(site, training, name)) for most, name in CLASSES[1:]]
+    alike = itertools.takewhile(lambda route: route[1] == few[1], routes)
+    return 0 if few[1] == "inductor" else max(most for most, _ in alike)
+
+
+def choose(site: GatedMLPSite, *, training: bool, forced: str | None, most: int | None = None) -> Route:
+    """The route of a site; `forced` is what the user asks for. most: rows, where it is known that there are no more.
+
+    The reason `CHANGING` says that few rows would have another one.
+    """
     if forced == "inductor":
         return Route("inductor", "asked for")
     device = site.root.meta.device
     if forced is None and device.type != "cuda":
         return Route("inductor", f"left to Inductor: there is no kernel that is faster on {device.type}")
-    name = forced or usual(site, training)
+    rows = site.rows if most is None else sympy.Integer(most)
+    few = 0 if forced or rows.is_Integer else most_rows(site, training)
+    name = forced or usual(site, training, rows_class(sympy.Integer(few) if few else rows))
     if name == "inductor":
         return Route("inductor", f"left to Inductor: {UNMEASURED}")
     reason = _why_not(site, name)
     if reason is not None:
         return Route("inductor", reason)
     if forced is None and name == "triton" and hardware_of(device) == SM_90:
-        reason = _why_not_for_hopper(site)
+        reason = _why_not_for_hopper(site, few or rows)
         if reason is not None:
             return Route("inductor", f"left to Inductor: {reason}")
+    if few:
+        return Route("inductor", CHANGING)
     return Route(name, "asked for" if forced else None)
 
 
@@ -125,10 +143,11 @@ def _why_not(site: GatedMLPSite, name: str) -> str | None:
     return None
 
 
-def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
-    """Why the product of matrices for Hopper, which is what was measured, does not compute a site; None if it does, as
-    far as is known at compile time."""
-    from xfcompile.kernels.gated_mlp.launch_hopper import unavailable
+def _why_not_for_hopper(site: GatedMLPSite, rows: sympy.Expr | int) -> str | None:
+    """Why the kernels for Hopper, which are what was measured, do not compute a site; None if they do, as far as is
+    known at compile time."""
+    from xfcompile.kernels.gated_mlp import launch_few, launch_hopper
+    from xfcompile.kernels.gated_mlp.tiles import HOPPER_FEW_ROWS
 
     if any(w.order != tuple(range(len(w.order))) for w in site.weights):
         return "weights that are transposed are not measured to be faster"
@@ -140,4 +159,5 @@ def _why_not_for_hopper(site: GatedMLPSite) -> str | None:
         return "features of gate and up in turns are not measured to be faster"
     if site.dropout or site.root.dtype != site.dtype:
         return UNMEASURED
-    return unavailable(site.formula)
+    missing = launch_few.missing if rows <= HOPPER_FEW_ROWS else launch_hopper.unavailable
+    return missing(site.formula)

@@ -20,19 +20,22 @@ from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.gradient import Gradients
 from xfcompile.kernels.attention.printer import LOG2E, extent
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.score import I, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = 64, 128
 """Query rows of a tile, and the keys of a program, half of them a warpgroup's."""
 
-STAGES = {64: 3, 128: 3}
-"""Tiles of queries, and of what comes back for them, in shared memory."""
+STAGES, STAGES_WITH_BIAS = {64: 3, 128: 3}, {64: 3, 128: 2}
+"""Tiles of queries, and of what comes back for them, in shared memory; where tiles of a bias stand beside them, too."""
 
 AHEAD = {64: True, 128: False}
 """Whether the next tile's scores are computed before this one's are done with, for which registers must be left."""
 
-BUFFERS = {64: 2, 128: 1}
+LATER = {64: True, 128: False}
+"""Whether what a tile adds to dq is handed to TMA behind the next tile's fence rather than one of its own, which takes
+a second buffer: 2.99 ms and not 3.10 at head dims of 64, and 2.93 and not 2.49 at 128 (an H200, B4 H32 S4096 D64 and
+B4 H16 S4096 D128, bf16, no mask)."""
 
 WARPS = 8
 PRODUCER_REGISTERS = 24
@@ -49,18 +52,46 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
         return "head dims"
     if spec.dropout:
         return "it drops no weights out"
-    if found.of("rows", "columns", "dense", "diagonal"):
-        return "what is added has a gradient"
+    if found.of("rows", "columns"):
+        return "what is added has a gradient that is a sum over keys or queries"
     if spec.band.lower is not None and spec.band.exact:
         return "a narrow band is visited in smaller tiles"
-    if any(load.free_symbols >= {I, J} for load in spec.score.atoms(Load)):
+    if any(load.free_symbols >= {I, J} for load in spec.score.atoms(Load) - {bias_of(spec, dtype)}):
         return "loads of each score are waited for"
     if not spec.score.has(S):
         return "scores without q·k"
-    writer = Writer(spec, found)
-    if extent(writer.score) != {I, J} or (writer.slope is None and extent(found.slope) != {I, J}):
+    w = writer(spec, found, dtype)
+    if w.slope is None and hopper.columns(dq) > hopper.HEAD_DIMS[0]:
+        return "a slope of its own for each score takes registers that wide head dims leave none of"
+    if extent(w.score) != {I, J} or (w.slope is None and extent(found.slope) != {I, J}):
         return "a score, or its slope, that is one for many scores"
     return None
+
+
+def bias_of(spec: ScoreSpec, dtype: torch.dtype) -> Load | None:
+    """The one load that has a number for each score, if it can be read by TMA: [B or 1, H or 1, Lq, Lk], in the dtype
+    of q, k and v."""
+    varying = [load for load in spec.score.atoms(Load) if load.free_symbols >= {I, J}]
+    if len(varying) != 1 or spec.operands[varying[0].operand].dtype != dtype:
+        return None
+    (load,) = varying
+    place = place_of(load)
+    if len(place) != 4 or place[2:] != (I, J):
+        return None
+    b, h = place[:2]
+    return load if b in (0, B) and h in (0, H) else None
+
+
+def place_of(load: Load) -> tuple[sympy.Expr, ...]:
+    """Where in four dimensions a load is, of which those that an operand has not are 0."""
+    indices = tuple(load.indices)
+    return indices if len(indices) > 4 else (sympy.S.Zero,) * (4 - len(indices)) + indices
+
+
+def writer(spec: ScoreSpec, found: Gradients, dtype: torch.dtype) -> Writer:
+    """What writes the text of a site, with its bias as a tile."""
+    bias = bias_of(spec, dtype)
+    return Writer(spec, found, () if bias is None else (bias,))
 
 
 PREAMBLE = '''\
@@ -194,24 +225,16 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
             tma.async_copy_global_to_shared(dout_desc, [b, h, start, 0], bar, dout_smem.index(at))
             tma.async_copy_global_to_shared(top_desc, [b * heads + h, start], bar, top_smem.index(at))
             tma.async_copy_global_to_shared(delta_desc, [b * heads + h, start], bar, delta_smem.index(at))
-{load_shift}
+{load_more}
             step += 1
 
 
 @gluon.jit
-def put(dq, smem, step, BUFFERS: gl.constexpr):
-    """A tile of dq to one of the buffers, which take turns; after a fence it may be added to global memory."""
-    tma.store_wait(BUFFERS - 1)  # what was added from this buffer before has been read
-    smem.index(step % BUFFERS).store(dq.reshape([1, 1, dq.shape[0], dq.shape[1]]))
-
-
-@gluon.jit
 {advance}
-    """Tile t of head h. s: its products of keys and queries, where AHEAD; they are returned for the next tile.
+    """Tile t of head h. s: its products of keys and queries, where AHEAD; they are returned for the next tile. before:
+    the first query of the tile before, which is still to be added to dq where LATER; it is returned too.
 
-    The product for dq is behind by a tile, whose first query is `before`: it is there for the tensor cores while
-    weights are computed, and what it reads from shared memory needs no fence of its own. Nothing is in flight at a
-    loop's end: ptxas would then make each product wait for the one before.
+    Nothing is in flight at a loop's end: ptxas would then make each product wait for the one before.
     """
     at = step % STAGES
     D: gl.constexpr = k_smem.shape[3]
@@ -223,21 +246,16 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
     dout = dout_smem.index(at).reshape([ROWS, DIM_V])
     zeros = gl.zeros([KEYS, ROWS], gl.float32, S_MMA)
     none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
-    if AHEAD:
-        dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
-    else:
-        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
+    if not AHEAD:
         mbarrier.wait(full.index(at), step // STAGES & 1)
         s_ = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(1, deps=[dq_])
-        put(dq, dq_smem, step, BUFFERS)
-        dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    dp_ = warpgroup_mma(v, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
     start = {call_tile_advanced}
     offs_m = start + gl.arange(0, ROWS, gl.SliceLayout(0, S_MMA))[None, :]
     i = gl.minimum(offs_m, lq - 1)
     top = top_smem.index(at).load(S_MMA)
 {rows}
+{bias}
     if not AHEAD:
         s = warpgroup_mma_wait(1, deps=[s_])
     x = {score}(s, {site})
@@ -252,8 +270,7 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
         mbarrier.wait(full.index(after), (step + 1) // STAGES & 1, pred=t + 1 < n)
         q_after = q_smem.index(after).reshape([ROWS, D])  # of the last tile: whatever is there, and not used
         s_ = warpgroup_mma(k, q_after.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        dp, dq = warpgroup_mma_wait(2, deps=[dp_, dq_])
-        put(dq, dq_smem, step, BUFFERS)
+        dp = warpgroup_mma_wait(2, deps=[dp_])
     else:
         dp = warpgroup_mma_wait(1, deps=[dp_])
     ds = p * (dp - delta){slope_of_score}
@@ -261,9 +278,18 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
     ds_ = ds.to(dtype)
     ds_smem.store(ds_)
     fence_async_shared()
-    add_to_global(dq_desc, [b, h, before, 0], dq_smem.index(step % BUFFERS))
+    dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
     a2 = gl.convert_layout(ds_, gl.DotOperandLayout(0, O_MMA, 2))
     dk_ = warpgroup_mma(a2, q, dk, is_async=True)
+    if LATER:
+        add_to_global(dq_desc, [b, h, before, 0], dq_smem.index((step + 1) % 2))  # the tile before's
+    dq = warpgroup_mma_wait(1, deps=[dq_])
+    buffer = dq_smem.index(step % 2 if LATER else 0)
+    tma.store_wait(1 if LATER else 0)  # what was added from this buffer before has been read
+    buffer.store(dq.reshape([1, 1, ROWS, D]))
+    if not LATER:
+        fence_async_shared()
+        add_to_global(dq_desc, [b, h, start, 0], buffer)
     if AHEAD:
         dk, dv, s, a, a2 = warpgroup_mma_wait(0, deps=[dk_, dv_, s_, a, a2])
     else:
@@ -308,12 +334,9 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
         for t in range(masked, n):
             dk, dv, s, before = {call_advance}
             step += 1
-        none = gl.zeros([ROWS, D], gl.float32, Q_MMA)
-        k = k_smem.reshape([KEYS, D])
-        dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
-        put(warpgroup_mma_wait(0, deps=[dq_]), dq_smem, step, BUFFERS)
-        fence_async_shared()
-        add_to_global(dq_desc, [b, h, before, 0], dq_smem.index(step % BUFFERS))
+        if LATER:
+            fence_async_shared()
+            add_to_global(dq_desc, [b, h, before, 0], dq_smem.index((step + 1) % 2))
     rows = first + gl.arange(0, KEYS, gl.SliceLayout(1, O_MMA))[:, None]
     cols = gl.arange(0, D, gl.SliceLayout(0, O_MMA))[None, :]
     dk_ptr += b.to(gl.int64) * stride_db + kv_head.to(gl.int64) * stride_dh
@@ -347,9 +370,9 @@ def put(dq, smem, step, BUFFERS: gl.constexpr):
     v_smem = gl.allocate_shared_memory(dtype, [1, 1, KEYS, D], v_desc.layout)
     top_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], top_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_desc.layout)
-{shift_smem}
+{more_smem}
     ds_smem = gl.allocate_shared_memory(dtype, [KEYS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
-    dq_smem = gl.allocate_shared_memory(gl.float32, [BUFFERS, 1, 1, ROWS, D], dq_desc.layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2 if LATER else 1, 1, 1, ROWS, D], dq_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     own = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -375,6 +398,10 @@ def module(w: Writer) -> str:
     return "\n\n".join([head, *(HELPERS[name] for name in sorted(w.helpers)), *functions, _kernels(w)])
 
 
+def stages(w: Writer, columns: int) -> int:
+    return (STAGES_WITH_BIAS if w.tiles else STAGES)[columns]
+
+
 def each_head(w: Writer) -> bool:
     """Whether each query head visits tiles of its own."""
     return w.listed
@@ -384,7 +411,10 @@ def _kernels(w: Writer) -> str:
     listed = ["list_ptr", "list_b", "list_h"] if w.listed else []
     own = [*w.pointers, *w.strides, *w.scalars]
     tiling = ["n", "masked", "x0", "x1", "x2", "x3"]
-    smem = ["q_smem", "dout_smem", "k_smem", "v_smem", "top_smem", "delta_smem", *(["shift_smem"] if w.exact else [])]
+    of_rows = ["top", "delta", *(["shift"] if w.exact else [])]
+    tensors = ["q", "k", "v", "dout", *of_rows, *(["bias"] if w.tiles else []), "dq"]
+    descriptors = [f"{name}_desc" for name in tensors]
+    smem = [f"{name}_smem" for name in tensors if name != "dq"]
     barriers = ["full", "empty", "own"]
     place = ["b", "kv_head", "block"]
     sizes = ["heads", "group", "lq", "lk"]
@@ -401,16 +431,6 @@ def _kernels(w: Writer) -> str:
     bounds_constants = ["ROWS", "KEYS", "LISTED_ROWS"]
     tile = ["t", *tiling, *listed[:1]]
     tile_constants = ["ROWS", "LISTED_ROWS"]
-    descriptors = [
-        "q_desc",
-        "k_desc",
-        "v_desc",
-        "dout_desc",
-        "top_desc",
-        "delta_desc",
-        *(["shift_desc"] if w.exact else []),
-        "dq_desc",
-    ]
     produce = [*descriptors[:-1], *smem, *barriers, *place, *sizes, *w.scalars, *listed]
     pointers = ["dk_ptr", "dv_ptr"]
     consume = [
@@ -432,8 +452,8 @@ def _kernels(w: Writer) -> str:
         "t", "step", "s", "dk", "dv", *smem, "ds_smem", "dq_smem", "dq_desc", "full", "empty", *tiling, "b", "h", "j",
         "offs_n", "lq", "lk", "before", *own, *hoisted, *listed[:1],
     ]  # fmt: skip
-    advance_constants = [*constants, "AHEAD", "BUFFERS", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
-    consume_constants = [*constants, "AHEAD", "BUFFERS", *w.flags, "DQ", "DV"]
+    advance_constants = [*constants, "AHEAD", "LATER", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
+    consume_constants = [*constants, "AHEAD", "LATER", *w.flags, "DQ", "DV"]
     kernel = [*descriptors, *pointers, *w.pointers, *listed[:1], *sizes, "padded", *strides, *w.strides, *w.scalars]
     kernel += listed[1:]
     finish = ["sum_ptr", "dq_ptr", *(f"stride_d{d}" for d in "bhmd"), "heads", "lq", "padded", *w.scalars]
@@ -442,13 +462,25 @@ def _kernels(w: Writer) -> str:
         return call("advance", [*advance, *advance_constants, str(masked)], 3)
 
     slope_of_score = "" if w.slope is not None else f" * slope(s, {w.site})"
-    shift = "shift_{0} = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)"
-    exponent, load_shift = "x - top", ""
+    more_smem: list[str] = []
+    load_more: list[str] = []
+    row_bytes, exponent, read_bias = "8", "x - top", ""
     if w.exact:
         exponent = "(x - top) * LOG2E + shift_smem.index(at).load(S_MMA)"
-        load_shift = " " * 12 + (
+        more_smem.append("shift_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)")
+        load_more.append(
             "tma.async_copy_global_to_shared(shift_desc, [b * heads + h, start], bar, shift_smem.index(at))"
         )
+        row_bytes = "12"
+    for bias in w.tiles:
+        assert isinstance(bias, Load)
+        b, h, *_ = place_of(bias)
+        at_bias = f"[{b}, {h}, start, first]"
+        more_smem.append("bias_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, ROWS, KEYS], bias_desc.layout)")
+        load_more.append(f"tma.async_copy_global_to_shared(bias_desc, {at_bias}, bar, bias_smem.index(at))")
+        read_bias = "bias_smem.index(at).reshape([ROWS, KEYS]).permute((1, 0)).load(S_MMA)"
+        read_bias = f"    tile0 = {read_bias}.to(gl.float32)"
+        row_bytes = f"({row_bytes} + KEYS * 2)"
     masked_slope = ""
     if w.slope is None:  # of a score that is masked it may be anything
         masked_slope = "    if MASKED:\n        ds = gl.where(p == 0.0, 0.0, ds)"
@@ -475,9 +507,10 @@ def _kernels(w: Writer) -> str:
         score="exact_score" if w.exact else "score",
         exponent=exponent,
         masked_slope=masked_slope,
-        load_shift=load_shift,
-        row_bytes=12 if w.exact else 8,
-        shift_smem="    " + shift.format("smem") if w.exact else "",
+        load_more=_indented("\n".join(load_more), 3),
+        row_bytes=row_bytes,
+        more_smem=_indented("\n".join(more_smem)),
+        bias=read_bias,
         consume=define("consume", consume, consume_constants),
         columns=_indented("\n".join(w.column_lines), 2),
         call_advance_masked=advanced(True),

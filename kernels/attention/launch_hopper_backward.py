@@ -26,14 +26,16 @@ FEW_QUERIES = 256
 @functools.cache
 def _why_not(forward: str, needed: tuple[int, ...], dtype: torch.dtype, dq: int, dv: int) -> str | None:
     made = prepare(forward, needed)
-    return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dq, dv) or _why_no_module(forward, needed)
+    return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dq, dv) or _why_no_module(
+        forward, needed, dtype
+    )
 
 
 @functools.cache
-def _why_no_module(forward: str, needed: tuple[int, ...]) -> str | None:
+def _why_no_module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> str | None:
     """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
     try:
-        _module(forward, needed)
+        _module(forward, needed, dtype)
     except Exception as error:
         log.debug("no backward for Hopper: %s", error)
         return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
@@ -41,14 +43,14 @@ def _why_no_module(forward: str, needed: tuple[int, ...]) -> str | None:
 
 
 @functools.cache
-def _writer(forward: str, needed: tuple[int, ...]) -> Writer:
+def _writer(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> Writer:
     made = prepare(forward, needed)
-    return Writer(made.spec, made.made.gradients)
+    return hopper_backward.writer(made.spec, made.made.gradients, dtype)
 
 
 @functools.cache
-def _module(forward: str, needed: tuple[int, ...]) -> Any:
-    text = hopper_backward.module(_writer(forward, needed))
+def _module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> Any:
+    text = hopper_backward.module(_writer(forward, needed, dtype))
     return cache.load(cache.store(text), f"xfcompile_attention_hopper_backward_{cache.key_of(text)}")
 
 
@@ -64,12 +66,12 @@ def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
         if reason is not None:
             log.debug("a backward that is not for Hopper's kernel: %s", reason)
             return False
-    if not aligned(call.q, call.k, call.v, call.dout):
+    if not aligned(call.q, call.k, call.v, call.dout, *(call.operands[n] for n in layout.hopper.biases)):
         return False
     try:
         layout.hopper(call, dq, dk, dv)
     except fit.Unavailable as error:
-        log.debug("the backward for Hopper failed, others run: %s", error)
+        log.warning("the backward for Hopper does not run (%s): other kernels take its place", error)
         layout.hopper = None
         return False
     return True
@@ -92,7 +94,18 @@ def _why_not_these(call: Call) -> str | None:
         return f"lists of {sizes[0]}x{sizes[1]} tiles"
     if not all(described(x) for x in (call.q, call.k, call.v, call.dout)):
         return "strides that TMA does not take"
-    return _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
+    reason = _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
+    if reason is None:
+        bias = hopper_backward.bias_of(call.program.spec, call.q.dtype)
+        if bias is not None and not described(_seen(call, int(bias.args[0]))):
+            return "strides of a bias that TMA does not take"
+    return reason
+
+
+def _seen(call: Call, n: int) -> Tensor:
+    """What of a bias is as large as the scores, in four dimensions: of a larger one nothing else is read."""
+    bias = call.operands[n]
+    return bias[(None,) * (4 - bias.ndim)][..., : call.lq, : call.lk]
 
 
 class HopperBackward:
@@ -100,11 +113,14 @@ class HopperBackward:
 
     def __init__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         forward, needed = call.program.forward, call.program.needed
-        module, w = _module(forward, needed), _writer(forward, needed)
+        dtype = call.q.dtype
+        module, w = _module(forward, needed, dtype), _writer(forward, needed, dtype)
         rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
         batch, heads, lq, lk = call.batch, call.heads, call.lq, call.lk
         columns = hopper.columns(call.dq)
-        padded = -(-lq // rows) * rows
+        # Tiles of a list may be taller, the last ones wholly past the end: what is read of their rows must be there.
+        tall = rows if call.sizes is None else call.sizes[0]
+        padded = -(-lq // tall) * tall
         device = call.q.device
         self.exact, self.paired = w.exact, w.exact or bool(call.program.made.gradients.loads)
         self.rows = Blank((batch * heads, padded), torch.float32, device)
@@ -120,9 +136,9 @@ class HopperBackward:
             {"DQ": call.dq, "COLUMNS": columns, "ROWS": rows}, {"num_warps": 4},
         )  # fmt: skip
         constants: dict[str, Any] = {
-            "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.STAGES[columns],
-            "LISTED_ROWS": rows if call.sizes is None else call.sizes[0], "EACH_HEAD": hopper_backward.each_head(w),
-            "AHEAD": hopper_backward.AHEAD[columns], "BUFFERS": hopper_backward.BUFFERS[columns],
+            "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.stages(w, columns),
+            "LISTED_ROWS": tall, "EACH_HEAD": hopper_backward.each_head(w),
+            "AHEAD": hopper_backward.AHEAD[columns], "LATER": hopper_backward.LATER[columns],
         }  # fmt: skip
         if w.flags:
             constants["FAST"] = launch.speed(call.program.spec, call.q)
@@ -133,6 +149,8 @@ class HopperBackward:
         tiles = [described_for_gluon(x, [1, 1, n, columns]) for x, n in blocks_of]
         of_rows = described_for_gluon(torch.empty(self.rows.shape, device="meta"), [1, rows])
         tiles += (3 if self.exact else 2) * [of_rows]
+        self.biases = [int(load.args[0]) for load in w.tiles]
+        tiles += [described_for_gluon(_seen(call, n), [1, 1, rows, keys]) for n in self.biases]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
         programs = batch * call.kv_heads * -(-lk // keys)
         self.main = Launch(
@@ -147,7 +165,9 @@ class HopperBackward:
         total = self.sum()
         shift = of_rows[-1]  # not written to where there is none
         self.before([call.out, call.dout, call.lse, call.pair, call.inverse, *of_rows[:2], shift, total])
-        tensors, free = [call.q, call.k, call.v, call.dout, *of_rows, total, dk, dv, *call.operands], call.scalars
+        tensors = [call.q, call.k, call.v, call.dout, *of_rows, *(call.operands[n] for n in self.biases), total, dk, dv]
+        tensors += call.operands
+        free = call.scalars
         if call.program.made.listed:
             assert call.lists is not None
             tensors.append(call.lists[1])

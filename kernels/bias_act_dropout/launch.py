@@ -29,6 +29,10 @@ HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32)
 
 
+MANY = 8 << 32
+"""Elements; groups of eight of no more than these have numbers of 32 bits."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """A program's share of the result. block_k: of the features that a product sums over, a step."""
@@ -43,19 +47,20 @@ class Tile:
 
 @dataclass(frozen=True)
 class Share:
-    """A program's share without a product: so many elements, in rows of `widest` columns at most."""
+    """A program's share without a product: so many elements a step, in rows of `widest` columns at most. stages: steps
+    that are read at a time. programs: about so many share all steps, where there are more."""
 
     elements: int
     widest: int
     num_warps: int
+    stages: int
+    programs: int
+    registers: int | None = None
 
 
-# Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
-# loads. Backward: half of it a step, as sums over rows stand in registers too.
-POINTWISE = {"forward": Fact(Share(4096, 1024, 4)), "backward": Fact(Share(2048, 256, 4))}
-
-PROGRAMS = 2048
-"""Of a backward, about: more would only leave more sums to be added up, each of its own rows."""
+# Not measured yet (examples/bench_bias_bandwidth.py), for no hardware. A step is of 16 elements a thread, in 2 loads of
+# each tensor. Of a backward more programs would only leave more sums to be added up, each of its own rows.
+POINTWISE = {"forward": Fact(Share(2048, 256, 4, 3, 4096)), "backward": Fact(Share(2048, 256, 4, 3, 2048))}
 
 # Not measured yet either. By bytes of an element.
 PRODUCT = {2: Fact(Tile(128, 128, 8, 64, 3)), 4: Fact(Tile(64, 64, 4, 32, 3))}
@@ -222,8 +227,9 @@ def _forward(
     n = x.shape[-1]
     tile = pointwise(n, "forward")
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
-    constants = _constants(n, tile, rows, x.dtype, bias)
-    programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
+    parts, loop = _loop(rows.count, n, tile, "forward")
+    constants = _constants(n, tile, rows, x.dtype, bias) | loop
+    programs = parts * -(-n // tile.block_n)
     launch = _launch("forward", (text, len(vectors), len(tensors), p), programs, numbers, constants, tile)
     blank = Blank(x.shape, dtype, x.device)
     copied = rows.copied
@@ -378,7 +384,7 @@ def backward(
         tensors,
         *needed,
         seed is None,
-        PROGRAMS,
+        POINTWISE["backward"].value.programs,
         _setting(dout),
         *map(_layout_of, given),
     )
@@ -407,13 +413,10 @@ def _backward(
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
     tile = pointwise(n, "backward")
-    count = -(-rows.count // tile.block_m)
-    steps = max(1, count * -(-n // tile.block_n) // PROGRAMS)
-    steps = 1 << (steps - 1).bit_length()  # few kernels
-    parts = -(-count // steps)
+    parts, loop = _loop(rows.count, n, tile, "backward")
     numbers = [rows.count, rows.inner, *rows.strides[0], *rows.strides[-1]]
     constants = _constants(n, tile, rows, dout.dtype if x is None else x.dtype, bias) | {
-        "ROWS": steps * tile.block_m,
+        **loop,
         "NEED_X": needs_x,
         "NEED_BIAS": needs_bias,
         **{f"NEED_V{k}": yes for k, yes in enumerate(needs)},
@@ -471,9 +474,21 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
         "BLOCK_N": tile.block_n,
         "SPLIT": rows.split,
         "GROUPED": n % 8 == 0,
+        "FEW": rows.count * n <= MANY,
         "FAST": fast(dtype),
         "BIASED": bias is not None,
     }
+
+
+def _loop(rows: int, n: int, tile: Tile, kernel: str) -> tuple[int, dict[str, Any]]:
+    """How many parts rows are in, a program's each, and what the kernel's loop over these is compiled for."""
+    share = POINTWISE[kernel].value
+    count = -(-rows // tile.block_m)
+    steps = max(1, count * -(-n // tile.block_n) // share.programs)
+    steps = 1 << (steps - 1).bit_length()  # few kernels
+    part = steps * tile.block_m
+    even = rows % part == 0 and n % tile.block_n == 0
+    return -(-rows // part), {"ROWS": part, "STAGES": min(share.stages, steps), "EVEN": even}
 
 
 def pointwise(n: int, kernel: str) -> Tile:
@@ -482,7 +497,7 @@ def pointwise(n: int, kernel: str) -> Tile:
         return Tile(8, 32, 4)
     share = POINTWISE[kernel].value
     block_n = min(max(1 << (n - 1).bit_length(), 8), share.widest)
-    return Tile(max(share.elements // block_n, 1), block_n, share.num_warps)
+    return Tile(max(share.elements // block_n, 1), block_n, share.num_warps, registers=share.registers)
 
 
 def fast(dtype: torch.dtype) -> int:

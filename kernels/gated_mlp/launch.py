@@ -19,7 +19,7 @@ from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavaila
 from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Blank, Described, Launch, aligned
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
-from xfcompile.kernels.gated_mlp import codegen, launch_hopper, reference, tiles
+from xfcompile.kernels.gated_mlp import codegen, launch_few, launch_hopper, reference, tiles
 from xfcompile.kernels.gated_mlp.tiles import Tiles
 from xfcompile.kernels.gemm.launch import multiprocessors
 from xfcompile.kernels.registration import Site
@@ -287,6 +287,9 @@ def _forward(
         return _by_triton(prepared, operands, layout, dropout, out, saved is not None)
     *start, step = starts(layout, out.shape[2])
     drops = dropout.p != 0.0
+    if launch_few.declines(prepared.formula, operands, out, drops) is None:
+        few = launch_few.Few(prepared.formula, operands, (*start, step), saved is not None)
+        return FirstThatRuns(few, lambda: _by_triton(prepared, operands, layout, dropout, out, saved is not None))
     reason = launch_hopper.declines(prepared.formula, operands, out, saved, step, drops)
     if reason is not None:
         log.debug("not by the kernel for Hopper: %s", reason)

@@ -56,6 +56,57 @@ FEW: dict[tuple[bool, int], Fact[Tiles]] = {
     (False, 32): Fact(Tiles(16, 16, 128, 4, 3)),
 }
 
+HOPPER_LEAST_ROWS = 1
+HOPPER_FEW_ROWS = 128
+"""From so many to so many rows Hopper has a kernel of its own: `hopper_few`."""
+
+SHARED = 227 * 1024
+"""Bytes of shared memory that a program may have on Hopper."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How `hopper_few` reads the weights: 32 features of each for each of `groups` warpgroups, in `stages` steps under
+    way of 64 * parts of the sum. programs: on a multiprocessor."""
+
+    groups: int = 1
+    parts: int = 1
+    stages: int = 12
+    programs: int = 1
+
+    def stage(self, columns: int) -> int:
+        """Bytes of a step, where x has that many rows."""
+        return (64 * self.groups + columns) * 64 * self.parts * 2
+
+    def shared(self, columns: int) -> int:
+        """Bytes of a program: beside the steps, sums of up to 16 rows on their way to other threads, and barriers."""
+        return self.stages * self.stage(columns) + self.groups * 256 * min(columns, 16) + 16 * self.stages + 64
+
+
+def columns(rows: int) -> int:
+    """Of the tensor cores' instructions: a power of two, and no less than they take."""
+    return max(8, 1 << (rows - 1).bit_length())
+
+
+WIDEST = {1: 128, 2: 128, 3: 64, 4: 32}
+"""Columns of sums that threads have registers for, by groups."""
+
+
+def stream(rows: int, features: int, multiprocessors: int) -> Stream:
+    """What a problem gets: the groups by which the busiest multiprocessor reads the least, the most stages that fit."""
+
+    def read(groups: int) -> int:
+        return -(-features // (32 * groups * multiprocessors)) * groups
+
+    wide = columns(rows)
+    groups = min((groups for groups in (3, 1, 2, 4) if wide <= WIDEST[groups]), key=read)
+    made = Stream(groups, 2 if groups == 1 else 1, 1)
+    return max(
+        (replace(made, stages=n) for n in range(2, 33) if replace(made, stages=n).shared(wide) <= SHARED),
+        key=lambda s: s.stages,
+    )
+
+
 POINTWISE = (1, 1024, 4)
 """Rows, columns and warps of a tile of the kernels that do not multiply: 16 bytes a thread of 16-bit numbers."""
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import xfcompile
 from xfcompile.kernels import philox
-from xfcompile.kernels.gated_mlp import launch
+from xfcompile.kernels.gated_mlp import launch, launch_few
+from xfcompile.kernels.gated_mlp.tiles import Stream
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +80,31 @@ def test_large_products_are_read_through_descriptors_on_hopper(monkeypatch: pyte
     for layout in LAYOUTS:
         check(gpu(rows=1000, features=1000, inner=520, layout=layout, dtype=torch.bfloat16))
     assert len(used) >= len(LAYOUTS)
+
+
+FEW = [Stream(1, 1, 5), Stream(1, 4, 2), Stream(1, 2, 3, 2), Stream(2, 2, 2), Stream(3, 1, 4), Stream(4, 1, 2)]
+
+
+@pytest.mark.parametrize("stream", FEW, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_few_rows_are_streamed_on_hopper(stream: Stream, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs Hopper")
+    used: set[int] = set()
+    few = launch_few.Few.__call__
+
+    def noted(self: launch_few.Few, tensors: list[Tensor]) -> None:
+        few(self, tensors)
+        used.add(tensors[0].shape[1])
+
+    monkeypatch.setattr(launch_few.Few, "__call__", noted)
+    monkeypatch.setattr(launch_few.tiles, "stream", lambda *about: stream)
+    sizes = ((1, 100, 72), (3, 33, 200), (8, 257, 1032), (9, 4300, 64), (16, 7, 8), (17, 130, 520), (33, 96, 136),
+             (64, 200, 264), (65, 31, 1000), (128, 520, 328))  # fmt: skip
+    for n, (rows, features, inner) in enumerate(sizes):
+        case = gpu(rows=rows, features=features, inner=inner, layout=LAYOUTS[n % 5], dtype=dtype, biased=n % 3 > 0)
+        check(case.but(name=list(FORMULAS)[n]))
+    assert used == {rows for rows, *_ in sizes}
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from xfcompile.kernels.bias_act_dropout.launch import POINTWISE
+from xfcompile.kernels.gated_mlp.tiles import stream
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,16 +59,22 @@ def test_bias_activation_and_dropout_compile_for_every_target(results: list[dict
     }
     assert mine["sm_90", "bias_linear"]["wgmma"]
     for target in ("sm_80", "sm_90", "sm_100"):
-        # A mask is made where it is used: eight neighbours by one thread, which exchanges nothing with others.
-        assert mine[target, "bias_forward"]["shared"] == 0
-        assert mine[target, "bias_forward"]["narrow"] <= 1, "the seed"
+        # A mask is made where it is used: eight neighbours by one thread, which exchanges nothing with others. What is
+        # shared are rows that are read ahead.
+        share = POINTWISE["forward"].value
+        assert mine[target, "bias_forward"]["shared"] == 2 * share.elements * (share.stages - 1)
+        assert mine[target, "bias_forward"]["narrow"] <= 2, "the seed, and the bias, once"
+
+
+LEAVES_FEW = {("hopper", "key padding"), ("hopper_backward", "causal")}
+"""Kernels whose accumulators leave few registers: what is spilled, most of it outside of the loop, was measured."""
 
 
 def test_main_configurations_do_not_spill(results: list[dict[str, Any]]) -> None:
     forward = [r for r in results if r["kernel"] not in BACKWARD]
-    main = [r for r in forward if (r["kernel"], r["program"]) != ("hopper", "key padding")]
+    main = [r for r in forward if (r["kernel"], r["program"]) not in LEAVES_FEW]
     assert [r for r in main if r["spills"]] == []
-    assert [r for r in forward if r["spills"] > 64] == []
+    assert [r for r in forward if r["spills"] > (80 if r["kernel"] == "hopper_backward" else 64)] == []
 
 
 def test_the_backward_compiles_for_every_target(results: list[dict[str, Any]]) -> None:
@@ -84,6 +93,14 @@ def test_the_backward_compiles_for_every_target(results: list[dict[str, Any]]) -
 def test_the_kernel_for_hopper_multiplies_with_wgmma(results: list[dict[str, Any]]) -> None:
     found = {(r["program"], r["dim"]): r for r in results if r["kernel"] == "hopper"}
     assert set(found) == {(program, dim) for program in ("causal", "key padding") for dim in (64, 128)}
+    for r in found.values():
+        assert r["wgmma"], r
+        assert r["shared"] <= 227 * 1024, r
+
+
+def test_the_backward_for_hopper_adds_dq_up_by_tma(results: list[dict[str, Any]]) -> None:
+    found = {r["dim"]: r for r in results if r["kernel"] == "hopper_backward"}
+    assert set(found) == {64, 128}
     for r in found.values():
         assert r["wgmma"], r
         assert r["shared"] <= 227 * 1024, r
@@ -124,6 +141,8 @@ def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> 
     assert len({r["program"] for r in results if r["kernel"] == "attention_forward"}) == 12
     hopper = {r["program"] for r in results if r["kernel"] == "hopper"}
     assert len(hopper) == 9 and not hopper & {"sliding window", "documents", "dense bias"}
+    backward = {r["program"] for r in results if r["kernel"] == "hopper_backward"}
+    assert len(backward) == 8 and not backward & {"sliding window", "dense bias", "T5 bias"}
     # The bias of each distance is gathered for few tiles only, those near the diagonal.
     others = [r for r in results if r["program"] != "T5 bias"]
     assert [(r["kernel"], r["program"], r["dim"], r["spills"]) for r in others if r["spills"] > 64] == []
@@ -141,3 +160,13 @@ def test_gated_mlps_compile_for_every_target(results: list[dict[str, Any]]) -> N
         if r["target"] == "sm_90" and r["kernel"].startswith("gated_forward"):
             assert r["wgmma"], r
             assert r["shared"] <= 227 * 1024, r
+
+
+def test_few_rows_compile_for_hopper_as_their_tiles_say(results: list[dict[str, Any]]) -> None:
+    found = [r for r in results if r["kernel"] == "gated_few_hopper"]
+    assert {r["target"] for r in found} == {"sm_90"}
+    assert sorted(r["tiles"]["block_m"] for r in found) == [16, 16, 128, 128]
+    for r in found:
+        assert r["wgmma"] and r["spills"] == 0, r
+        rows = r["tiles"]["block_m"]
+        assert r["shared"] <= stream(rows, 11008, 132).shared(rows) <= 227 * 1024, r

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from xfcompile import gated_routes, rewrite
 from xfcompile.families import bias_act_dropout
 from xfcompile.kernels.attention import tiles
+from xfcompile.measured import Fact
 
 L = F.linear
 
@@ -135,6 +137,74 @@ def test_training_is_left_to_inductor_but_for_dropout() -> None:
         for (_, kind, _), fact in bias_act_dropout.USUAL.items()
         if fact.value.route == "triton"
     )
+
+
+# -- few rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_rows_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for weights in ("separate", "packed"):
+        for rows in ("one row", "few rows", "dozens of rows"):
+            monkeypatch.setitem(gated_routes.USUAL, ("sm_90", "inference", weights, rows), Fact("triton"))
+
+
+@pytest.mark.usefixtures("few_rows_are_ours")
+@pytest.mark.parametrize(
+    ("rows", "about", "route"),
+    [
+        (1, {}, "triton"), (16, {}, "triton"), (64, {}, "triton"), (65, {}, "inductor"), (1024, {}, "triton"),
+        (16, {"dtype": torch.float32}, "inductor"), (16, {"dynamic": [(0, 0)]}, "triton"),
+        (65, {"dynamic": [(0, 0)]}, "inductor"), (4096, {"dynamic": [(0, 0)]}, "inductor"),
+        (16, {"dynamic": [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]}, "triton"),
+    ],
+)  # fmt: skip
+def test_few_rows_once_they_are_ours(rows: int, about: dict[str, Any], route: str) -> None:
+    found = planned(swiglu, (rows, 512), W, W, **{"dtype": torch.bfloat16, **about})
+    assert [r for r, _ in found] == [route], found
+
+
+@pytest.mark.parametrize("ours", ["one row", "few rows"])
+def test_rows_that_change_are_compiled_for_few_and_for_any(ours: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of sequences, both of which may have any length: what counts is how many rows they are together."""
+    for rows in ("one row", "few rows", "dozens of rows"):
+        usual = Fact("triton" if rows == ours else "inductor")
+        monkeypatch.setitem(gated_routes.USUAL, ("sm_90", "inference", "separate", rows), usual)
+    found: list[str | None] = []
+
+    def backend(gm: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        program = copy.deepcopy(gm)
+        found.extend(s.route for s in rewrite(gm, examples, {"strict": True}).sites if s.matched)
+        return program.forward
+
+    with FakeTensorMode():
+        weights = [torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in (W, W)]
+        compiled = torch.compile(swiglu, backend=backend, dynamic=True)
+        for sizes in ((2, 8), (3, 4), (5, 2)):
+            compiled(torch.empty(*sizes, 512, device="cuda", dtype=torch.bfloat16), *weights)
+        few = ["triton"] if ours == "few rows" else ["inductor"]
+        assert found == few
+        for sizes in ((2, 9), (40, 3), (3, 700)):
+            compiled(torch.empty(*sizes, 512, device="cuda", dtype=torch.bfloat16), *weights)
+        assert found == (["triton", "inductor"] if ours == "few rows" else few)
+
+
+@pytest.mark.usefixtures("few_rows_are_ours")
+def test_exported_programs_are_not_held_to_few_rows() -> None:
+    class Gated(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+            return swiglu(x, w, v)
+
+    with FakeTensorMode():
+        inputs = tuple(torch.empty(s, device="cuda", dtype=torch.bfloat16) for s in ((16, 512), W, W))
+        program = torch.export.export(Gated(), inputs, dynamic_shapes=({0: torch.export.Dim("rows")}, None, None))
+        (site,) = rewrite(program.graph_module, inputs, {"strict": True}).sites
+    assert (site.route, site.reason) == ("inductor", gated_routes.CHANGING)
+    (rows,) = program.range_constraints.values()
+    assert rows.upper > 10**6
+
+
+# -- dropout -------------------------------------------------------------------------------------------------------
 
 
 def dropped(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from xfcompile.aten import is_exported
 from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Setting, Words, needs_grad
-from xfcompile.gated_routes import RECOMPUTE, ROUTES, TIMED, UNKNOWN, choose
+from xfcompile.gated_routes import CHANGING, RECOMPUTE, ROUTES, TIMED, UNKNOWN, choose, most_rows
 from xfcompile.layout import with_layout
 from xfcompile.meaning import GatedMeaning, Kernel, called, dtype_name
 from xfcompile.patterns import gated_mlp
@@ -80,7 +82,23 @@ def _plan(reading: Reading, candidate: GatedMLPCandidate, setting: Setting) -> G
     if route.reason == UNKNOWN:
         candidate = _specialised(candidate)
         route = choose(candidate.site, training=setting.training, forced=forced)
+    if route.reason == CHANGING and not is_exported(reading.gm.graph):  # which has no guards
+        most = most_rows(candidate.site, setting.training)
+        if _no_more_rows(candidate, most):
+            route = choose(candidate.site, training=setting.training, forced=forced, most=most)
     return replace(candidate, route=route, training=setting.training)
+
+
+def _no_more_rows(candidate: GatedMLPCandidate, most: int) -> bool:
+    """Whether there are no more rows, as far as is known now; if so, what is compiled is held to that."""
+    example = candidate.node.meta.get("example_value")
+    if not isinstance(example, torch.Tensor):
+        return False
+    *sizes, _ = example.shape
+    hints = [n.node.hint if isinstance(n, torch.SymInt) else n for n in sizes]
+    if any(n is None for n in hints) or math.prod(hints) > most:
+        return False
+    return bool(math.prod(sizes) <= most)
 
 
 def _specialised(candidate: GatedMLPCandidate) -> GatedMLPCandidate:
