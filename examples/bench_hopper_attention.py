@@ -179,6 +179,13 @@ class Case:
 
         return run
 
+    def lists(self) -> Callable[[], Any]:
+        """Makes the lists of tiles, of which "today" makes some for each call."""
+        mask, (q, k, _) = self.prepared.mask, self.qkv
+        assert mask is not None
+        arguments = launch.mask_values(self.prepared, self.operands, [])
+        return lambda: lists.run(q, *arguments, (*q.shape[:3], k.shape[2]), 128, hopper.KEYS, mask)
+
     def cudnn(self) -> Callable[[], Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -239,6 +246,9 @@ def measured(name: str, sizes: Sizes, only: str | None, marks: Path | None) -> l
     kept = [row for row in rows if "failed" not in row]
     kept.append({"program": name, "dim": sizes.dim, "variant": "cuDNN"})
     calls.append(case.cudnn())
+    if case.prepared.mask is not None:
+        kept.append({"program": name, "dim": sizes.dim, "variant": "lists"})
+        calls.append(case.lists())
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         sample(call)
