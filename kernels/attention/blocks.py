@@ -143,9 +143,9 @@ TILE_BODY = """\
     j1 = tl.minimum(j0 + BLOCK_N, lk) - 1
     verdict = 0
     if {possible}:
-        i = tl.minimum(i0 + tl.arange(0, WIDE_M), i1)[:, None]  # the last row may be there several times
+        i = (i0 + tl.arange(0, BLOCK_M))[:, None]
         j = (j0 + tl.arange(0, BLOCK_N))[None, :]
-        if j0 + BLOCK_N <= lk:
+        if (i0 + BLOCK_M <= lq) & (j0 + BLOCK_N <= lk):
             # Of these it is known that they follow each other, and 16 bytes are read at once.
 {look}
         else:
@@ -241,7 +241,6 @@ def generate(mask: MaskSpec) -> str:
         "BLOCK_M: tl.constexpr",
         "BLOCK_N: tl.constexpr",
         "TILES: tl.constexpr",
-        "WIDE_M: tl.constexpr",
         "SPAN: tl.constexpr",
     ]
     scalars = [x.name for x in mask.scalars]
@@ -322,7 +321,7 @@ def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int)
     axis, moved = 1, x
     if symbols == {I}:
         axis = 0
-        lines += ["i = tl.minimum(i0 + tl.arange(0, WIDE_M), i1)"]
+        lines += ["i = tl.minimum(i0 + tl.arange(0, BLOCK_M), i1)"]
     elif symbols == {J}:
         lines += ["j = tl.minimum(j0[:, None] + tl.arange(0, BLOCK_N)[None, :], j1[:, None])"]
     else:
@@ -364,27 +363,29 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str],
             f"cells = ({term.text}) & (i >= 0) & (j >= 0)",
             f"kept = {_over_all('cells.to(tl.int32)', 'tl.standard._sum_combine')}",
             "some = kept > 0",
-            "every = kept == WIDE_M * BLOCK_N",
+            "every = kept == BLOCK_M * BLOCK_N",
         ]
         printer.lines.clear()
     for load in mask.even:
         value = printer._to_float(printer.print(load)).text
         lines += [
             *printer.lines,
-            f"x = {value} + tl.full([WIDE_M, BLOCK_N], 0.0, tl.float32)",
+            f"x = {value} + tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)",
             f"even = even & ({_over_all('(x != x).to(tl.int32)', 'tl.standard._elementwise_max')} == 0)",
             f"low = {_over_all('x', 'tl.standard._elementwise_min')}",
             f"high = {_over_all('x', 'tl.standard._elementwise_max')}",
             f"even = even & (low == high) & (tl.abs(low) <= {NEAR})",
         ]
         printer.lines.clear()
-    sizes = ("WIDE_M", "BLOCK_N")
+    sizes = ("BLOCK_M", "BLOCK_N")
     signature = wrapped("def look", ["i", "j", "b", "h", *_outside(mask), *(f"{x}: tl.constexpr" for x in sizes)], ":")
 
     def call(i: str, j: str) -> str:
         return indent(wrapped("some, every, even = look", [i, j, "b", "h", *_outside(mask), *sizes]), " " * 12)
 
-    body = TILE_BODY.format(possible=test, look=call("i", "j"), look_at_edge=call("i", "tl.minimum(j, j1)"))
+    body = TILE_BODY.format(
+        possible=test, look=call("i", "j"), look_at_edge=call("tl.minimum(i, i1)", "tl.minimum(j, j1)")
+    )
     return [LOOK.format(signature=signature, lines=indent("\n".join(lines), "    "))], body, printer.helpers
 
 

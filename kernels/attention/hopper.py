@@ -1,4 +1,4 @@
-"""The text of the kernel for Hopper, in Gluon: one warp loads tiles by TMA, two warpgroups of 64 query rows compute.
+"""The text of the kernel for Hopper, in Gluon: one warp loads tiles by TMA, warpgroups of 64 query rows compute.
 
 Each warpgroup gives the tensor cores the scores of a tile and behind them the product of the tile before, and takes the
 softmax of the former during the latter: the order of FlashAttention-3 (Shah et al., 2024). The site's own functions are
@@ -7,10 +7,8 @@ those of the Triton kernel, which Gluon compiles as its own.
 
 from __future__ import annotations
 
-import struct
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
@@ -18,108 +16,31 @@ import torch
 from xfcompile.kernels.attention import codegen, template
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.forward_text import HELPERS
+from xfcompile.kernels.attention.hopper_variant import (
+    REFERENCE,
+    START,
+    Columns,
+    Variant,
+    columns_of,
+    place_of,
+    usual,
+)
 from xfcompile.kernels.attention.printer import NAMES, Printer, Term
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = 128, 128
-"""Query rows of a program, half of them a warpgroup's, and keys of a tile."""
+"""Query rows and keys of a tile in lists."""
 
 HEAD_DIMS = (64, 128)
 """Columns of a tile; other head dims are padded by TMA, which reads zeros behind a tensor's end."""
 
-STAGES = {64: 4, 128: 3}
-"""Tiles in shared memory: as many as there is room for."""
-
-STAGES_WITH_BIAS, BIAS_STAGES = {64: 4, 128: 2}, 2
-"""The same where tiles of a bias stand beside them, and how many of these."""
-
-REGISTERS = {2: 240, 3: 160}
-"""Of a thread that computes, by warpgroups of them; the warp that loads leaves it the rest."""
+BIAS_STAGES = 2
+"""Tiles of a bias in shared memory."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Ways to write the kernel, for the same numbers.
-
-    warpgroups: how many compute, with 64 query rows each. turns: whether they give the tensor cores their products one
-    after the other, so that one multiplies while another exponentiates. twice: two tiles a step of a loop, so that
-    weights need not move to the registers that a product reads. columns: what is added in proportion to a key's place,
-    as ALiBi's bias is, the tensor cores add. tree: the maximum of two neighbours first. emulated: of eight powers of
-    two so many by multiplications and additions. bounded: no maximum is taken off scores that are between -CAP and CAP
-    in base 2; of weights in bf16, which has fp32's exponents. early: the mask of the first tile is loaded before
-    anything is waited for. backwards: the last rows of a head first where tiles are listed, as of most masks they see
-    most keys. stages: tiles in shared memory, if not as many as usual. tiles: a bias that has a number for each score
-    is loaded by TMA too. persistent: as many programs as multiprocessors, each of which loads
-    ahead of the piece of work that it is at.
-    """
-
-    warpgroups: int = 2
-    turns: bool = False
-    twice: bool = False
-    columns: bool = False
-    tree: bool = False
-    emulated: int = 0
-    bounded: bool = False
-    early: bool = False
-    backwards: bool = False
-    stages: int | None = None
-    tiles: bool = False
-    persistent: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Query rows of a program."""
-        return 64 * self.warpgroups
-
-    @property
-    def registers(self) -> int:
-        return REGISTERS[self.warpgroups]
-
-    def tiles_of(self, columns: int) -> int:
-        """Of keys and values, in shared memory."""
-        return self.stages or (STAGES_WITH_BIAS if self.tiles else STAGES)[columns]
-
-
-USUAL = Variant()
-
-CAP = 75.0
-"""Of so bounded scores neither weights nor their sums overflow, nor products with values of usual sizes."""
-
-
-def is_bounded(spec: ScoreSpec, pieces: Pieces) -> bool:
-    """Whether no score is beyond CAP in base 2."""
-    form = pieces.forms.usual
-    if spec.sink is not None or form.scale is None or not form.core or form.shifted or template.wide(spec):
-        return False
-    cores = [term for term in sympy.Add.make_args(pieces.score) if S in term.free_symbols]
-    return cores[0].as_coeff_Mul()[1].func is sympy.tanh and form.scale * template.LOG2E <= CAP
-
-
-def suited(wanted: Variant, spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, width: int) -> Variant:
-    """What a site can have of a variant. width: columns of a tile."""
-    bias = bias_of(spec, pieces)
-    return replace(
-        wanted,
-        warpgroups=wanted.warpgroups if width == HEAD_DIMS[0] else 2,
-        # Of 128 columns three stages leave no room for the places of keys.
-        columns=wanted.columns
-        and columns_of(spec, pieces.score) is not None
-        and (width == HEAD_DIMS[0] or wanted.stages == 2),
-        bounded=wanted.bounded and dtype == torch.bfloat16 and is_bounded(spec, pieces),
-        tiles=wanted.tiles and bias is not None and spec.operands[bias.operand].dtype == dtype,
-    )
-
-
-def usual(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, width: int) -> Variant:
-    """The variant that a site has by default."""
-    return suited(USUAL, spec, pieces, dtype, width)
-
-
-def why_not(
-    spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int, variant: Variant = USUAL
-) -> str | None:
+def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int) -> str | None:
     """Why this kernel is not the one for such a site; None if it is."""
     if dtype not in (torch.float16, torch.bfloat16):
         return "it multiplies numbers of 16 bits"
@@ -137,7 +58,7 @@ def why_not(
         return "documents are visited in smaller tiles"
     evens = set(pieces.evens)
     varying = [load for load in pieces.score.atoms(Load) if J in load.free_symbols and load not in evens]
-    if varying and not (variant.tiles and bias_of(spec, pieces) is not None):
+    if varying and not usual(spec, pieces, dtype, columns(dq)).tiles:
         return "loads of each score are waited for"
     if not spec.score.has(S):
         return "scores without q·k"
@@ -217,22 +138,13 @@ def partial_sum(p):
     M: gl.constexpr = p.shape[0]
     N: gl.constexpr = p.shape[1]
     return gl.sum(gl.sum(p.reshape([M, N // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def highest(s):
-    """The maximum of each row: of neighbours first, which makes a chain half as long."""
-    M: gl.constexpr = s.shape[0]
-    N: gl.constexpr = s.shape[1]
-    rows: gl.constexpr = gl.SliceLayout(1, s.type.layout)
-    return gl.convert_layout(gl.max(gl.max(gl.max(s.reshape([M, N // 8, 4, 2]), 3), 1), 1), rows)
 '''
 
 KERNEL = '''\
 @gluon.jit
 {locate}
     """Batch, head and block of rows of a piece of work."""
-{place}
+    {place}
     return b, h, block
 
 
@@ -241,14 +153,14 @@ KERNEL = '''\
     """How many tiles a block of rows visits, how many of them, the first, are masked, where the even ones begin, and
     three numbers that say which they are."""
     first = block * ROWS
-{bounds_body}
+    {bounds_body}
     return n, masked, evens_at, x0, x1, x2
 
 
 @gluon.jit
 {tile}
     """The first key of the t-th tile."""
-{tile_body}
+    {tile_body}
     return start
 
 
@@ -282,7 +194,7 @@ KERNEL = '''\
             mbarrier.expect(bar, V_BYTES, pred=has_k ^ True)
             tma.async_copy_global_to_shared(k_desc, [b, h // group, start, 0], bar, k_smem.index(at), pred=has_k)
             tma.async_copy_global_to_shared(v_desc, [b, h // group, before, 0], bar, v_smem.index(at), pred=has_v)
-{produce_bias}
+            {produce_bias}
             before = start
             step += 1
 
@@ -292,8 +204,8 @@ KERNEL = '''\
     """The weights of a tile whose product of queries and keys is s, what those before it are multiplied by, and the
     maximum of each row's scores, UNIT times as large as they are."""
     {power}
-{softmax_body}
-{alpha}
+    {softmax_body}
+    {alpha}
     return p, alpha, m_new
 
 
@@ -308,21 +220,22 @@ KERNEL = '''\
     D: gl.constexpr = k_smem.shape[4]
     DIM_V: gl.constexpr = v_smem.shape[4]
     k = k_smem.index(at).reshape([KEYS, D]).permute((1, 0))
-{take_turn}
+    {leave_first}
+    {take_turn}
     s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
-{add_columns}
+    {add_columns}
     # The rest of step t - 1.
-{leave}
-{rescale}
+    {leave}
+    {rescale}
     a = unpack(p, v_smem.dtype, gl.DotOperandLayout(0, O_MMA, 2))
     acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
-{give_turn}
+    {give_turn}
     start = {call_tile}
-{ahead}
-{read_bias}
+    {ahead}
+    {read_bias}
     s = warpgroup_mma_wait(1, deps=[s_])
     p_new, alpha, m = {call_softmax}
-{rescale_sum}
+    {rescale_sum}
     l = l + partial_sum(p_new)
     # The next stage, needed by the next step: waited for here, because the predicate's branch tends to keep ptxas from
     # moving the exponentials behind the wait for the product.
@@ -352,22 +265,22 @@ KERNEL = '''\
         first = block * ROWS + w * M
         row = gl.minimum(first + offs_m, lq - 1)  # rows past the end repeat the last one, and are not stored
         i = row[:, None]
-{rows}
-{factors}
+        {rows}
+        {factors}
         m = {initial}
         acc = gl.zeros([M, DIM_V], gl.float32, O_MMA)
 
         # The first tile has no weights behind it. It may be masked or not: this suits both.
         start = {call_tile_first}
-{kept}
+        {kept}
         mbarrier.wait(q_full.index(w), turn & 1)
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         k = k_smem.index(step % STAGES).reshape([KEYS, D]).permute((1, 0))
-{take_turn_outside}
+        {take_turn}
         s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
-{add_columns_outside}
-{give_turn_outside}
-{read_bias_first}
+        {add_columns}
+        {give_turn}
+        {read_bias_first}
         s = warpgroup_mma_wait(0, deps=[s_])
         p_, alpha, m = {call_softmax_first}
         l = partial_sum(p_)
@@ -376,23 +289,23 @@ KERNEL = '''\
         step += 1
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1, pred=n > 1)
 
-{loops}
+        {loops}
         mbarrier.arrive(q_empty.index(w), count=1)
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
 
         at = step % STAGES
         mbarrier.wait(full.index(at), step // STAGES & 1)
-{rescale_outside}
+        {rescale}
         a = unpack(p, dtype, gl.DotOperandLayout(0, O_MMA, 2))
-{take_turn_outside}
+        {take_turn}
         acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
-{give_turn_outside}
+        {give_turn}
         l = gl.convert_layout(gl.sum(l, 1), S_ROW)
-{sink}
+        {sink}
         lse = {lse}
         rows = first + offs_m
         gl.store(lse_ptr + (b.to(gl.int64) * heads + h) * lq + rows, lse, mask=rows < lq)
-{dead}
+        {dead}
         inverse = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O_MMA))
         acc = warpgroup_mma_wait(0, deps=[acc_])
         mbarrier.arrive(empty.index(at), count=1)
@@ -411,8 +324,8 @@ KERNEL = '''\
 {kernel}
     """One program: pieces of work `program_id`, `program_id + num_programs` ...; a piece is ROWS query rows of a head.
 
-    Descriptors are of [B, H, L, D] views, with blocks [1, 1, ROWS / 2, D] for q and [1, 1, KEYS, D] for k and v. To be
-    launched with four warps.
+    Descriptors are of [B, H, L, D] views, with blocks [1, 1, M, D] for q, of M rows a warpgroup, [1, 1, KEYS, D] for k
+    and v, and [1, 1, M, KEYS] for a bias. To be launched with four warps.
     """
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_type.shape[2]
@@ -421,26 +334,25 @@ KERNEL = '''\
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, v_desc.block_type.shape[3]], v_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
-{turns}
-{places}
-{bias_memory}
+    {turns}
+    {places}
+    {bias_memory}
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for w in gl.static_range({groups}):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
-{turns_init}
+        {turns_init}
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
         mbarrier.init(empty.index(n), count={groups})
-{bias_init}
+    {bias_init}
     fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
-    gl.warp_specialize([(consume, (
-{consumers}
-    )), (produce, (
-{producer}
-    ))], {warps}, {registers})
+    gl.warp_specialize([
+        {consumers}
+        {producer}
+    ], {warps}, {registers})
 '''
 
 MEAN = '''\
@@ -476,40 +388,13 @@ def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, str
 '''
 
 
-# 2**x for x in -0.5 ... 0.5, with relative errors below 1e-4: a twentieth of what rounding to bf16 makes.
-POWERS = (0.0551716451, 0.242611383, 0.693261009, 0.999928058)
-
-
-def _exp2(emulated: int) -> str:
-    """Powers of two, some of each eight neighbours by a polynomial: special functions have a sixteenth of the
-    throughput of additions. -inf gives 0 and NaN gives NaN, as the instruction does."""
-    chosen = set(range(7, 7 - 8 // emulated * emulated, -(8 // emulated))) if emulated else set()
-    lines = []
-    for n in range(8):
-        x = f"${n + 8}"
-        if n not in chosen:
-            lines.append(f"ex2.approx.ftz.f32 ${n}, {x};")
-            continue
-        c3, c2, c1, c0 = (_hexadecimal(c) for c in POWERS)
-        lines += [
-            "{ .reg .f32 t, r, f, p; .reg .b32 n;",
-            f"max.NaN.f32 t, {x}, {_hexadecimal(-127.0)};",
-            f"add.rn.f32 r, t, {_hexadecimal(12582912.0)}; sub.rn.f32 f, r, {_hexadecimal(12582912.0)};",
-            f"sub.rn.f32 f, t, f; fma.rn.f32 p, f, {c3}, {c2}; fma.rn.f32 p, p, f, {c1}; fma.rn.f32 p, p, f, {c0};",
-            "mov.b32 n, r; shl.b32 n, n, 23; add.s32 n, n, 0x3F800000; mov.b32 r, n;",
-            f"mul.rn.f32 ${n}, p, r; }}",
-        ]
-    text = "\n".join(f"        {line}" for line in lines)
-    constraints = ",".join(["=f"] * 8 + ["f"] * 8)
-    return (
-        f'@gluon.jit\ndef exp2(x):\n    return gl.inline_asm_elementwise("""\n{text}\n        """, '
-        f'"{constraints}", [x], dtype=gl.float32, is_pure=True, pack=8)\n'
-    )
-
-
-def _hexadecimal(x: float) -> str:
-    return "0f" + struct.pack(">f", x).hex().upper()
-
+TURNS = {
+    # The first is let in by the phase that a new barrier is not in.
+    "take_turn": "mbarrier.wait(turns.index(w), (step & 1) ^ (w == 0))",
+    "give_turn": "mbarrier.arrive(turns.index((w + 1) % {groups}), count=1)",
+    "turns": "turns = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())",
+    "turns_init": "mbarrier.init(turns.index(w), count=1)",
+}
 
 FACTORS = """\
 # What a key's place is multiplied by, as three numbers of 16 bits.
@@ -528,62 +413,37 @@ places = gl.allocate_shared_memory(
     gl.bfloat16, [KEYS, 16], gl.NVMMASharedLayout.get_default_for([KEYS, 16], gl.bfloat16),
     gl.where(part < 3, place, 0).to(gl.float32).to(gl.bfloat16))"""
 
-PRODUCE_BIAS = """\
+ADD_COLUMNS = "s_ = warpgroup_mma(factors, places.permute((1, 0)), s_, is_async=True)"
+
+TILES = {
+    "produce_bias": """\
 if has_k:
-    bias_step = step - turn + 1  # a work has one step more than tiles of the bias
+    bias_step = step - turn + 1  # a piece of work has one step more than tiles of the bias
     for w in gl.static_range({groups}):
         bias_at = bias_step % {stages} * {groups} + w
         mbarrier.wait(bias_empty.index(bias_at), (bias_step // {stages} & 1) ^ 1)
         mbarrier.expect(bias_full.index(bias_at), q_smem.shape[3] * KEYS * 2)
         tma.async_copy_global_to_shared(
             bias_desc, [{b}, {h}, first + w * q_smem.shape[3], start], bias_full.index(bias_at),
-            bias_smem.index(bias_at))"""
-
-READ_BIAS = """\
+            bias_smem.index(bias_at))""",
+    "read_bias": """\
 bias_at = bias_step % {stages} * {groups} + w
 mbarrier.wait(bias_full.index(bias_at), bias_step // {stages} & 1)
 bias = bias_smem.index(bias_at).reshape([M, KEYS]).load(S_MMA)
 fence_async_shared()
-mbarrier.arrive(bias_empty.index(bias_at), count=1)"""
-
-BIAS_MEMORY = """\
+mbarrier.arrive(bias_empty.index(bias_at), count=1)""",
+    "bias_memory": """\
 bias_smem = gl.allocate_shared_memory(dtype, [{number}, 1, 1, M, KEYS], bias_desc.layout)
 bias_full = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())
-bias_empty = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())"""
-
-BIAS_INIT = """\
+bias_empty = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())""",
+    "bias_init": """\
 for n in gl.static_range({number}):
     mbarrier.init(bias_full.index(n), count=1)
-    mbarrier.init(bias_empty.index(n), count=1)"""
+    mbarrier.init(bias_empty.index(n), count=1)""",
+}
 
 BIAS = sympy.Symbol("bias", real=True)
 """A bias of each score."""
-
-
-def bias_of(spec: ScoreSpec, pieces: Pieces) -> Load | None:
-    """The one load that has a number for each score, if it can be read by TMA: [B or 1, H or 1, Lq, Lk]."""
-    varying = [load for load in pieces.score.atoms(Load) if J in load.free_symbols]
-    if len(varying) != 1 or pieces.names.listed or spec.keep.has(Load):
-        return None
-    (load,) = varying
-    if len(load.indices) != 4 or load.indices[2:] != (I, J):
-        return None
-    b, h = load.indices[:2]
-    return load if b in (0, B) and h in (0, H) else None
-
-
-def _bias_function(spec: ScoreSpec, pieces: Pieces, load: Load) -> str:
-    """What a tile of scores is with its bias, as the program has it: UNIT is 1."""
-    names = pieces.names
-    score = pieces.score.xreplace({load: BIAS})
-    scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, BIAS)}}
-    rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
-    printer = Printer(spec.operands, scope, rows)
-    text = printer.float(score).text
-    arguments = ["s", "bias", "b", "h", "i", "j", *names.inside, *names.flag_parameters]
-    lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
-    return f"@triton.jit\n{wrapped('def biased', arguments, ':')}\n{lines}"
-
 
 # Of rows whose maximum is that far from 0 a score is equal to it, or lower by more than leaves any weight: a fraction
 # of the difference does as well, and the products stay finite.
@@ -591,68 +451,13 @@ WITH_BIAS = """\
 power = tl.where(tl.abs(m_safe) > 1e30, POWER / 4, POWER)
 p = tl.exp2(s * power[:, None] - (m_safe * power)[:, None])"""
 
-START = sympy.Symbol("start", integer=True, nonnegative=True)
-"""The first key of a tile."""
 
-
-@dataclass(frozen=True)
-class Columns:
-    """A score scale * (s + factor * (j - start)) + shift, where the last two are numbers for a whole tile."""
-
-    scale: float
-    factor: sympy.Expr
-    shift: sympy.Expr
-
-
-def columns_of(spec: ScoreSpec, score: sympy.Expr) -> Columns | None:
-    """The score as that; None if it is something else."""
-    cores = [term for term in sympy.Add.make_args(score) if S in term.free_symbols]
-    if len(cores) != 1 or spec.full is not None or template.wide(spec):
-        return None
-    scale, core = cores[0].as_coeff_Mul()
-    rest = sympy.expand(score - cores[0])
-    slope = rest.coeff(J, 1)
-    shift = sympy.expand(rest - slope * J)
-    if core != S or not scale > 0 or slope == 0 or {I, J} & (slope.free_symbols | shift.free_symbols):
-        return None
-    from_first = shift.coeff(codegen.FIRST, 1)
-    if from_first == -slope:  # which is exact
-        moved = slope * (START - codegen.FIRST) + sympy.expand(shift - from_first * codegen.FIRST)
-    else:
-        moved = slope * START + shift
-    return Columns(float(scale), slope / scale, moved)
-
-
-def _column_functions(spec: ScoreSpec, pieces: Pieces, found: Columns) -> list[str]:
-    names = pieces.names
-    scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, START)}}
-    rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
-    made = []
-    for name, value in (("factor", found.factor), ("shift", codegen.times(codegen.UNIT, found.shift))):
-        printer = Printer(spec.operands, scope, rows)
-        arguments = ["start", "b", "h", *names.inside, *names.flag_parameters]
-        text = printer.float(value).text
-        lines = "".join(f"    {line}\n" for line in [*printer.lines, f"return {text}"])
-        made.append(f"@triton.jit\n{wrapped(f'def column_{name}', arguments, ':')}\n{lines}")
-    return made
-
-
-def module(spec: ScoreSpec, pieces: Pieces, variant: Variant = USUAL) -> str:
+def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
-    found = columns_of(spec, pieces.score) if variant.columns else None
-    powers = [_exp2(variant.emulated)] if variant.emulated else []
-    bias = bias_of(spec, pieces) if variant.tiles else None
-    biased = [_bias_function(spec, pieces, bias)] if bias is not None else []
-    functions = [*pieces.functions, *biased, *(_column_functions(spec, pieces, found) if found is not None else [])]
-    parts = [
-        PREAMBLE.format(meaning=template.meaning(spec)),
-        *helpers,
-        *functions,
-        FIXED,
-        *powers,
-        _kernel(spec, pieces, variant),
-    ]
+    functions = [*pieces.functions, *_functions(spec, pieces, variant)]
+    kernel = _kernel(spec, pieces, variant)
+    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, kernel]
     if needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)
@@ -663,6 +468,42 @@ def needs_mean(spec: ScoreSpec) -> bool:
     return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
 
 
+def _functions(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> list[str]:
+    """Those of a variant: a tile of scores with its bias, as the program has it, or what goes by a key's place."""
+    names = pieces.names
+    rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
+    scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, START, BIAS)}}
+
+    def function(name: str, arguments: Sequence[str], value: sympy.Expr) -> str:
+        printer = Printer(spec.operands, scope, rows)
+        text = printer.float(value).text
+        lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
+        signature = wrapped(f"def {name}", [*arguments, *names.inside, *names.flag_parameters], ":")
+        return f"@triton.jit\n{signature}\n{lines}"
+
+    if variant.tiles:
+        return [function("biased", ["s", "bias", "b", "h", "i", "j"], pieces.score.xreplace({_tile_load(spec): BIAS}))]
+    if variant.columns:
+        found = _columns(spec, pieces)
+        return [
+            function("column_factor", ["start", "b", "h"], found.factor),
+            function("column_shift", ["start", "b", "h"], codegen.times(codegen.UNIT, found.shift)),
+        ]
+    return []
+
+
+def _tile_load(spec: ScoreSpec) -> Load:
+    (load,) = (load for load in spec.score.atoms(Load) if J in load.free_symbols)
+    assert isinstance(load, Load)
+    return load
+
+
+def _columns(spec: ScoreSpec, pieces: Pieces) -> Columns:
+    found = columns_of(spec, pieces.score)
+    assert found is not None
+    return found
+
+
 def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     names, forms = pieces.names, pieces.forms
     listed = ["list_ptr", "list_b", "list_h"] if names.listed else []
@@ -670,14 +511,18 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     flags = names.flags
     tiling = ["n", "masked", "evens_at", "x0", "x1", "x2"]
     barriers = ["q_full", "q_empty", "full", "empty"]
-    turns = ["turns"] if variant.turns else []
     smem = ["q_smem", "k_smem", "v_smem"]
     sizes = ["blocks", "heads", "lq", "lk", "total"]
     constants = ["ROWS", "KEYS", "STAGES"]
     layouts = ["S_MMA", "O_MMA"]
     where = ["b", "h", "i", "offs_n", "start", "lk"]
-    inside = [*names.inside, *names.evens]
     more = ["EVEN"] if names.evens else []
+    turns = ["turns"] if variant.turns else []
+    places = ["places"] if variant.columns else []
+    memory = ["bias_smem", "bias_full", "bias_empty"] if variant.tiles else []
+    bias_desc, bias = (["bias_desc"], ["bias"]) if variant.tiles else ([], [])
+    early = spec.keep.has(Load)
+    kept = ["kept"] if early else []
 
     def define(name: str, arguments: Sequence[str], constant: Sequence[str] = ()) -> str:
         return wrapped(f"def {name}", [*arguments, *(f"{x}: gl.constexpr" for x in constant)], ":")
@@ -688,34 +533,28 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
 
     bounds = ["b", "h", "block", "lq", "lk", *names.scalars, *listed]
     tile = ["t", *tiling, *listed[:1]]
-    softmax = ["s", "m", *where, *inside]
+    softmax = ["s", "m", *where, *names.inside, *names.evens, *bias, *kept]
     advance = [
         "t", "step", "p", "acc", "alpha", "m", "l", "q", *smem[1:], "full", "empty", *tiling, "b", "h", "i", "offs_n",
-        "lk", *names.inside, *listed[:1],
+        "lk", *names.inside, *listed[:1], *turns, *(["factors", *places] if places else []), *memory,
+        *(["bias_step"] if memory else []), *(["w"] if turns or memory else []),
     ]  # fmt: skip
-    if variant.turns:
-        advance += ["w", *turns]
-    found = columns_of(spec, pieces.score) if variant.columns else None
-    places = ["places"] if found is not None else []
-    advance += ["factors", *places] if places else []
-    bias = bias_of(spec, pieces) if variant.tiles else None
-    memory = ["bias_smem", "bias_full", "bias_empty"] if bias is not None else []
-    tile_of_bias = ["bias"] if bias is not None else []
-    softmax += tile_of_bias
-    if bias is not None:
-        advance += [*memory, "bias_step", *([] if variant.turns else ["w"])]
     if "first" not in advance:
         advance.append("first")
-    consume = ["w", *smem, *barriers, *turns, *places, *memory, *sizes, "out_ptr", "lse_ptr", *own]
-    described = ["q_desc", "k_desc", "v_desc", *(["bias_desc"] if bias is not None else [])]
+    consume = [*smem, *barriers, *turns, *places, *memory, *sizes, "out_ptr", "lse_ptr", *own]
+    described = ["q_desc", "k_desc", "v_desc", *bias_desc]
     produce = [*described, *smem, *barriers, *memory, *sizes, "group", *names.scalars, *listed]
     pointers = [*described, "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
     kernel = [*pointers, *sizes, "group", *names.strides, *names.scalars, *listed[1:]]
 
-    def advanced(masked: bool, even: bool) -> str:
-        kinds = [str(masked), *([str(even)] if more else [])]
+    def softmaxed(given: dict[str, str], masked: str, even: str, depth: int) -> str:
+        return call("softmax", [*(given.get(x, x) for x in softmax), *flags, masked, *([even] if more else [])], depth)
+
+    def loop(start: str, end: str, masked: bool, even: bool) -> str:
         given = ["step - turn + 1" if x == "bias_step" else x for x in advance]
-        return call("advance", [*given, *constants, *flags, *layouts, *kinds], 4)
+        kinds = [str(masked), *([str(even)] if more else [])]
+        advanced = call("advance", [*given, *constants, *flags, *layouts, *kinds], 0)
+        return f"for t in range({start}, {end}):\n    p, acc, alpha, m, l = {advanced}\n    step += 1"
 
     evens = names.evens
     ahead: list[str] = []
@@ -724,18 +563,6 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         values = zip(evens, forms.even_values, strict=True)
         read = [*forms.even_lines, *(f"{name} = {value}" for name, value in values)]
         ahead = ["if EVEN:", "    ahead = start", *(f"    {x}" for x in read), "else:", *(f"    {x}" for x in ahead)]
-    first_step = [
-        "s",
-        "m",
-        *where,
-        *names.inside,
-        *("0.0" for _ in evens),
-        *tile_of_bias,
-        *flags,
-        "True",
-        *(["False"] if more else []),
-    ]
-    lse = template.lse(forms, names)
     sink, initial = "", 'gl.full([M], float("-inf"), gl.float32, S_ROW)'
     if spec.sink is not None:
         arguments = ", ".join(["b", "h", "row", *names.outside, *flags])
@@ -751,133 +578,92 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     dead = "l = tl.where(l == 0.0, 1.0, l)" if spec.dead == "zero" and spec.sink is None else ""
     if needs_mean(spec):
         dead = "l = tl.where(l == 0.0, 1.0, l)  # such rows are filled later"
-    loops = [
-        _loop("1", "masked", advanced(True, False), False),
-        _loop("gl.maximum(masked, 1)", "evens_at", advanced(False, False), variant.twice),
-    ]
+    loops = [loop("1", "masked", True, False), loop("gl.maximum(masked, 1)", "evens_at", False, False)]
     if evens:
-        loops.append(_loop("gl.maximum(evens_at, 1)", "n", advanced(False, True), variant.twice))
-    take_turn, give_turn = "", ""
-    if variant.turns:
-        # The first is let in by the phase that a new barrier is not in.
-        take_turn = "mbarrier.wait(turns.index(w), (step & 1) ^ (w == 0))"
-        give_turn = f"mbarrier.arrive(turns.index((w + 1) % {variant.warpgroups}), count=1)"
-    bounded = variant.bounded and is_bounded(spec, pieces)
-    rescale = "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]"
-    rescale_sum = "l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]"
-    alpha = "alpha = tl.exp2((m - m_safe) * POWER)"
-    if bounded:
-        rescale, rescale_sum, alpha = "", "", "alpha = m"
-        initial = "gl.zeros([M], gl.float32, S_ROW)"
-    early = variant.early and spec.keep.has(Load)
-    kept = ""
+        loops.append(loop("gl.maximum(evens_at, 1)", "n", False, True))
+    given = [*consume, *constants, *flags, "DV", "HEADS_FIRST"]
+    groups = variant.warpgroups
+    texts = {
+        "locate": define("locate", ["work", "blocks", "heads", "total"]),
+        "place": _place(spec, names),
+        "bounds": define("bounds", bounds, ["ROWS", "KEYS"]),
+        "bounds_body": _bounds(spec, names),
+        "tile": define("tile", tile, ["KEYS"]),
+        "tile_body": _tile(names),
+        "produce": define("produce", produce, constants),
+        "call_bounds": call("bounds", [*bounds, "ROWS", "KEYS"], 2),
+        "call_tile_produced": call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
+        "softmax": define("softmax", softmax, [*flags, "MASKED", *more]),
+        "softmax_body": _softmax(spec, pieces, variant),
+        "power": template.POWER,
+        "alpha": "alpha = tl.exp2((m - m_safe) * POWER)",
+        "advance": define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
+        "call_tile": call("tile", [*tile, "KEYS"], 1),
+        "ahead": "\n".join(ahead),
+        "call_softmax": softmaxed({"kept": "None"}, "MASKED", "EVEN", 1),
+        "rescale": "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]",
+        "rescale_sum": "l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]",
+        "consume": define("consume", ["w", *consume], [*constants, *flags, "DV", "HEADS_FIRST"]),
+        "rows": "\n".join(pieces.row_lines),
+        "initial": initial,
+        "call_tile_first": call("tile", ["0", *tile[1:], "KEYS"], 2),
+        "call_softmax_first": softmaxed(dict.fromkeys(evens, "0.0"), "True", "False", 2),
+        "loops": "\n".join(loops),
+        "sink": sink,
+        "lse": template.lse(forms, names),
+        "dead": dead,
+        "unspecialized": repr([*sizes, "group", *names.scalars, *listed[1:]]),
+        "kernel": define("attention_forward", kernel, [*constants, *flags, "DV", "HEADS_FIRST", "REGISTERS"]),
+        "consumers": "\n".join(_partition("consume", [str(w), *given]) for w in range(groups)),
+        "producer": _partition("produce", [*produce, *constants]),
+        "groups": str(groups),
+        "warps": repr([4] * (groups - 1) + [1]),
+        "registers": f"[{', '.join(['REGISTERS'] * (groups - 1))}, 24]",
+        "leave": "mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)",
+    }
+    # What only some have.
+    texts |= dict.fromkeys(("leave_first", "take_turn", "give_turn", "turns", "turns_init"), "")
+    texts |= dict.fromkeys(("factors", "places", "add_columns", "kept"), "")
+    texts |= dict.fromkeys(("produce_bias", "read_bias", "read_bias_first", "bias_memory", "bias_init"), "")
     if early:
         site = ", ".join(["b", "h", "i", "gl.minimum(start + offs_n, lk - 1)", *names.inside, *flags])
-        kept = f"kept = keep({site}) & (start + offs_n < lk)"
-    leave = "mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)"
-    add_columns, factors = "", ""
-    if found is not None:
-        add_columns = "s_ = warpgroup_mma(factors, places.permute((1, 0)), s_, is_async=True)"
-        factors = FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))
-    number = BIAS_STAGES * variant.warpgroups
-    produce_bias, read_bias, bias_memory, bias_init = "", "", "", ""
-    if bias is not None:
-        about = {"stages": BIAS_STAGES, "groups": variant.warpgroups}
-        produce_bias = PRODUCE_BIAS.format(b=bias.indices[0], h=bias.indices[1], **about)
-        read_bias = READ_BIAS.format(**about)
-        bias_memory, bias_init = BIAS_MEMORY.format(number=number), BIAS_INIT.format(number=number)
-    given = [*consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]
-    made = [_arguments([str(w), *given]) for w in range(variant.warpgroups)]
-    others = variant.warpgroups - 1
-    return KERNEL.format(
-        locate=define("locate", ["work", "blocks", "heads", "total"]),
-        place=_indented(_place(spec, variant.backwards and names.listed)),
-        bounds=define("bounds", bounds, ["ROWS", "KEYS"]),
-        bounds_body=_indented(_bounds(spec, names)),
-        tile=define("tile", tile, ["KEYS"]),
-        tile_body=_indented(_tile(names)),
-        produce=define("produce", produce, constants),
-        call_bounds=call("bounds", [*bounds, "ROWS", "KEYS"], 2),
-        call_tile_produced=call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
-        softmax=define("softmax", softmax, [*flags, "MASKED", *more]).replace("):", ", kept):" if early else "):"),
-        softmax_body=_indented(_softmax(spec, pieces, variant, found)),
-        power=template.POWER,
-        advance=define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
-        call_tile=call("tile", [*tile, "KEYS"], 1),
-        ahead=_indented("\n".join(ahead)),
-        call_softmax=call("softmax", [*softmax, *flags, "MASKED", *more, *(["None"] if early else [])], 1),
-        consume=define("consume", consume, [*constants, *flags, "DV", "HEADS_FIRST"]),
-        rows=_indented("\n".join(pieces.row_lines), 2),
-        initial=initial,
-        call_tile_first=call("tile", ["0", *tile[1:], "KEYS"], 2),
-        call_softmax_first=call("softmax", [*first_step, *(["kept"] if early else [])], 2),
-        loops=_indented("\n".join(loops), 2),
-        sink=_indented(sink, 2),
-        lse=lse,
-        dead=_indented(dead, 2),
-        unspecialized=repr([*sizes, "group", *names.scalars, *listed[1:]]),
-        kernel=define("attention_forward", kernel, [*constants, *flags, "DV", "HEADS_FIRST", "REGISTERS"]),
-        consumers="\n    )), (consume, (\n".join(made),
-        producer=_arguments([*produce, *constants]),
-        groups=variant.warpgroups,
-        warps=repr([4] * others + [1]),
-        registers=f"[{', '.join(['REGISTERS'] * others)}, 24]",
-        produce_bias=_indented(produce_bias, 3),
-        read_bias=_indented(read_bias),
-        read_bias_first=_indented(f"bias_step = step - turn\n{read_bias}" if read_bias else "", 2),
-        bias_memory=_indented(bias_memory),
-        bias_init=_indented(bias_init),
-        rescale=_indented(rescale),
-        rescale_outside=_indented(rescale, 2),
-        rescale_sum=_indented(rescale_sum),
-        alpha=_indented(alpha),
-        kept=_indented(kept, 2),
-        add_columns=_indented(add_columns),
-        add_columns_outside=_indented(add_columns, 2),
-        factors=_indented(factors, 2),
-        places=_indented(PLACES if found is not None else ""),
-        leave="" if variant.turns else _indented(leave),
-        take_turn=_indented(f"{leave}\n{take_turn}" if variant.turns else ""),
-        give_turn=_indented(give_turn),
-        take_turn_outside=_indented(take_turn, 2),
-        give_turn_outside=_indented(give_turn, 2),
-        turns=_indented(
-            f"turns = gl.allocate_shared_memory(gl.int64, [{variant.warpgroups}, 1], mbarrier.MBarrierLayout())"
-            if variant.turns
-            else ""
-        ),
-        turns_init=_indented("mbarrier.init(turns.index(w), count=1)" if variant.turns else "", 2),
-    )
+        texts["kept"] = f"kept = keep({site}) & (start + offs_n < lk)  # which nothing has to wait for"
+    if variant.turns:
+        texts |= {name: text.format(groups=groups) for name, text in TURNS.items()}
+        texts |= {"leave_first": texts["leave"], "leave": ""}
+    if variant.columns:
+        texts |= {"factors": FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))}
+        texts |= {"places": PLACES, "add_columns": ADD_COLUMNS}
+    if variant.bounded:
+        texts |= {"initial": f"gl.full([M], {REFERENCE}, gl.float32, S_ROW)", "alpha": "alpha = m  # not used"}
+        texts |= {"rescale": "", "rescale_sum": ""}
+    if variant.tiles:
+        b, h, *_ = place_of(_tile_load(spec))
+        about = {"stages": BIAS_STAGES, "groups": groups, "number": BIAS_STAGES * groups, "b": b, "h": h}
+        texts |= {name: text.format(**about) for name, text in TILES.items()}
+        texts["read_bias_first"] = f"bias_step = step - turn\n{texts['read_bias']}"
+    return _filled(KERNEL, texts)
 
 
-def _loop(start: str, end: str, call: str, twice: bool) -> str:
-    """Over tiles from start to end."""
-    step = f"p, acc, alpha, m, l = {call}\nstep += 1"
-    if not twice:
-        return f"for t in range({start}, {end}):\n{_indented(step)}"
-    return "\n".join(
-        [
-            f"t_first = {start}",
-            f"pairs = gl.maximum({end} - t_first, 0) // 2",
-            "for pair in range(pairs):",
-            "    t = t_first + 2 * pair",
-            _indented(step),
-            "    t += 1",
-            _indented(step),
-            "t = t_first + 2 * pairs",
-            f"if t < {end}:",
-            _indented(step),
-        ]
-    )
+def _filled(text: str, parts: Mapping[str, str]) -> str:
+    """A template with its parts. One that has a line for itself is indented as that is; an empty one takes it away."""
+    lines = []
+    for line in text.split("\n"):
+        name = line.strip()[1:-1]
+        if line.strip() != f"{{{name}}}" or name not in parts:
+            lines.append(line.format(**parts))
+        elif parts[name]:
+            lines.append(textwrap.indent(parts[name], line[: line.index("{")]))
+    return "\n".join(lines)
 
 
-def _place(spec: ScoreSpec, backwards: bool) -> str:
+def _place(spec: ScoreSpec, names: template.Names) -> str:
     lines = ["b = work // blocks // heads", "h = work // blocks % heads"]
     if template._batches_share(spec):
         # All batches load the same tile of the bias: one after the other.
         batch = "batch = total // (blocks * heads)"
         lines = [batch, "b = work % batch", "work = work // batch", "h = work // blocks"]
-    if backwards or (spec.keep != sympy.true and spec.band.upper is not None):
+    if spec.keep != sympy.true and (names.listed or spec.band.upper is not None):
         return "\n".join([*lines, "block = blocks - 1 - work % blocks  # the last rows see most keys: start with them"])
     return "\n".join([*lines, "block = work % blocks"])
 
@@ -942,56 +728,48 @@ def _tile(names: template.Names) -> str:
     return "start = (n - 1 - t) * KEYS"
 
 
-def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant, columns: Columns | None) -> str:
+def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     names, forms = pieces.names, pieces.forms
     site = ", ".join(["b", "h", "i", "j", *names.inside, *names.flags])
-    highest = "highest(s)" if variant.tree else "gl.max(s, 1)"
+    highest = "gl.max(s, 1)"
     lines = ["column = start + offs_n", "j = column", "if MASKED:", "    j = gl.minimum(j, lk - 1)"]
-    masks = ["if MASKED:"]
     seen = "column < lk" if spec.keep == sympy.true else f"keep({site}) & (column < lk)"
-    if variant.early and spec.keep.has(Load):
-        masks += [
+    masks = ["if MASKED:", f'    s = gl.where({seen}, s, float("-inf"))']
+    if spec.keep.has(Load):
+        masks = [
+            "if MASKED:",
             "    if kept is None:",
-            f'        s = gl.where({seen}, s, float("-inf"))',
-            "    else:",
-            '        s = gl.where(kept, s, float("-inf"))',
+            f"        kept = {seen}",
+            '    s = gl.where(kept, s, float("-inf"))',
         ]
-    else:
-        masks.append(f'    s = gl.where({seen}, s, float("-inf"))')
-    usual = [
-        *template.scores(spec, forms.usual, site),
-        *masks,
-        *template.softmax(forms.usual, site, highest=highest),
-    ]
-    if columns is not None:
+    scores = template.scores(spec, forms.usual, site)
+    weights = template.softmax(forms.usual, site, highest=highest)
+    if variant.columns:
         shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
-        form = template.Form(columns.scale, shifted=True)
-        usual = [*masks, *template.softmax(form, shift, "column_", highest=highest)]
-    if variant.tiles and bias_of(spec, pieces) is not None:
-        *safe, _ = template.softmax(template.Form(), site, highest=highest)
-        usual = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})", *masks, *safe, *WITH_BIAS.splitlines()]
-    if variant.bounded and is_bounded(spec, pieces):
-        scale = f"({forms.usual.scale!r} * UNIT * POWER)"
-        usual = [*template.scores(spec, forms.usual, site), *masks, "m_new = m", f"p = tl.exp2(s * {scale})"]
-    if variant.emulated:
-        usual = [line.replace("p = tl.exp2(", "p = exp2(") for line in usual]
+        form = template.Form(_columns(spec, pieces).scale, shifted=True)
+        scores, weights = [], template.softmax(form, shift, "column_", highest=highest)
+    if variant.bounded:
+        weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
+    if variant.tiles:
+        *maximum, _ = template.softmax(template.Form(), site, highest=highest)
+        scores, weights = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"], [*maximum, WITH_BIAS]
+    usual = "\n".join([*scores, *masks, *weights])
     if forms.even is None:
-        return "\n".join([*lines, *usual])
+        return "\n".join([*lines, usual])
     with_evens = ", ".join([site, *names.evens])
-    even = [
-        *template.scores(spec, forms.even, with_evens, "even_"),
-        *template.softmax(forms.even, with_evens, "even_", highest=highest),
-    ]
-    if variant.emulated:
-        even = [line.replace("p = tl.exp2(", "p = exp2(") for line in even]
-    return "\n".join([*lines, "if EVEN:", *(f"    {x}" for x in even), "else:", *(f"    {x}" for x in usual)])
-
-
-def _indented(text: str, depth: int = 1) -> str:
-    return textwrap.indent(text, "    " * depth)
-
-
-def _arguments(names: Sequence[str]) -> str:
-    return textwrap.fill(
-        ", ".join(names), template.WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
+    even = "\n".join(
+        [
+            *template.scores(spec, forms.even, with_evens, "even_"),
+            *template.softmax(forms.even, with_evens, "even_", highest=highest),
+        ]
     )
+    return "\n".join([*lines, "if EVEN:", _indented(even), "else:", _indented(usual)])
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "    ")
+
+
+def _partition(function: str, arguments: Sequence[str]) -> str:
+    """What a part of a program's warps runs."""
+    return textwrap.indent(wrapped("", [*arguments]), " " * 8).strip()

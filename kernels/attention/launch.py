@@ -122,7 +122,7 @@ def tile_sizes(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: 
     if device.type == "cpu":
         return INTERPRETED.block_m, INTERPRETED.block_n
     if always_listed(key, device, dtype, dq, dv):
-        return launch_hopper.usual(key, dtype, dq).rows, hopper.KEYS
+        return hopper.ROWS, hopper.KEYS
     tiles = choose(device_generation(device), dtype, dq, dv, lq)
     return tiles.block_m, tiles.block_n
 

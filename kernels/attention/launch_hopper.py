@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, hopper, lists
+from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists
+from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.site import ScoreSpec
@@ -41,17 +42,17 @@ def _made_of(key: str) -> tuple[ScoreSpec, codegen.Pieces]:
 
 @functools.cache
 def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
-    return hopper.why_not(*_made_of(key), dtype, dq, dv, usual(key, dtype, dq))
+    return hopper.why_not(*_made_of(key), dtype, dq, dv)
 
 
 @functools.cache
-def usual(key: str, dtype: torch.dtype, dq: int) -> hopper.Variant:
-    """How the kernel is written for such a site."""
-    return hopper.usual(*_made_of(key), dtype, hopper.columns(min(dq, hopper.HEAD_DIMS[-1])))
+def usual(key: str, dtype: torch.dtype, dq: int) -> Variant:
+    """How the kernel is written for a site that it takes."""
+    return hopper_variant.usual(*_made_of(key), dtype, hopper.columns(dq))
 
 
 @functools.cache
-def _why_no_module(key: str, variant: hopper.Variant) -> str | None:
+def _why_no_module(key: str, variant: Variant) -> str | None:
     """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
     try:
         _module(key, variant)
@@ -62,7 +63,7 @@ def _why_no_module(key: str, variant: hopper.Variant) -> str | None:
 
 
 @functools.cache
-def _module(key: str, variant: hopper.Variant) -> Any:
+def _module(key: str, variant: Variant) -> Any:
     text = hopper.module(*_made_of(key), variant)
     return cache.load(cache.store(text), f"xfcompile_attention_hopper_{cache.key_of(text)}")
 
@@ -73,14 +74,23 @@ def suits(
     """Whether the kernel takes these tensors. listed: sizes of the tiles in lists, if there are any."""
     if q.shape[2] < FEW_QUERIES or why_not(prepared, q.device, q.dtype, q.shape[3], v.shape[3]) is not None:
         return False
-    chosen = usual(prepared.key, q.dtype, q.shape[3])
-    if prepared.mask is not None and listed != (chosen.rows, hopper.KEYS):
+    if prepared.mask is not None and listed != (hopper.ROWS, hopper.KEYS):
         return False
-    if chosen.tiles:
-        bias = hopper.bias_of(*_made_of(prepared.key))
-        if bias is None or not described(operands[bias.operand][..., : q.shape[2], : k.shape[2]]):
-            return False
-    return all(described(x) for x in (q, k, v))
+    n = _bias_in_tiles(prepared.key, usual(prepared.key, q.dtype, q.shape[3]), q.dtype)
+    biases = [] if n is None else [seen(operands[n], q.shape[2], k.shape[2])]
+    return all(described(x) for x in (q, k, v, *biases))
+
+
+@functools.cache
+def _bias_in_tiles(key: str, variant: Variant, dtype: torch.dtype) -> int | None:
+    """Which operand is loaded by TMA, if one is."""
+    bias = hopper_variant.tile_of(*_made_of(key), dtype) if variant.tiles else None
+    return None if bias is None else int(bias.operand)
+
+
+def seen(bias: Tensor, lq: int, lk: int) -> Tensor:
+    """What of a bias is as large as the scores, in four dimensions: of a larger one nothing else is read."""
+    return bias[(None,) * (4 - bias.ndim)][..., :lq, :lk]
 
 
 def described(x: Tensor) -> bool:
@@ -102,7 +112,7 @@ class Hopper:
         flags: Mapping[str, Any],
         heads_first: bool,
         operands: Sequence[Tensor] = (),
-        variant: hopper.Variant | None = None,
+        variant: Variant | None = None,
     ) -> None:
         variant = variant or usual(prepared.key, q.dtype, q.shape[3])
         batch, heads, lq, dq = q.shape
@@ -111,26 +121,20 @@ class Hopper:
         blocks = -(-lq // variant.rows)
         total = batch * heads * blocks
         columns = hopper.columns(dq)
-        constants: dict[str, Any] = {
-            "ROWS": variant.rows,
-            "KEYS": hopper.KEYS,
-            "STAGES": variant.tiles_of(columns),
-        }
+        constants: dict[str, Any] = {"ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.stages}
         constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": variant.registers}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
-        loaded = [[1, 1, rows, columns] for rows in (variant.rows // variant.warpgroups, hopper.KEYS, hopper.KEYS)]
+        rows = variant.rows // variant.warpgroups
+        loaded = [[1, 1, n, columns] for n in (rows, hopper.KEYS, hopper.KEYS)]
         described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
-        bias = hopper.bias_of(*_made_of(prepared.key)) if variant.tiles else None
-        self.bias = None if bias is None else int(bias.operand)
+        self.bias = _bias_in_tiles(prepared.key, variant, q.dtype)
         if self.bias is not None:
-            block = [1, 1, variant.rows // variant.warpgroups, hopper.KEYS]
-            # As large as the scores: of a larger one nothing else is read.
-            described.append(described_for_gluon(operands[self.bias][..., :lq, :lk], block))
-            constants["UNIT"] = 1.0
-        number = total
+            described.append(described_for_gluon(seen(operands[self.bias], lq, lk), [1, 1, rows, hopper.KEYS]))
+            constants["UNIT"] = 1.0  # scores are as the program has them
+        programs = total
         if variant.persistent:
-            number = min(total, torch.cuda.get_device_properties(q.device).multi_processor_count)
-        self.launch = Launch(module.attention_forward, number, numbers, constants, {"num_warps": 4}, described)
+            programs = min(total, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        self.launch = Launch(module.attention_forward, programs, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
             sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64, "HEADS_FIRST": heads_first}

@@ -170,8 +170,7 @@ def _launches(
     strides = [stride for operand in operands for stride in operand.stride()]
     kernels = _kernels(prepared.key, made.device.type == "cpu")
     together = 1 if prepared.single else TILES_A_PROGRAM
-    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": together}
-    sizes |= {"WIDE_M": _power(block_m), "SPAN": _power(block_m + block_n)}
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TILES": together, "SPAN": _power(block_m + block_n)}
     programs = batch * heads * rows
     warps = 8 if prepared.single and block_m * block_n > MANY_ELEMENTS else 4
     numbers = [heads, *shape[2:], *strides]
