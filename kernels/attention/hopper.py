@@ -772,4 +772,5 @@ def _indented(text: str) -> str:
 
 def _partition(function: str, arguments: Sequence[str]) -> str:
     """What a part of a program's warps runs."""
-    return textwrap.indent(wrapped("", [*arguments]), " " * 8).strip()
+    listed = textwrap.fill(", ".join(arguments), template.WIDTH - 12, break_long_words=False)
+    return f"({function}, (\n{_indented(listed)},\n)),"
