@@ -1,9 +1,9 @@
-"""Times attention's forward kernel for Hopper, written in several ways: what the default of `hopper.Variant` rests on.
+"""Times attention's forward kernel for Hopper, written in several ways: what the table of `hopper_variant` rests on.
 
     python examples/bench_hopper_attention.py --out examples/results/hopper_attention.json --processes 15
 
 Needs a Hopper GPU. Times are of the kernel alone, by events, in ms, in bf16: the median of samples that take turns.
-"today" is what is launched by default, with its lists of tiles; "cuDNN" is SDPA's, without a mask and without a bias,
+"default" is what is launched by default, with its lists of tiles; "cuDNN" is SDPA's, without a mask and without a bias,
 to compare with. Errors are the largest of some heads' outputs and log-sum-exps, against fp64. In a first pass the
 kernels are compiled by so many processes, in a second one they are timed.
 """
@@ -11,6 +11,8 @@ kernels are compiled by so many processes, in a second one they are timed.
 from __future__ import annotations
 
 import argparse
+import datetime
+import itertools
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from rich.table import Table
 
 from xfcompile.bench.programs import CAP, Program, Sizes, programs, tensors
 from xfcompile.kernels.attention import hopper, launch, launch_hopper, lists, prepare, template
-from xfcompile.kernels.attention.hopper import Variant
+from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import Operand, ScoreSpec
 
@@ -45,57 +47,32 @@ HEADS = ((0, 0), (1, 5), (3, -1))
 
 NAMES = ("no mask", "key padding", "ALiBi", "soft-cap", "causal from a buffer", "T5 bias", "dense bias")
 
-TWO = {
-    "2": Variant(),
-    "2 turns": Variant(turns=True),
-    "2 turns tree": Variant(turns=True, tree=True),
-    "2 twice": Variant(twice=True),
-    "2 persistent": Variant(persistent=True),
-    "2 turns persistent": Variant(turns=True, persistent=True),
-}
-THREE = {
-    "3": Variant(3),
-    "3 turns": Variant(3, turns=True),
-    "3 turns tree": Variant(3, turns=True, tree=True),
-    "3 turns persistent": Variant(3, turns=True, persistent=True),
-}
-MORE = {
-    "2 tree": Variant(tree=True),
-    "2 turns twice": Variant(turns=True, twice=True),
-    "2 turns emulated 1": Variant(turns=True, emulated=1),
-    "3 turns emulated 1": Variant(3, turns=True, emulated=1),
-    "3 turns emulated 2": Variant(3, turns=True, emulated=2),
-}
-
-
-def having(variants: dict[str, Variant], **fields: Any) -> dict[str, Variant]:
-    words = " ".join(name if value is True else f"{name} {value}" for name, value in fields.items())
-    return {f"{name} {words}": replace(variant, **fields) for name, variant in variants.items()}
+LISTED = ("key padding", "causal from a buffer", "T5 bias")
+FEATURES = {"ALiBi": "columns", "soft-cap": "bounded", "dense bias": "tiles"}
+"""What the score of a program allows."""
 
 
 def variants(name: str, dim: int) -> dict[str, Variant]:
-    """By name, those that a program is timed with."""
-    all_of_them = TWO | (THREE if dim == 64 else {})
-    best = {key: v for key, v in all_of_them.items() if key != "3" and "persistent" not in key}
-    if name == "no mask":
-        return all_of_them | {key: v for key, v in MORE.items() if v.warpgroups == 2 or dim == 64}
-    if name == "ALiBi":
-        # Of 128 columns three stages leave no room for the places of keys.
-        fields = {"columns": True, **({} if dim == 64 else {"stages": 2})}
-        return {"2": Variant()} | having(all_of_them, **fields)
-    if name == "soft-cap":
-        few = {key: v for key, v in all_of_them.items() if key in ("2", "2 turns", "3 turns", "3 turns persistent")}
-        bounded = {key: v for key, v in all_of_them.items() if "tree" not in key and key != "3"}
-        emulated = having(few, bounded=True, emulated=2) | having(few, bounded=True, emulated=4)
-        return few | having(bounded, bounded=True) | emulated
-    if name == "causal from a buffer":
-        few = {key: best[key] for key in ("2", "2 turns", "2 twice")}
-        return few | having(best, backwards=True) | having(few, backwards=True, early=True)
-    if name == "dense bias":
-        two = {key: v for key, v in all_of_them.items() if v.warpgroups == 2}
-        three = {key: v for key, v in all_of_them.items() if v.warpgroups == 3 and v.turns}
-        return having(two, tiles=True) | having(three, stages=3, tiles=True)
-    return all_of_them if name == "key padding" else best
+    """By their fields, those that a program is timed with."""
+    feature = FEATURES.get(name)
+    # Lists are of 128 rows, and of 128 columns three warpgroups have too few registers.
+    groups = (2,) if dim == 128 or name in LISTED else (2, 3)
+    flags = (False, True)
+    made: dict[str, Variant] = {}
+    for has, warpgroups, turns, persistent in itertools.product(flags if feature else (False,), groups, flags, flags):
+        if name == "dense bias" and not has:
+            continue
+        named = {"turns": turns, "persistent": persistent, **({feature: True} if feature and has else {})}
+        words = [str(warpgroups), *(word for word, value in named.items() if value)]
+        made[" ".join(words)] = Variant(stages(dim, warpgroups, named), warpgroups, **named)
+    return made
+
+
+def stages(dim: int, warpgroups: int, named: Mapping[str, bool]) -> int:
+    """As many as there is room for."""
+    if dim == 128:
+        return 2 if "tiles" in named or "columns" in named else 3
+    return 3 if "tiles" in named and warpgroups == 3 else 4
 
 
 def program(name: str) -> Program:
@@ -171,7 +148,7 @@ class Case:
         if self.prepared.mask is not None:
             arguments = launch.mask_values(self.prepared, self.operands, [])
             shape = (*q.shape[:3], k.shape[2])
-            tiles = lists.run(q, *arguments, shape, variant.rows, hopper.KEYS, self.prepared.mask)
+            tiles = lists.run(q, *arguments, shape, hopper.ROWS, hopper.KEYS, self.prepared.mask)
 
         def run() -> tuple[torch.Tensor, torch.Tensor]:
             kernel(q, k, v, out, lse, self.operands, [], tiles)
@@ -180,11 +157,11 @@ class Case:
         return run
 
     def lists(self) -> Callable[[], Any]:
-        """Makes the lists of tiles, of which "today" makes some for each call."""
+        """Makes the lists of tiles, of which "default" makes some for each call."""
         mask, (q, k, _) = self.prepared.mask, self.qkv
         assert mask is not None
         arguments = launch.mask_values(self.prepared, self.operands, [])
-        return lambda: lists.run(q, *arguments, (*q.shape[:3], k.shape[2]), 128, hopper.KEYS, mask)
+        return lambda: lists.run(q, *arguments, (*q.shape[:3], k.shape[2]), hopper.ROWS, hopper.KEYS, mask)
 
     def cudnn(self) -> Callable[[], Any]:
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -223,7 +200,7 @@ def measured(name: str, sizes: Sizes, only: str | None, marks: Path | None) -> l
     calls: list[Callable[[], Any]] = []
     usual = None
     wanted = {key: v for key, v in variants(name, sizes.dim).items() if only is None or only in key}
-    for key, variant in {"today": None, **wanted}.items():
+    for key, variant in {"default": None, **wanted}.items():
         about = {"program": name, "dim": sizes.dim, "variant": key}
         if marks is not None and state(marks, name, sizes, key) != "ok":
             print(f"{name} D{sizes.dim} {key}: was not compiled: {state(marks, name, sizes, key)}", flush=True)
@@ -280,7 +257,7 @@ def compile_part(part: int, of: int, jobs: Sequence[tuple[str, Sizes]], only: st
     wanted = [
         (name, sizes, key, variant)
         for name, sizes in jobs
-        for key, variant in {"today": None, **variants(name, sizes.dim)}.items()
+        for key, variant in {"default": None, **variants(name, sizes.dim)}.items()
         if only is None or only in key or variant is None
     ]
     for name, sizes, key, variant in wanted[part::of]:
@@ -348,8 +325,9 @@ def main() -> None:
         torch.cuda.empty_cache()
         if options.out:
             found = {
-                "hardware": torch.cuda.get_device_name(), "python": platform.python_version(),
-                "torch": torch.__version__, "triton": triton.__version__, "rows": rows,
+                "date": str(datetime.date.today()), "hardware": torch.cuda.get_device_name(),
+                "python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__,
+                "rows": rows,
             }  # fmt: skip
             options.out.write_text(json.dumps(found, indent=1) + "\n")
     show(rows)

@@ -133,7 +133,10 @@ class Hopper:
             constants["UNIT"] = 1.0  # scores are as the program has them
         programs = total
         if variant.persistent:
-            programs = min(total, torch.cuda.get_device_properties(q.device).multi_processor_count)
+            # That are of equal sizes: where tiles are listed, those of one sequence.
+            pieces = total if prepared.mask is None else heads * blocks
+            processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+            programs = processors if pieces > processors else total
         self.launch = Launch(module.attention_forward, programs, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
