@@ -57,18 +57,18 @@ SHARES = {
         Share(2048, 256, 4, 3, 2048),
         Share(4096, 256, 8, 3, 4096),
         Share(2048, 512, 4, 1, 8192),
-        Share(2048, 1024, 4, 3, 4096),
+        Share(2048, 256, 4, 3, 4096),
     ],
     "backward": [
         Share(2048, 256, 4, 1, 2048),
         Share(2048, 256, 4, 3, 4096),
         Share(2048, 256, 4, 2, 2048),
         Share(1024, 256, 4, 3, 2048),
-        Share(2048, 256, 4, 3, 2048, 64),
+        Share(2048, 256, 4, 3, 2048),
         Share(1024, 256, 4, 2, 4096),
         Share(4096, 256, 8, 3, 1024),
         Share(2048, 512, 4, 3, 2048),
-        Share(1024, 128, 4, 3, 2048),
+        Share(2048, 128, 4, 3, 2048),
     ],
 }
 
@@ -188,7 +188,6 @@ def measured(work: list[Job], rows: int, device: str, end: float) -> Iterator[di
         share = moved / ms / 1e6 / copies[moved]
         s = job.share
         tile = f"{s.elements} by {s.widest}, {s.num_warps} warps, {s.stages} stages, {s.programs} programs"
-        tile += f", {s.registers} registers" if s.registers else ""
         sums = "" if job.sums else ", no sums"
         print(f"{job.formula:22} {job.kernel}{sums} {job.n:6} {ms:7.4f} ms {share:6.1%} of a copy  {tile}", flush=True)
         yield {**about, "ms": ms, "copy_gb_s": copies[moved], "of_a_copy": share}

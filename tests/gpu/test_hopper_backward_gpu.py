@@ -56,7 +56,7 @@ def frozen(x: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backward_cases.floating", lambda x: [])
 
 
-SURE = {"plain", "causal", "bottom_right", "chunks", "padding_mean", "padding_zero", "sink", "far_rows", "far_keys"}
+SURE = {"plain", "causal", "bottom_right", "padding_mean", "padding_zero", "sink"}
 """Cases that this kernel has to take."""
 
 
