@@ -114,7 +114,7 @@ class Hopper:
         operands: Sequence[Tensor] = (),
         variant: Variant | None = None,
     ) -> None:
-        variant = variant or usual(prepared.key, q.dtype, q.shape[3])
+        self.variant = variant = variant or usual(prepared.key, q.dtype, q.shape[3])
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
         module = _module(prepared.key, variant)

@@ -1,20 +1,20 @@
-"""Attention's kernel for Hopper, written in each way that there is, against fp64."""
+"""Attention's kernel for Hopper as it is written for each class of sites, against fp64, and that it is what ran."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
-from attention_cases import SCALE, Case, Inputs, Sizes, check, inputs, named, normal
+from attention_cases import SCALE, Case, Inputs, Sizes, check, inputs, named, normal, uniform
 from test_attention_gpu import HALVES, on_gpu
-from test_blocks_gpu import wide
 
-from xfcompile.kernels.attention import hopper, launch, launch_hopper, prepare
-from xfcompile.kernels.attention.hopper import Variant
+from xfcompile.kernels.attention import codegen, hopper_variant, launch_hopper
+from xfcompile.kernels.attention.hopper_variant import Kind, Seen, Variant
 from xfcompile.score import B, H, I, J, Load
-from xfcompile.site import Operand, ScoreSpec
+from xfcompile.site import Band, Operand, ScoreSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,48 +23,111 @@ pytestmark = [
     ),
 ]
 
-ANY = ("plain", "causal", "bottom_right_dead_rows", "padding_mean", "sink")
-TESTED: dict[str, tuple[Variant, tuple[str, ...]]] = {
-    "turns": (Variant(turns=True, tree=True), ANY),
-    "twice": (Variant(twice=True, backwards=True, early=True), ANY),
-    "three": (Variant(3, turns=True), (*ANY, "prefix", "alibi", "soft_cap_causal")),
-    "three, persistent": (Variant(3, turns=True, persistent=True, tree=True), ANY),
-    "emulated": (Variant(turns=True, emulated=2), ANY),
-    "columns": (Variant(columns=True, turns=True, stages=2), ("alibi",)),
-    "columns, three": (Variant(3, columns=True, persistent=True), ("alibi",)),
-    "bounded": (Variant(bounded=True, emulated=4, persistent=True), ("soft_cap", "soft_cap_causal")),
-    "bounded, three": (Variant(3, bounded=True, turns=True), ("soft_cap", "soft_cap_causal")),
-}
-"""Variants, and the cases that say something of them."""
-
-BIASED = {
-    "tiles": Variant(tiles=True, persistent=True),
-    "tiles, turns": Variant(tiles=True, turns=True),
-    "tiles, three": Variant(3, tiles=True, turns=True, stages=3),
-}
-
-Choose = Callable[[Variant, Case, torch.dtype, int], Variant]
+Ran = list[Variant]
 
 
 @pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Choose]:
-    """Has a case computed by a variant, as far as there is one for it, and sees to it that it is."""
+def ran(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[Ran]:
+    """What the kernel was written as, of each time it ran."""
+    found: Ran = []
+    call = launch_hopper.Hopper.__call__
 
-    def chosen(wanted: Variant, case: Case, dtype: torch.dtype, dim: int) -> Variant:
-        def usual(key: str, dtype: torch.dtype, dq: int) -> Variant:
-            return hopper.suited(wanted, *launch_hopper._made_of(key), dtype, hopper.columns(min(dq, 128)))
+    def noting(self: launch_hopper.Hopper, *about: object) -> None:
+        call(self, *about)  # type: ignore[arg-type]
+        found.append(self.variant)
 
-        monkeypatch.setattr(launch_hopper, "usual", usual)
-        launch_hopper._why_not.cache_clear()
-        prepared = launch.program(prepare(case.spec))
-        prepared.calls.clear()
-        return usual(prepared.key, dtype, dim)
-
-    yield chosen
-    launch_hopper._why_not.cache_clear()
-    for prepared in launch._programs.values():
-        prepared.calls.clear()
+    monkeypatch.setattr(launch_hopper.Hopper, "__call__", noting)
+    yield found
     assert not [record for record in caplog.records if "another kernel takes its place" in record.message]
+
+
+FLOAT, BOOL = Operand(torch.float32, 1), torch.bool
+CAUSAL = {"keep": J <= I, "band": Band(None, I + 1, True)}
+ALIBI = SCALE + Load(0, H) * (J - I)
+
+MINE = {
+    "alibi, causal": Case("alibi, causal", ScoreSpec(ALIBI, operands=(FLOAT,), **CAUSAL), lambda z: [uniform(z.heads)]),
+    "alibi, far": Case("alibi, far", ScoreSpec(ALIBI, operands=(FLOAT,), far=True), lambda z: [uniform(z.heads)]),
+    "alibi, padding": Case(
+        "alibi, padding",
+        ScoreSpec(ALIBI, sympy.Ne(Load(1, B, J), 0), "nan", (FLOAT, Operand(BOOL, 2))),
+        lambda z: [uniform(z.heads), uniform(z.batch, z.lk) > 0.3],
+    ),
+    "soft-cap, padding": Case(
+        "soft-cap, padding",
+        ScoreSpec(50 * sympy.tanh(SCALE / 50), sympy.Ne(Load(0, B, J), 0), "zero", (Operand(BOOL, 2),)),
+        lambda z: [uniform(z.batch, z.lk) > 0.3],
+    ),
+    "causal from a buffer": Case(
+        "causal from a buffer",
+        ScoreSpec(SCALE, sympy.Ne(Load(0, I, J), 0), "nan", (Operand(BOOL, 2),)),
+        lambda z: [torch.ones(z.lq, z.lk).tril() > 0],
+    ),
+    "soft-cap, causal from a buffer": Case(
+        "soft-cap, causal from a buffer",
+        ScoreSpec(50 * sympy.tanh(SCALE / 50), sympy.Ne(Load(0, I, J), 0), "nan", (Operand(BOOL, 2),)),
+        lambda z: [torch.ones(z.lq, z.lk).tril() > 0],
+    ),
+}
+
+CLASSES: dict[str, tuple[Kind, Seen]] = {
+    "plain": ("other", "all"),
+    "sink": ("other", "all"),
+    "causal": ("other", "bounds"),
+    "prefix": ("other", "bounds"),
+    "bottom_right_dead_rows": ("other", "bounds"),
+    "padding_mean": ("other", "some"),
+    "additive_padding": ("other", "some"),
+    "causal from a buffer": ("other", "lists"),
+    "t5": ("other", "lists"),
+    "alibi": ("columns", "all"),
+    "alibi, far": ("columns", "all"),
+    "alibi, causal": ("columns", "bounds"),
+    "alibi, padding": ("columns", "some"),
+    "soft_cap": ("bounded", "all"),
+    "soft_cap_causal": ("bounded", "bounds"),
+    "soft-cap, padding": ("bounded", "some"),
+    "soft-cap, causal from a buffer": ("bounded", "lists"),
+}
+
+# More blocks of rows than an H200 has multiprocessors, in all or for each sequence, and fewer.
+LENGTHS = [Sizes(5, 16, 4, 300, 424), Sizes(2, 16, 8, 1160, 136), Sizes(1, 4, 2, 65, 1504), Sizes(1, 2, 2, 1000, 1001)]
+
+
+def usual(case: Case, dtype: torch.dtype, dim: int) -> Variant:
+    spec = codegen.canonical(case.spec)
+    return hopper_variant.usual(spec, codegen.pieces(spec), dtype, dim)
+
+
+def at(case: Case, dtype: torch.dtype, dim: int, sizes: Sizes) -> Inputs:
+    return on_gpu(inputs(case, dtype, "transposed", replace(sizes, dq=dim, dv=dim)))
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16)], ids=str)
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_class_of_sites(name: str, dim: int, dtype: torch.dtype, ran: Ran) -> None:
+    kind, seen = CLASSES[name]
+    case = MINE[name] if name in MINE else named(name)
+    expected = hopper_variant.USUAL["other" if kind == "bounded" and dtype == torch.float16 else kind, seen, dim].value
+    assert usual(case, dtype, dim) == expected
+    for sizes in LENGTHS:
+        ran.clear()
+        check(case, at(case, dtype, dim, sizes))
+        assert ran == [expected], sizes
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("size", [2.0**-20, 1.0, 2.0**40])
+def test_scores_at_their_bounds(size: float, dim: int, ran: Ran) -> None:
+    """Rows of the largest scores, of the least, and of both, whose values are large or small."""
+    case = named("soft_cap_causal")
+    x = at(case, torch.bfloat16, dim, LENGTHS[3])
+    k = x.k.abs()
+    signs = torch.ones(x.q.shape[2], 1, device=x.q.device)
+    signs[1::3] = -1
+    q = torch.where(torch.arange(len(signs), device=k.device)[:, None] % 3 < 2, x.q.abs() * signs, x.q) * 100
+    check(case, replace(x, q=q.to(k.dtype), k=k, v=x.v * size))
+    assert [variant.bounded for variant in ran] == [True]
 
 
 def dense(dtype: torch.dtype, shared: str, masked: float | None) -> Case:
@@ -86,35 +149,31 @@ def dense(dtype: torch.dtype, shared: str, masked: float | None) -> Case:
 DENSE = [
     dense(dtype, shared, masked)
     for dtype in HALVES
-    for shared in ("", "b")
+    for shared in ("", "b", "h")
     for masked in (None, float(torch.finfo(dtype).min), -torch.inf)
 ]
 
 
-def at(case: Case, dtype: torch.dtype, dim: int, lq: int, lk: int) -> Inputs:
-    sizes = wide(case, dim, lq, lk)
-    return on_gpu(inputs(replace(case, sizes=sizes), dtype, "transposed", sizes))
-
-
-@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (128, torch.bfloat16), (64, torch.float16)], ids=str)
-@pytest.mark.parametrize(("name", "case"), [(name, named(x)) for name, (_, xs) in TESTED.items() for x in xs])
-def test_scores(name: str, case: Case, dim: int, dtype: torch.dtype, choose: Choose) -> None:
-    for lq, lk in ((300, 420), (1000, 129), (65, 1500)):
-        choose(TESTED[name][0], case, dtype, dim)
-        check(case, at(case, dtype, dim, lq, lk))
-
-
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("case", DENSE, ids=lambda case: case.name)
-@pytest.mark.parametrize("name", BIASED)
-def test_a_bias_of_each_score(name: str, case: Case, dim: int, choose: Choose) -> None:
-    if BIASED[name].stages == 3 and dim == 128:
-        pytest.skip("shared memory has no room for three stages beside a bias")
+def test_a_bias_of_each_score(case: Case, causal: bool, ran: Ran) -> None:
     dtype = case.spec.operands[0].dtype
-    for lq, lk in ((300, 424), (1000, 136), (65, 1504), (300, 421)):
-        chosen = choose(BIASED[name], case, dtype, dim)
-        x = at(case, dtype, dim, lq, lk)
-        prepared = launch.program(prepare(case.spec))
-        taken = launch_hopper.suits(prepared, x.q, x.k, x.v, x.operands, (chosen.rows, hopper.KEYS))
-        assert taken == (lk % 8 == 0)
-        check(case, x)
+    case = replace(case, spec=replace(case.spec, **CAUSAL)) if causal else case
+    assert usual(case, dtype, 128) == hopper_variant.USUAL["tiles", "bounds" if causal else "all", 128].value
+    for sizes in LENGTHS:
+        ran.clear()
+        check(case, at(case, dtype, 128, sizes))
+        assert [variant.tiles for variant in ran] == ([True] if sizes.lk % 8 == 0 else [])  # else TMA does not read it
+
+
+def test_a_bias_that_does_not_start_at_16_bytes_is_read_by_another_kernel(ran: Ran) -> None:
+    case = dense(torch.bfloat16, "", None)
+    x = at(case, torch.bfloat16, 128, LENGTHS[0])
+    (bias,) = x.operands
+    check(case, x)
+    assert len(ran) == 1
+    moved = torch.empty(bias.numel() + 1, dtype=bias.dtype, device=bias.device)[1:].view(bias.shape)
+    check(case, replace(x, operands=[moved.copy_(bias)]))
+    assert len(ran) == 1
+    check(case, x)
+    assert len(ran) == 2

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator
+import types
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import sympy
 import torch
-from attention_cases import CASES, SCALE, named
+from attention_cases import CASES, SCALE, Case, Sizes, inputs, named, normal
+from torch import Tensor
 
-from xfcompile.kernels.attention import codegen, hopper, hopper_variant
+from xfcompile.kernels.attention import codegen, hopper, hopper_variant, launch, launch_hopper, lists, prepare
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.hopper_variant import USUAL, Variant
+from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Operand, ScoreSpec
 
@@ -108,15 +111,13 @@ def test_persistent_programs_have_pieces_of_equal_sizes_and_lists_are_of_one_siz
         assert kind == "other" or getattr(fact.value, kind), (kind, seen, width)
 
 
-def every() -> Iterator[Any]:
-    for case in CASES:
-        spec, pieces = made(case.spec)
-        if hopper.why_not(spec, pieces, torch.bfloat16, 64, 64) is None:
-            yield pytest.param(spec, pieces, id=case.name)
+def taken(case: Case) -> bool:
+    return hopper.why_not(*made(case.spec), torch.bfloat16, 64, 64) is None
 
 
-@pytest.mark.parametrize(("spec", "pieces"), list(every()))
-def test_every_text_is_python(spec: ScoreSpec, pieces: Pieces) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if taken(case)], ids=lambda case: case.name)
+def test_every_text_is_python(case: Case) -> None:
+    spec, pieces = made(case.spec)
     for dim in hopper.HEAD_DIMS:
         usual = hopper_variant.usual(spec, pieces, torch.bfloat16, dim)
         for variant in (usual, replace(usual, turns=True, warpgroups=3)):
@@ -126,8 +127,45 @@ def test_every_text_is_python(spec: ScoreSpec, pieces: Pieces) -> None:
             assert text.count("consume, (") == variant.warpgroups
 
 
+DENSE = ScoreSpec(SCALE + Load(0, 0, H, I, J), operands=(HALF,))
+BIASED = Case("dense", DENSE, lambda z: [normal(1, z.heads, z.lq, z.lk).bfloat16()])
+
+
+@pytest.mark.parametrize("case", [*filter(taken, CASES), BIASED], ids=lambda case: case.name)
+def test_the_kernel_is_given_what_it_takes(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument by its place: tensors, numbers and what is free, then the constants by their names."""
+    seen: list[tuple[str, tuple[int, ...]]] = []
+
+    def launched(self: Launch, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> None:
+        names, constants = self.kernel.arg_names, list(self.constants)
+        given = len(tensors) + len(self.numbers) + len(free)
+        assert sorted(names[given:]) == sorted(constants), self.kernel
+        assert names[: len(tensors)] == [name for name in names if name.endswith(("_ptr", "_desc"))]
+        assert [name for name in names if name.endswith("_desc")] == names[: len(self.described)]
+        seen.append((self.kernel.__name__, self.grid))
+
+    monkeypatch.setattr(Launch, "__call__", launched)
+    processors = types.SimpleNamespace(multi_processor_count=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
+    sizes = Sizes(2, 4, 2, 700, case.sizes.lk if case is not BIASED else 72, 128, 128)
+    x = inputs(case, torch.bfloat16, "contiguous", sizes)
+    prepared = launch.program(prepare(case.spec))
+    flags = {name: 1 for name in prepared.kernel(False).arg_names if name in ("UNIT", "FAST")}
+    strides = [stride for operand in x.operands for stride in operand.stride()]
+    kernel = launch_hopper.Hopper(prepared, x.q, x.k, x.v, strides, flags, False, x.operands)
+    out, lse = launch.outputs(x.q, x.v)
+    tiles = None
+    if prepared.mask is not None:
+        arguments = launch.mask_values(prepared, x.operands, [*x.ints, *x.floats])
+        shape = (*x.q.shape[:3], x.k.shape[2])
+        tiles = lists.tightest(x.q, *arguments, shape, hopper.ROWS, hopper.KEYS, prepared.mask)
+    kernel(x.q, x.k, x.v, out, lse, x.operands, [*x.ints, *x.floats], tiles)
+    blocks = 2 * 4 * -(-700 // hopper.ROWS)
+    assert seen[0] == ("attention_forward", (9 if kernel.variant.persistent else blocks, 1, 1))
+
+
 def test_tiles_of_a_bias_are_read_as_the_variant_says() -> None:
-    spec, pieces = made(ScoreSpec(SCALE + Load(0, 0, H, I, J), operands=(HALF,)))
+    spec, pieces = made(DENSE)
     text = hopper.module(spec, pieces, Variant(2, tiles=True, persistent=True))
     ast.parse(text)
     assert "bias_desc, [0, h, first + w * q_smem.shape[3], start]" in text
