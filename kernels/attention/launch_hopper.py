@@ -133,7 +133,7 @@ class Hopper:
             constants["UNIT"] = 1.0  # scores are as the program has them
         programs = total
         if variant.persistent:
-            # That are of equal sizes: where tiles are listed, those of one sequence.
+            # Those of equal sizes: where tiles are listed, of one sequence.
             pieces = total if prepared.mask is None else heads * blocks
             processors = torch.cuda.get_device_properties(q.device).multi_processor_count
             programs = processors if pieces > processors else total
