@@ -86,6 +86,8 @@ def _why_not_these(call: Call) -> str | None:
         return "not all gradients are wanted"
     if call.lq < FEW_QUERIES:
         return "few queries"
+    if _programs(call) < multiprocessors(device):
+        return "multiprocessors would have nothing to do, which the others' smaller tiles give it to"
     if call.random:
         return "weights are dropped out"
     if call.program.made.listed and sizes is None:
@@ -100,6 +102,15 @@ def _why_not_these(call: Call) -> str | None:
         if bias is not None and not described(_seen(call, int(bias.args[0]))):
             return "strides of a bias that TMA does not take"
     return reason
+
+
+def _programs(call: Call) -> int:
+    return call.batch * call.kv_heads * -(-call.lk // hopper_backward.KEYS)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _seen(call: Call, n: int) -> Tensor:
@@ -152,9 +163,8 @@ class HopperBackward:
         self.biases = [int(load.args[0]) for load in w.tiles]
         tiles += [described_for_gluon(_seen(call, n), [1, 1, rows, keys]) for n in self.biases]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
-        programs = batch * call.kv_heads * -(-lk // keys)
         self.main = Launch(
-            module.attention_backward, programs, numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
+            module.attention_backward, _programs(call), numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
         )
 
     def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
