@@ -99,6 +99,11 @@ def described(x: Tensor) -> bool:
     return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.data_ptr() % 16 == 0
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 class Hopper:
     """Launches of the kernel with tensors of one layout."""
 
@@ -135,8 +140,7 @@ class Hopper:
         if variant.persistent:
             # Those of equal sizes: where tiles are listed, of one sequence.
             pieces = total if prepared.mask is None else heads * blocks
-            processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-            programs = processors if pieces > processors else total
+            programs = multiprocessors(q.device) if pieces > multiprocessors(q.device) else total
         self.launch = Launch(module.attention_forward, programs, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):

@@ -14,7 +14,7 @@ from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import UNKNOWN, prepare
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.hopper_variant import bias_of
-from xfcompile.kernels.attention.launch_hopper import described, seen
+from xfcompile.kernels.attention.launch_hopper import described, multiprocessors, seen
 from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation
 
@@ -87,6 +87,8 @@ def _why_not_these(call: Call) -> str | None:
         return "not all gradients are wanted"
     if call.lq < FEW_QUERIES:
         return "few queries"
+    if _programs(call) < multiprocessors(device):
+        return "multiprocessors would have nothing to do, which the others' smaller tiles give it to"
     if call.random:
         return "weights are dropped out"
     if call.program.made.listed and sizes is None:
@@ -101,6 +103,10 @@ def _why_not_these(call: Call) -> str | None:
         if bias is not None and not described(seen(call.operands[bias.operand], call.lq, call.lk)):
             return "strides of a bias that TMA does not take"
     return reason
+
+
+def _programs(call: Call) -> int:
+    return call.batch * call.kv_heads * -(-call.lk // hopper_backward.KEYS)
 
 
 class HopperBackward:
@@ -149,9 +155,8 @@ class HopperBackward:
             described_for_gluon(seen(call.operands[n], call.lq, call.lk), [1, 1, rows, keys]) for n in self.biases
         ]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
-        programs = batch * call.kv_heads * -(-lk // keys)
         self.main = Launch(
-            module.attention_backward, programs, numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
+            module.attention_backward, _programs(call), numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
         )
 
     def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:

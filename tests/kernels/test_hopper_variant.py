@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import math
-import types
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -145,8 +144,7 @@ def test_the_kernel_is_given_what_it_takes(case: Case, monkeypatch: pytest.Monke
         seen.append((self.kernel.__name__, self.grid))
 
     monkeypatch.setattr(Launch, "__call__", launched)
-    processors = types.SimpleNamespace(multi_processor_count=9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: processors)
+    monkeypatch.setattr(launch_hopper, "multiprocessors", lambda device: 9)
     sizes = Sizes(2, 4, 2, 700, case.sizes.lk if case is not BIASED else 72, 128, 128)
     x = inputs(case, torch.bfloat16, "contiguous", sizes)
     prepared = launch.program(prepare(case.spec))
