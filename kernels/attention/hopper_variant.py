@@ -64,7 +64,7 @@ _MEASURED = Measured(
 # largest first. Lists are of 128 rows, which the backward takes them to be; and below a diagonal blocks of 192 rows
 # compute about as much more in vain as they are faster elsewhere.
 #
-# A bias of each score of 64 columns is the Triton kernel's, in 1.89 ms: this one's took 1.78 ... 2.07.
+# A bias of each score of 64 columns is the Triton kernel's, in 1.89 ms: this one's took 1.83 ... 2.07.
 USUAL: dict[tuple[Kind, Seen, int], Fact[Variant]] = {
     ("other", "all", 64): Fact(Variant(4, persistent=True), _MEASURED),
     ("other", "all", 128): Fact(Variant(3, persistent=True), _MEASURED),
