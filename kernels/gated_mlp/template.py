@@ -26,7 +26,7 @@ def keep_tile(
     """What dropout keeps [M, N] of rows m [M] and N features from `first` on."""
     seed = tl.load(seed_ptr)
     line = (expert.to(tl.int64) * rows + m.to(tl.int64)) * features
-    if ALIGNED:  # features and first are multiples of 8
+    if ALIGNED and N % 8 == 0:  # features and first are multiples of 8
         groups = (line[:, None] + first) // 8 + tl.arange(0, N // 8)[None, :]
         keep = keep_linear(seed, groups, 0, threshold, M, N)
     else:

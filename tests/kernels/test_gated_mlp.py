@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from xfcompile.kernels.gated_mlp import (
     launch,
     prepare,
     reference,
+    tiles,
 )
 
 pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -165,6 +167,15 @@ def test_dropout_keeps_what_philox_says(form: str, rows: int, features: int, exp
     case, seed = Case(rows=rows, features=features, experts=experts), torch.tensor([2**40 + 3])
     kept, _ = call(case, form, seed=seed, p=0.25)
     whole, _ = call(case, form)
+    mask = philox.linear_keep(seed, 0.25, whole.shape)
+    torch.testing.assert_close(kept, torch.where(mask, whole * philox.scale(0.25), 0.0))
+
+
+def test_tiles_narrower_than_a_group_of_random_numbers_drop_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seed = Case(rows=1, features=24), torch.tensor([2**40 + 3])
+    monkeypatch.setattr(tiles, "INTERPRETED_FEW", replace(tiles.INTERPRETED_FEW, block_n=2))
+    kept, _ = call(case, "dual", seed=seed, p=0.25)
+    whole, _ = call(case, "dual")
     mask = philox.linear_keep(seed, 0.25, whole.shape)
     torch.testing.assert_close(kept, torch.where(mask, whole * philox.scale(0.25), 0.0))
 
