@@ -20,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
+from xfcompile.example import example_of
 from xfcompile.source import RewriteError, source_of
 from xfcompile.trace import Call, Constant, External, Meta, Program, Ref, meta_of, number, signature, static_mode, trace
 from xfcompile.values import Value, Values, computes
@@ -661,9 +662,9 @@ def _closed(x: Any) -> Any:
 
 
 def _example(node: fx.Node) -> Any:
-    for key in ("example_value", "val"):
-        if key in node.meta:
-            return node.meta[key]
+    example = example_of(node)
+    if example is not None:
+        return example
     shape = node.meta.get("tensor_meta")  # of torch.fx's ShapeProp
     if isinstance(shape, TensorMetadata):
         with static_mode():
