@@ -101,7 +101,7 @@ PRODUCTS = [
     ) if n & (n - 1) == 0
 ]  # fmt: skip
 SHARES = [
-    Share(elements, widest, warps)
+    Share(elements, widest, warps, 3, 4096)
     for elements in (1024, 2048, 4096, 8192)
     for widest in (128, 256, 512, 1024, 2048)
     for warps in (4, 8)
@@ -113,11 +113,13 @@ def sweep(run: Run, copied: float) -> Iterable[dict[str, Any]]:
     usual, shares = launch.PRODUCT[2], dict(launch.POINTWISE)
     for tile in PRODUCTS:
         launch.PRODUCT[2] = Fact(tile)
+        launch._calls.clear()  # which remember tiles
         yield from ({**row, "tile": str(tile)} for row in kernels(run, copied, "linear"))
     launch.PRODUCT[2] = usual
     for name in ("forward", "backward"):
         for share in SHARES:
             launch.POINTWISE[name] = Fact(share)
+            launch._calls.clear()
             yield from ({**row, "tile": str(share)} for row in kernels(run, copied, name))
         launch.POINTWISE[name] = shares[name]
 

@@ -32,10 +32,10 @@ from xfcompile.kernels.gated_mlp import gated_mlp, launch, prepare, tiles
 from xfcompile.measured import Fact
 
 
-def candidates(rows: int) -> Iterator[tuple[str, tiles.Tiles]]:
+def candidates(rows: int, inner: int) -> Iterator[tuple[str, tiles.Tiles]]:
     """The kernel's name in the tables of tiles, and the tiles to try for it."""
     if rows <= tiles.FEW_ROWS:
-        first = tiles.few(torch.bfloat16, rows)
+        first = tiles.few(torch.bfloat16, rows, inner)
         for n, k, warps, stages in itertools.product((4, 8, 16, 32, 64), (64, 128, 256, 512, 1024), (4, 8), (2, 3, 4)):
             if 2048 <= n * k <= 16384 and (rows == 1 or n >= 16):
                 yield "few", replace(first, block_n=n, block_k=k, num_warps=warps, num_stages=stages)
@@ -65,7 +65,7 @@ def sweep(size: tuple[int, int, int], console: Console) -> list[dict[str, Any]]:
     gate, up = (torch.randn(features, width, device="cuda", dtype=torch.bfloat16) / math.sqrt(width) for _ in range(2))
     key = prepare(activation.silu(GATE) * UP)
     found = []
-    for kind, t in track(list(candidates(rows)), f"tiles of {size}", console=console, transient=True):
+    for kind, t in track(list(candidates(rows, size[1])), f"tiles of {size}", console=console, transient=True):
         table: dict[Any, Fact[tiles.Tiles]] = tiles.FEW if kind == "few" else tiles.DUAL
         place = (rows == 1, 16) if kind == "few" else (tiles.HOPPER, 16)
         usual = table[place]

@@ -41,10 +41,11 @@ def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarge
     function = launch.kernel(KERNELS[kernel], text_of(formula), vectors, tensors, p)
     tile = tile_of(kernel, dtype)
     constants: dict[str, Any] = {
-        "N": FEATURES, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": False, "GROUPED": True,
+        "N": FEATURES, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": False, "GROUPED": True, "FEW": True,
+        "STAGES": 3, "EVEN": True,
         "FAST": 0 if dtype.itemsize == 4 else 2 if target.backend == "cuda" else 1, "BIASED": True,
         "BLOCK_K": tile.block_k, "GROUP": launch.GROUP,
-        "EVEN_K": True, "SAVE": True, "PRECISION": "ieee", "UPCAST": False, "ROWS": 4 * tile.block_m, "NEED_X": True,
+        "EVEN_K": True, "SAVE": True, "PRECISION": "ieee", "UPCAST": False, "ROWS": 64 * tile.block_m, "NEED_X": True,
         "NEED_BIAS": True, "NEED_V0": True,
     }  # fmt: skip
     constants |= {name: 1 for name in function.arg_names if name.endswith("_col")}  # a stride of 1 is a constant

@@ -39,7 +39,6 @@ from xfcompile.kernels.attention import (
     prepare,
     template,
 )
-from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
     Tiles,
@@ -303,12 +302,12 @@ def compile_hopper_backward(backward: backward_layout.Program, dtype: torch.dtyp
     spec, found = backward.spec, backward.made.gradients
     if hopper_backward.why_not(spec, found, dtype, dim, dim) is not None:
         return None
-    writer = Writer(spec, found)
+    writer = hopper_backward.writer(spec, found, dtype)
     source = hopper_backward.module(writer)
     kernel = cache.load(cache.store(source), f"hopper_backward_{cache.key_of(source)}").attention_backward
     rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
     constants: dict[str, object] = {
-        "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.STAGES[dim], "LISTED_ROWS": hopper.ROWS,
+        "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.stages(writer, dim), "LISTED_ROWS": hopper.ROWS,
         "EACH_HEAD": writer.listed, "AHEAD": hopper_backward.AHEAD[dim], "LATER": hopper_backward.LATER[dim],
         "FAST": 2, "DQ": dim, "DV": dim, "PRODUCER_REGISTERS": hopper_backward.PRODUCER_REGISTERS,
         "stride_dd": 1, "stride_ed": 1,
@@ -317,6 +316,7 @@ def compile_hopper_backward(backward: backward_layout.Program, dtype: torch.dtyp
     types = {f"{name}_desc": descriptor([1, 1, rows, dim], dtype) for name in ("q", "dout")}
     types |= {f"{name}_desc": descriptor([1, 1, keys, dim], dtype) for name in "kv"}
     types |= {f"{name}_desc": descriptor([1, rows], torch.float32) for name in ("top", "delta", "shift")}
+    types["bias_desc"] = descriptor([1, 1, rows, keys], dtype)
     types["dq_desc"] = descriptor([1, 1, rows, dim], torch.float32)
     return _compile(kernel, constants, types, dtype, spec, TARGETS["sm_90"], GluonASTSource, hopper_backward.WARPS)
 

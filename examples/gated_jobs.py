@@ -40,7 +40,7 @@ def exists(kernel: str, target: GPUTarget, dtype: torch.dtype) -> bool:
 
 def tiles_of(kernel: str, target: GPUTarget, dtype: torch.dtype, rows: int, save: bool = False) -> Tiles:
     if kernel == "gated_few":
-        return tiles.few(dtype, rows)
+        return tiles.few(dtype, rows, 4096)
     if kernel.startswith("gated_forward"):
         return tiles.dual(kind_of(target), dtype, rows, save)
     m, n, warps = tiles.POINTWISE

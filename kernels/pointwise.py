@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import sympy
 
+from xfcompile.activation import Sigmoid
 from xfcompile.kernels.attention.printer import ATOM, LOG2E, Printer, Term
 
 HELPERS = {
@@ -33,6 +34,16 @@ def exp2(x, FAST: tl.constexpr):
 def sigmoid(e, FAST: tl.constexpr):
     # e = -log2(e) x
     return reciprocal(1.0 + exp2(e, FAST), FAST)
+""",
+    "complement": """\
+@triton.jit
+def complement(y, e, FAST: tl.constexpr):
+    # 1 - y, of a sigmoid y of the same e; near 0 little is left of the difference in fp32.
+    if FAST == 0:
+        z = sigmoid(-e, FAST)
+    else:
+        z = 1.0 - y
+    return z
 """,
     "tanh": """\
 @triton.jit
@@ -72,14 +83,41 @@ def ndtr(x, FAST: tl.constexpr):
     if FAST == 0:
         y = 0.5 + 0.5 * tl.erf(0.7071067811865476 * x)
     else:
-        # Abramowitz & Stegun, 26.2.17, off by 7.5e-8 at most: enough for what is rounded to 16 bits.
-        t = reciprocal(0.2316419 * tl.abs(x) + 1.0, FAST)
-        p = 0.5307027145 * t - 0.7265760135
-        p = p * t + 0.7107068705
-        p = p * t - 0.142248368
-        p = p * t + 0.127414796
-        # The exponential as the derivative has it, so that it is computed once.
-        q = p * t * exp2(-0.7213475204444818 * (x * x), FAST)
+        # The logarithm of the lower half, by a polynomial that falls all the way (examples/fit_gelu.py): of 1 it is off
+        # by 2e-7, and of the lower half by 2**-14 of it down to x = -5.6, where fp16 ends.
+        a = tl.abs(x)
+        p = -7.915148909076741e-07 * a + 1.3858657064408364e-05
+        p = p * a - 6.209842164983659e-05
+        p = p * a - 0.00043539643540855405
+        p = p * a + 0.007438815621307091
+        p = p * a - 0.052736491005135396
+        p = p * a - 0.45913843864227516
+        p = p * a - 1.1511118521807433
+        q = exp2(p * a - 1.0, FAST)
+        y = tl.where(x < 0.0, q, 1.0 - q)
+    return y
+""",
+    "gelu": """\
+@triton.jit
+def gelu(x, FAST: tl.constexpr):
+    return x * ndtr(x, FAST)
+""",
+    "gelu_slope": """\
+@triton.jit
+def gelu_slope(x, FAST: tl.constexpr):
+    e = exp2(-0.7213475204444818 * (x * x), FAST)
+    if FAST == 0:
+        y = ndtr(x, FAST) + 0.3989422804014327 * x * e
+    else:
+        # Of the lower half, what the density is multiplied by, but for sqrt(2 pi): off by 2e-7 then
+        # (examples/fit_gelu.py).
+        a = tl.abs(x)
+        t = reciprocal(0.38 * a + 1.0, FAST)
+        p = -0.1518262485757924 * t + 0.6183339474014294
+        p = p * t - 0.2672124560339499
+        p = p * t + 0.340845336317096
+        p = p * t - 0.04014045199463433
+        q = (p - 0.3973173228017339 * a) * e
         y = tl.where(x < 0.0, q, 1.0 - q)
     return y
 """,
@@ -107,9 +145,11 @@ is, 1 as 16 bits are; 2 is the same with NVIDIA's instructions."""
 
 _CALLS = {
     "sigmoid": {"reciprocal", "exp2"},
+    "complement": {"sigmoid", "reciprocal", "exp2"},
     "tanh": {"reciprocal", "exp2"},
     "erf": {"reciprocal", "exp2"},
-    "ndtr": {"reciprocal", "exp2"},
+    "gelu": {"ndtr", "exp2"},
+    "gelu_slope": {"ndtr", "reciprocal", "exp2"},
 }
 
 
@@ -122,10 +162,11 @@ def functions(names: Iterable[str]) -> list[str]:
 
 
 class PointwisePrinter(Printer):
-    """Prints formulas of numbers that are there, without any loads."""
+    """Prints formulas of numbers that are there, without any loads. exponents: names of those of sigmoids."""
 
     def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
         super().__init__((), names)
+        self.exponents: dict[sympy.Basic, str] = {}
 
     def print(self, expr: sympy.Basic) -> Term:
         own = _OWN.get(type(expr).__name__)
@@ -135,26 +176,50 @@ class PointwisePrinter(Printer):
 
     def _sigmoid(self, expr: sympy.Basic) -> Term:
         self.helpers.add("sigmoid")
-        return Term(f"sigmoid({self.float(-LOG2E * expr.args[0]).text}, FAST)", "float")
+        return Term(f"sigmoid({self._exponent(expr)}, FAST)", "float")
+
+    def _exponent(self, sigmoid: sympy.Basic) -> str:
+        return self.exponents.get(sigmoid) or self.float(_scaled(-LOG2E, sigmoid.args[0])).text
+
+    def _sum(self, expr: sympy.Basic) -> Term:
+        sigmoid = 1 - expr
+        if not isinstance(sigmoid, Sigmoid):
+            return super().print(expr)
+        self.helpers.add("complement")
+        return Term(f"complement({self.float(sigmoid).text}, {self._exponent(sigmoid)}, FAST)", "float")
 
     def _exp(self, expr: sympy.Basic) -> Term:
         self.helpers.add("exp2")
         return Term(f"exp2({self.float(LOG2E * expr.args[0]).text}, FAST)", "float")
 
     def _helper(self, expr: sympy.Basic) -> Term:
-        name = type(expr).__name__.lower()
+        name = _HELPER_OF.get(type(expr).__name__, type(expr).__name__.lower())
         self.helpers.add(name)
         return Term(f"{name}({self.float(expr.args[0]).text}, FAST)", "float")
 
 
+_HELPER_OF = {"GeluSlope": "gelu_slope"}
+
 _OWN: dict[str, Callable[[PointwisePrinter, sympy.Basic], Term]] = {
     "Sigmoid": PointwisePrinter._sigmoid,
+    "Add": PointwisePrinter._sum,
     "exp": PointwisePrinter._exp,
     "erf": PointwisePrinter._helper,
     "Ndtr": PointwisePrinter._helper,
+    "Gelu": PointwisePrinter._helper,
+    "GeluSlope": PointwisePrinter._helper,
     "Softplus": PointwisePrinter._helper,
     "Expm1": PointwisePrinter._helper,
 }
+
+
+def _scaled(factor: sympy.Expr, x: sympy.Expr) -> sympy.Expr:
+    """A negative number times x; of a polynomial in one symbol it takes no product of its own."""
+    symbols = x.free_symbols
+    if len(symbols) == 1 and x.is_polynomial(*symbols) and not x.as_coeff_Mul()[1].is_Symbol:
+        # The sign last: a product that is negated before a number is taken from it is none that is added to one.
+        return -sympy.horner(sympy.expand(-factor * x))
+    return factor * x
 
 
 def lines(
@@ -165,6 +230,9 @@ def lines(
     exact = {name: _as_numbers(f) for name, f in formulas.items()}
     text: list[str] = []
     for n, part in enumerate(repeated(exact.values())):
+        if isinstance(part, Sigmoid) and any(f.has(1 - part) for f in exact.values()):
+            text.append(f"e{n} = {printer._exponent(part)}")
+            printer.exponents[part] = f"e{n}"
         term = printer.print(part)
         text.append(f"{stem}{n} = {term.text}")
         printer.hoisted[part] = Term(f"{stem}{n}", term.kind, ATOM)

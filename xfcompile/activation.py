@@ -127,17 +127,56 @@ class Ndtr(sympy.Function):
         return f"ndtr({printer._print(self.args[0])})"
 
 
-def with_ndtr(formula: sympy.Expr) -> sympy.Expr:
-    """A formula with `Ndtr` in the place of each 1 + erf(..)."""
+class Gelu(sympy.Function):
+    """x Ndtr(x), whose derivative is computed as one function: its two terms have an exponential in common."""
 
-    def is_it(x: sympy.Basic) -> bool:
-        return isinstance(x, sympy.Add) and len(x.args) == 2 and x.args[0] == 1 and isinstance(x.args[1], sympy.erf)
+    nargs = 1
+    is_real = True
 
-    def scaled(x: sympy.Basic) -> sympy.Expr:
-        coefficient, rest = (math.sqrt(2) * x.args[1].args[0]).as_coeff_Mul()
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        return GeluSlope(self.args[0])
+
+    def _sympystr(self, printer: sympy.printing.StrPrinter) -> str:
+        return f"gelu({printer._print(self.args[0])})"
+
+
+class GeluSlope(sympy.Function):
+    """The derivative of `Gelu`: Ndtr(x) and x times the normal distribution's density."""
+
+    nargs = 1
+    is_real = True
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        x = self.args[0]
+        return (2 - x**2) * Ndtr(x).fdiff()
+
+    def _sympystr(self, printer: sympy.printing.StrPrinter) -> str:
+        return f"gelu'({printer._print(self.args[0])})"
+
+
+def with_distributions(formula: sympy.Expr) -> sympy.Expr:
+    """A formula with `Ndtr` in the place of each 1 + erf(..), and `Gelu` where that is times what it is of; and with
+    `Sigmoid` in the place of each 1 + tanh(..): they keep their digits where the sum would lose them."""
+
+    def is_sum(x: sympy.Basic) -> bool:
+        kinds = (sympy.erf, sympy.tanh)
+        return isinstance(x, sympy.Add) and len(x.args) == 2 and x.args[0] == 1 and isinstance(x.args[1], kinds)
+
+    def distribution(x: sympy.Basic) -> sympy.Expr:
+        argument = x.args[1].args[0]
+        if isinstance(x.args[1], sympy.tanh):
+            return 2 * Sigmoid(2 * argument)
+        coefficient, rest = (math.sqrt(2) * argument).as_coeff_Mul()
         return 2 * Ndtr(rest if abs(coefficient - 1) < 1e-15 else coefficient * rest)
 
-    return formula.replace(is_it, scaled)
+    def gelus(x: sympy.Basic) -> sympy.Basic:
+        for factor in x.args if isinstance(x, sympy.Mul) else ():
+            if isinstance(factor, Ndtr) and factor.args[0] in x.args:
+                others = [a for a in x.args if a not in (factor, factor.args[0])]
+                return sympy.Mul(*others, Gelu(factor.args[0]))
+        return x
+
+    return formula.replace(is_sum, distribution).replace(lambda x: isinstance(x, sympy.Mul), gelus)
 
 
 def real(x: float) -> sympy.Expr:

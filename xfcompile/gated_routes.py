@@ -36,15 +36,19 @@ _MEASURED = Measured(
     "examples/results/gated_h200.json",
 )
 
+_STREAMED = Measured(
+    "examples/bench_gated_few.py", "2026-11-29", "H200, torch 2.11, triton 3.6", "examples/results/gated_few_h200.json"
+)
+
 _HOPPER: Mapping[tuple[str, str, str], Fact[str]] = {
-    ("inference", "separate", "one row"): Fact("inductor", _MEASURED),
-    ("inference", "separate", "few rows"): Fact("inductor", _MEASURED),
-    ("inference", "separate", "dozens of rows"): Fact("inductor"),
+    ("inference", "separate", "one row"): Fact("triton", _STREAMED),
+    ("inference", "separate", "few rows"): Fact("triton", _STREAMED),
+    ("inference", "separate", "dozens of rows"): Fact("triton", _STREAMED),
     ("inference", "separate", "some rows"): Fact("inductor", _MEASURED),
     ("inference", "separate", "many rows"): Fact("triton", tiles.MEASURED),
-    ("inference", "packed", "one row"): Fact("inductor", _MEASURED),
-    ("inference", "packed", "few rows"): Fact("inductor", _MEASURED),
-    ("inference", "packed", "dozens of rows"): Fact("inductor"),
+    ("inference", "packed", "one row"): Fact("triton", _STREAMED),
+    ("inference", "packed", "few rows"): Fact("triton", _STREAMED),
+    ("inference", "packed", "dozens of rows"): Fact("triton", _STREAMED),
     ("inference", "packed", "some rows"): Fact("inductor", _MEASURED),
     ("inference", "packed", "many rows"): Fact("triton", tiles.MEASURED),
     ("training", "separate", "some rows"): Fact("inductor", _MEASURED),

@@ -41,11 +41,15 @@ FLAGS = "MASKED", "EDGE"
 
 
 class Writer:
-    """Writes the module of one spec: what its parts share is found once."""
+    """Writes the module of one spec: what its parts share is found once.
 
-    def __init__(self, spec: ScoreSpec, found: Gradients) -> None:
+    tiles: loads that the site's own functions are given, in fp32, as tile0, tile1 ...
+    """
+
+    def __init__(self, spec: ScoreSpec, found: Gradients, tiles: Sequence[Load] = ()) -> None:
         self.spec = spec
         self.found = found
+        self.tiles: dict[sympy.Basic, Term] = {load: Term(f"tile{n}", "float") for n, load in enumerate(tiles)}
         constant = not found.slope.free_symbols - set(spec.scalars) and not found.slope.has(Load)
         self.slope = found.slope if constant else None
         self.exact = spec.far or template.wide(spec)
@@ -91,7 +95,7 @@ class Writer:
         """What the site's own functions are given beside s and the position."""
         return [
             *self.pointers, *self.strides, *self.scalars,
-            *(t.text for t in self.rows.values()), *(t.text for t in self.columns.values()),
+            *(t.text for t in (*self.rows.values(), *self.columns.values(), *self.tiles.values())),
         ]  # fmt: skip
 
     @property
@@ -110,7 +114,7 @@ class Writer:
     ) -> str:
         """A function of the site's own. real: as a number in fp32; tile: of the shape of s; site: whether it is given
         what rows and columns have read, as those of a position are."""
-        printer = Printer(self.spec.operands, self.scope, {**self.rows, **self.columns} if site else {})
+        printer = Printer(self.spec.operands, self.scope, {**self.rows, **self.columns, **self.tiles} if site else {})
         term = printer.float(expr) if real else printer.print(expr)
         self.helpers |= printer.helpers
         value = term.text

@@ -20,14 +20,14 @@ from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.gradient import Gradients
 from xfcompile.kernels.attention.printer import LOG2E, extent
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.score import I, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = 64, 128
 """Query rows of a tile, and the keys of a program, half of them a warpgroup's."""
 
-STAGES = {64: 3, 128: 3}
-"""Tiles of queries, and of what comes back for them, in shared memory."""
+STAGES, STAGES_WITH_BIAS = {64: 3, 128: 3}, {64: 3, 128: 2}
+"""Tiles of queries, and of what comes back for them, in shared memory; where tiles of a bias stand beside them, too."""
 
 AHEAD = {64: True, 128: False}
 """Whether the next tile's scores are computed before this one's are done with, for which registers must be left."""
@@ -52,20 +52,46 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
         return "head dims"
     if spec.dropout:
         return "it drops no weights out"
-    if found.of("rows", "columns", "dense", "diagonal"):
-        return "what is added has a gradient"
+    if found.of("rows", "columns"):
+        return "what is added has a gradient that is a sum over keys or queries"
     if spec.band.lower is not None and spec.band.exact:
         return "a narrow band is visited in smaller tiles"
-    if any(load.free_symbols >= {I, J} for load in spec.score.atoms(Load)):
+    if any(load.free_symbols >= {I, J} for load in spec.score.atoms(Load) - {bias_of(spec, dtype)}):
         return "loads of each score are waited for"
     if not spec.score.has(S):
         return "scores without q·k"
-    writer = Writer(spec, found)
-    if writer.slope is None and hopper.columns(dq) > hopper.HEAD_DIMS[0]:
+    w = writer(spec, found, dtype)
+    if w.slope is None and hopper.columns(dq) > hopper.HEAD_DIMS[0]:
         return "a slope of its own for each score takes registers that wide head dims leave none of"
-    if extent(writer.score) != {I, J} or (writer.slope is None and extent(found.slope) != {I, J}):
+    if extent(w.score) != {I, J} or (w.slope is None and extent(found.slope) != {I, J}):
         return "a score, or its slope, that is one for many scores"
     return None
+
+
+def bias_of(spec: ScoreSpec, dtype: torch.dtype) -> Load | None:
+    """The one load that has a number for each score, if it can be read by TMA: [B or 1, H or 1, Lq, Lk], in the dtype
+    of q, k and v."""
+    varying = [load for load in spec.score.atoms(Load) if load.free_symbols >= {I, J}]
+    if len(varying) != 1 or spec.operands[varying[0].operand].dtype != dtype:
+        return None
+    (load,) = varying
+    place = place_of(load)
+    if len(place) != 4 or place[2:] != (I, J):
+        return None
+    b, h = place[:2]
+    return load if b in (0, B) and h in (0, H) else None
+
+
+def place_of(load: Load) -> tuple[sympy.Expr, ...]:
+    """Where in four dimensions a load is, of which those that an operand has not are 0."""
+    indices = tuple(load.indices)
+    return indices if len(indices) > 4 else (sympy.S.Zero,) * (4 - len(indices)) + indices
+
+
+def writer(spec: ScoreSpec, found: Gradients, dtype: torch.dtype) -> Writer:
+    """What writes the text of a site, with its bias as a tile."""
+    bias = bias_of(spec, dtype)
+    return Writer(spec, found, () if bias is None else (bias,))
 
 
 PREAMBLE = '''\
@@ -199,7 +225,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
             tma.async_copy_global_to_shared(dout_desc, [b, h, start, 0], bar, dout_smem.index(at))
             tma.async_copy_global_to_shared(top_desc, [b * heads + h, start], bar, top_smem.index(at))
             tma.async_copy_global_to_shared(delta_desc, [b * heads + h, start], bar, delta_smem.index(at))
-{load_shift}
+{load_more}
             step += 1
 
 
@@ -229,6 +255,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
     i = gl.minimum(offs_m, lq - 1)
     top = top_smem.index(at).load(S_MMA)
 {rows}
+{bias}
     if not AHEAD:
         s = warpgroup_mma_wait(1, deps=[s_])
     x = {score}(s, {site})
@@ -343,7 +370,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
     v_smem = gl.allocate_shared_memory(dtype, [1, 1, KEYS, D], v_desc.layout)
     top_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], top_desc.layout)
     delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], delta_desc.layout)
-{shift_smem}
+{more_smem}
     ds_smem = gl.allocate_shared_memory(dtype, [KEYS, ROWS], gl.NVMMASharedLayout(128, 16, 2))
     dq_smem = gl.allocate_shared_memory(gl.float32, [2 if LATER else 1, 1, 1, ROWS, D], dq_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -371,6 +398,10 @@ def module(w: Writer) -> str:
     return "\n\n".join([head, *(HELPERS[name] for name in sorted(w.helpers)), *functions, _kernels(w)])
 
 
+def stages(w: Writer, columns: int) -> int:
+    return (STAGES_WITH_BIAS if w.tiles else STAGES)[columns]
+
+
 def each_head(w: Writer) -> bool:
     """Whether each query head visits tiles of its own."""
     return w.listed
@@ -380,7 +411,10 @@ def _kernels(w: Writer) -> str:
     listed = ["list_ptr", "list_b", "list_h"] if w.listed else []
     own = [*w.pointers, *w.strides, *w.scalars]
     tiling = ["n", "masked", "x0", "x1", "x2", "x3"]
-    smem = ["q_smem", "dout_smem", "k_smem", "v_smem", "top_smem", "delta_smem", *(["shift_smem"] if w.exact else [])]
+    of_rows = ["top", "delta", *(["shift"] if w.exact else [])]
+    tensors = ["q", "k", "v", "dout", *of_rows, *(["bias"] if w.tiles else []), "dq"]
+    descriptors = [f"{name}_desc" for name in tensors]
+    smem = [f"{name}_smem" for name in tensors if name != "dq"]
     barriers = ["full", "empty", "own"]
     place = ["b", "kv_head", "block"]
     sizes = ["heads", "group", "lq", "lk"]
@@ -397,16 +431,6 @@ def _kernels(w: Writer) -> str:
     bounds_constants = ["ROWS", "KEYS", "LISTED_ROWS"]
     tile = ["t", *tiling, *listed[:1]]
     tile_constants = ["ROWS", "LISTED_ROWS"]
-    descriptors = [
-        "q_desc",
-        "k_desc",
-        "v_desc",
-        "dout_desc",
-        "top_desc",
-        "delta_desc",
-        *(["shift_desc"] if w.exact else []),
-        "dq_desc",
-    ]
     produce = [*descriptors[:-1], *smem, *barriers, *place, *sizes, *w.scalars, *listed]
     pointers = ["dk_ptr", "dv_ptr"]
     consume = [
@@ -438,13 +462,25 @@ def _kernels(w: Writer) -> str:
         return call("advance", [*advance, *advance_constants, str(masked)], 3)
 
     slope_of_score = "" if w.slope is not None else f" * slope(s, {w.site})"
-    shift = "shift_{0} = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)"
-    exponent, load_shift = "x - top", ""
+    more_smem: list[str] = []
+    load_more: list[str] = []
+    row_bytes, exponent, read_bias = "8", "x - top", ""
     if w.exact:
         exponent = "(x - top) * LOG2E + shift_smem.index(at).load(S_MMA)"
-        load_shift = " " * 12 + (
+        more_smem.append("shift_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)")
+        load_more.append(
             "tma.async_copy_global_to_shared(shift_desc, [b * heads + h, start], bar, shift_smem.index(at))"
         )
+        row_bytes = "12"
+    for bias in w.tiles:
+        assert isinstance(bias, Load)
+        b, h, *_ = place_of(bias)
+        at_bias = f"[{b}, {h}, start, first]"
+        more_smem.append("bias_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, ROWS, KEYS], bias_desc.layout)")
+        load_more.append(f"tma.async_copy_global_to_shared(bias_desc, {at_bias}, bar, bias_smem.index(at))")
+        read_bias = "bias_smem.index(at).reshape([ROWS, KEYS]).permute((1, 0)).load(S_MMA)"
+        read_bias = f"    tile0 = {read_bias}.to(gl.float32)"
+        row_bytes = f"({row_bytes} + KEYS * 2)"
     masked_slope = ""
     if w.slope is None:  # of a score that is masked it may be anything
         masked_slope = "    if MASKED:\n        ds = gl.where(p == 0.0, 0.0, ds)"
@@ -471,9 +507,10 @@ def _kernels(w: Writer) -> str:
         score="exact_score" if w.exact else "score",
         exponent=exponent,
         masked_slope=masked_slope,
-        load_shift=load_shift,
-        row_bytes=12 if w.exact else 8,
-        shift_smem="    " + shift.format("smem") if w.exact else "",
+        load_more=_indented("\n".join(load_more), 3),
+        row_bytes=row_bytes,
+        more_smem=_indented("\n".join(more_smem)),
+        bias=read_bias,
         consume=define("consume", consume, consume_constants),
         columns=_indented("\n".join(w.column_lines), 2),
         call_advance_masked=advanced(True),

@@ -26,14 +26,16 @@ FEW_QUERIES = 256
 @functools.cache
 def _why_not(forward: str, needed: tuple[int, ...], dtype: torch.dtype, dq: int, dv: int) -> str | None:
     made = prepare(forward, needed)
-    return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dq, dv) or _why_no_module(forward, needed)
+    return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dq, dv) or _why_no_module(
+        forward, needed, dtype
+    )
 
 
 @functools.cache
-def _why_no_module(forward: str, needed: tuple[int, ...]) -> str | None:
+def _why_no_module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> str | None:
     """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
     try:
-        _module(forward, needed)
+        _module(forward, needed, dtype)
     except Exception as error:
         log.debug("no backward for Hopper: %s", error)
         return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
@@ -41,14 +43,14 @@ def _why_no_module(forward: str, needed: tuple[int, ...]) -> str | None:
 
 
 @functools.cache
-def _writer(forward: str, needed: tuple[int, ...]) -> Writer:
+def _writer(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> Writer:
     made = prepare(forward, needed)
-    return Writer(made.spec, made.made.gradients)
+    return hopper_backward.writer(made.spec, made.made.gradients, dtype)
 
 
 @functools.cache
-def _module(forward: str, needed: tuple[int, ...]) -> Any:
-    text = hopper_backward.module(_writer(forward, needed))
+def _module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> Any:
+    text = hopper_backward.module(_writer(forward, needed, dtype))
     return cache.load(cache.store(text), f"xfcompile_attention_hopper_backward_{cache.key_of(text)}")
 
 
@@ -64,7 +66,7 @@ def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
         if reason is not None:
             log.debug("a backward that is not for Hopper's kernel: %s", reason)
             return False
-    if not aligned(call.q, call.k, call.v, call.dout):
+    if not aligned(call.q, call.k, call.v, call.dout, *(call.operands[n] for n in layout.hopper.biases)):
         return False
     try:
         layout.hopper(call, dq, dk, dv)
@@ -84,6 +86,8 @@ def _why_not_these(call: Call) -> str | None:
         return "not all gradients are wanted"
     if call.lq < FEW_QUERIES:
         return "few queries"
+    if _programs(call) < multiprocessors(device):
+        return "multiprocessors would have nothing to do, which the others' smaller tiles give it to"
     if call.random:
         return "weights are dropped out"
     if call.program.made.listed and sizes is None:
@@ -92,7 +96,27 @@ def _why_not_these(call: Call) -> str | None:
         return f"lists of {sizes[0]}x{sizes[1]} tiles"
     if not all(described(x) for x in (call.q, call.k, call.v, call.dout)):
         return "strides that TMA does not take"
-    return _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
+    reason = _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
+    if reason is None:
+        bias = hopper_backward.bias_of(call.program.spec, call.q.dtype)
+        if bias is not None and not described(_seen(call, int(bias.args[0]))):
+            return "strides of a bias that TMA does not take"
+    return reason
+
+
+def _programs(call: Call) -> int:
+    return call.batch * call.kv_heads * -(-call.lk // hopper_backward.KEYS)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _seen(call: Call, n: int) -> Tensor:
+    """What of a bias is as large as the scores, in four dimensions: of a larger one nothing else is read."""
+    bias = call.operands[n]
+    return bias[(None,) * (4 - bias.ndim)][..., : call.lq, : call.lk]
 
 
 class HopperBackward:
@@ -100,7 +124,8 @@ class HopperBackward:
 
     def __init__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         forward, needed = call.program.forward, call.program.needed
-        module, w = _module(forward, needed), _writer(forward, needed)
+        dtype = call.q.dtype
+        module, w = _module(forward, needed, dtype), _writer(forward, needed, dtype)
         rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
         batch, heads, lq, lk = call.batch, call.heads, call.lq, call.lk
         columns = hopper.columns(call.dq)
@@ -122,7 +147,7 @@ class HopperBackward:
             {"DQ": call.dq, "COLUMNS": columns, "ROWS": rows}, {"num_warps": 4},
         )  # fmt: skip
         constants: dict[str, Any] = {
-            "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.STAGES[columns],
+            "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.stages(w, columns),
             "LISTED_ROWS": tall, "EACH_HEAD": hopper_backward.each_head(w),
             "AHEAD": hopper_backward.AHEAD[columns], "LATER": hopper_backward.LATER[columns],
         }  # fmt: skip
@@ -135,10 +160,11 @@ class HopperBackward:
         tiles = [described_for_gluon(x, [1, 1, n, columns]) for x, n in blocks_of]
         of_rows = described_for_gluon(torch.empty(self.rows.shape, device="meta"), [1, rows])
         tiles += (3 if self.exact else 2) * [of_rows]
+        self.biases = [int(load.args[0]) for load in w.tiles]
+        tiles += [described_for_gluon(_seen(call, n), [1, 1, rows, keys]) for n in self.biases]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
-        programs = batch * call.kv_heads * -(-lk // keys)
         self.main = Launch(
-            module.attention_backward, programs, numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
+            module.attention_backward, _programs(call), numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
         )
 
     def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
@@ -149,7 +175,9 @@ class HopperBackward:
         total = self.sum()
         shift = of_rows[-1]  # not written to where there is none
         self.before([call.out, call.dout, call.lse, call.pair, call.inverse, *of_rows[:2], shift, total])
-        tensors, free = [call.q, call.k, call.v, call.dout, *of_rows, total, dk, dv, *call.operands], call.scalars
+        tensors = [call.q, call.k, call.v, call.dout, *of_rows, *(call.operands[n] for n in self.biases), total, dk, dv]
+        tensors += call.operands
+        free = call.scalars
         if call.program.made.listed:
             assert call.lists is not None
             tensors.append(call.lists[1])

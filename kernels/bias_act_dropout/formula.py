@@ -53,7 +53,7 @@ _FUNCTIONS = {f.__name__: f for f in (Where, activation.Sigmoid, activation.Soft
 @functools.cache
 def parse(text: str, vectors: int, tensors: int) -> Formula:
     """The formula that a text of `text_of` is; ValueError for any other, for it may come with a program of others."""
-    value = activation.with_ndtr(formula_of(text, _FUNCTIONS))
+    value = activation.with_distributions(formula_of(text, _FUNCTIONS))
     scaled, added = [vector(n) for n in range(vectors)], [tensor(n) for n in range(tensors)]
     unknown = value.free_symbols - {X, KEEP, *scaled, *added}
     if unknown:

@@ -21,12 +21,16 @@ from xfcompile.kernels.bias_act_dropout import launch_hopper
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.template import module
 from xfcompile.kernels.registration import Site
-from xfcompile.measured import Fact
+from xfcompile.measured import Fact, Measured
 
 log = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32)
+
+
+MANY = 8 << 32
+"""Elements; groups of eight of no more than these have numbers of 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,33 @@ class Tile:
     num_warps: int
     block_k: int = 0
     num_stages: int = 1
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Share:
-    """A program's share without a product: so many elements, in rows of `widest` columns at most."""
+    """A program's share without a product: so many elements a step, in rows of `widest` columns at most. stages: steps
+    that are read at a time. programs: about so many share all steps, where there are more."""
 
     elements: int
     widest: int
     num_warps: int
+    stages: int
+    programs: int
 
 
-# Not measured yet (examples/bench_bias_tiles.py), for no hardware. Forward: 32 elements a thread, in 4
-# loads. Backward: half of it a step, as sums over rows stand in registers too.
-POINTWISE = {"forward": Fact(Share(4096, 1024, 4)), "backward": Fact(Share(2048, 256, 4))}
+_MEASURED = Measured(
+    "examples/bench_bias_bandwidth.py", "2026-11-29", "H200, torch 2.11, triton 3.6",
+    "examples/results/bias_bandwidth_h200.json",
+)  # fmt: skip
 
-PROGRAMS = 2048
-"""Of a backward, about: more would only leave more sums to be added up, each of its own rows."""
+# The best on average over three formulas. A step is of 16 elements a thread, or 8, in loads of 16 bytes. Of a backward
+# more programs would only leave more sums to be added up, each of its own rows.
+POINTWISE = {
+    "forward": Fact(Share(2048, 1024, 4, 3, 4096), _MEASURED),
+    "backward": Fact(Share(1024, 128, 4, 3, 2048), _MEASURED),
+}
 
-# Not measured yet either. By bytes of an element.
+# Not measured yet. By bytes of an element.
 PRODUCT = {2: Fact(Tile(128, 128, 8, 64, 3)), 4: Fact(Tile(64, 64, 4, 32, 3))}
 GROUP = 8
 """Blocks of rows that run beside each other, so that a weight's columns are read from cache."""
@@ -222,8 +233,9 @@ def _forward(
     n = x.shape[-1]
     tile = pointwise(n, "forward")
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0]]
-    constants = _constants(n, tile, rows, x.dtype, bias)
-    programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)
+    parts, loop = _loop(rows.count, n, tile, "forward")
+    constants = _constants(n, tile, rows, x.dtype, bias) | loop
+    programs = parts * -(-n // tile.block_n)
     launch = _launch("forward", (text, len(vectors), len(tensors), p), programs, numbers, constants, tile)
     blank = Blank(x.shape, dtype, x.device)
     copied = rows.copied
@@ -378,7 +390,7 @@ def backward(
         tensors,
         *needed,
         seed is None,
-        PROGRAMS,
+        POINTWISE["backward"].value.programs,
         _setting(dout),
         *map(_layout_of, given),
     )
@@ -407,13 +419,10 @@ def _backward(
     rows = rows_of(dout) if x is None else rows_of(dout, x)
     n = dout.shape[-1]
     tile = pointwise(n, "backward")
-    count = -(-rows.count // tile.block_m)
-    steps = max(1, count * -(-n // tile.block_n) // PROGRAMS)
-    steps = 1 << (steps - 1).bit_length()  # few kernels
-    parts = -(-count // steps)
+    parts, loop = _loop(rows.count, n, tile, "backward")
     numbers = [rows.count, rows.inner, *rows.strides[0], *rows.strides[-1]]
     constants = _constants(n, tile, rows, dout.dtype if x is None else x.dtype, bias) | {
-        "ROWS": steps * tile.block_m,
+        **loop,
         "NEED_X": needs_x,
         "NEED_BIAS": needs_bias,
         **{f"NEED_V{k}": yes for k, yes in enumerate(needs)},
@@ -459,8 +468,6 @@ def _launch(
     tile: Tile,
 ) -> Launch:
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    if tile.registers is not None:
-        options["maxnreg"] = tile.registers
     return Launch(kernel(name, *program), programs, numbers, constants, options)
 
 
@@ -471,9 +478,21 @@ def _constants(n: int, tile: Tile, rows: Rows, dtype: torch.dtype, bias: Tensor 
         "BLOCK_N": tile.block_n,
         "SPLIT": rows.split,
         "GROUPED": n % 8 == 0,
+        "FEW": rows.count * n <= MANY,
         "FAST": fast(dtype),
         "BIASED": bias is not None,
     }
+
+
+def _loop(rows: int, n: int, tile: Tile, kernel: str) -> tuple[int, dict[str, Any]]:
+    """How many parts rows are in, a program's each, and what the kernel's loop over these is compiled for."""
+    share = POINTWISE[kernel].value
+    count = -(-rows // tile.block_m)
+    steps = max(1, count * -(-n // tile.block_n) // share.programs)
+    steps = 1 << (steps - 1).bit_length()  # few kernels
+    part = steps * tile.block_m
+    even = rows % part == 0 and n % tile.block_n == 0
+    return -(-rows // part), {"ROWS": part, "STAGES": min(share.stages, steps), "EVEN": even}
 
 
 def pointwise(n: int, kernel: str) -> Tile:

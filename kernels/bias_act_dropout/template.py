@@ -35,10 +35,47 @@ def row_offsets(row, inner, outer_stride, row_stride, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def kept(seed_ptr, stream, row, first, N: tl.constexpr, M: tl.constexpr, COLS: tl.constexpr, GROUPED: tl.constexpr):
-    """What dropout multiplies by [M, COLS], of columns from `first` on. GROUPED: N is a multiple of 8."""
-    seed = tl.load(seed_ptr)
-    if GROUPED:
+def inside(row, rows, col, N: tl.constexpr, M: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr):
+    """Which rows and columns there are, [M, COLS]. EVEN: all."""
+    if EVEN:
+        mask = tl.full([M, COLS], True, tl.int1)
+    else:
+        mask = (row < rows)[:, None] & (col < N)[None, :]
+    return mask
+
+
+@triton.jit
+def in_fp32(x, FAST: tl.constexpr):
+    if FAST == 2 and x.dtype == tl.bfloat16:  # an instruction each, where the compiler takes three for two
+        y = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        y = x.to(tl.float32)
+    return y
+
+
+@triton.jit
+def read(ptr, row, col, mask, inner, outer_stride, row_stride, col_stride, SPLIT: tl.constexpr, EVEN: tl.constexpr,
+         FAST: tl.constexpr):
+    """[M, N] in fp32; 0 where there are no such rows or columns."""
+    offs = row_offsets(row, inner, outer_stride, row_stride, SPLIT)[:, None] + (col * col_stride)[None, :]
+    if EVEN:
+        x = tl.load(ptr + offs)
+    else:
+        x = tl.load(ptr + offs, mask=mask, other=0.0)
+    return in_fp32(x, FAST)
+
+
+@triton.jit
+def kept(seed, stream, row, first, N: tl.constexpr, M: tl.constexpr, COLS: tl.constexpr, GROUPED: tl.constexpr,
+         FEW: tl.constexpr):
+    """What dropout multiplies by [M, COLS], of columns from `first` on. GROUPED: N is a multiple of 8. FEW: groups of
+    eight have numbers of 32 bits, so that the first rounds are of less."""
+    if GROUPED and FEW:
+        groups = (row.to(tl.int32) * (N // 8))[:, None] + (first // 8 + tl.arange(0, COLS // 8))[None, :]
+        keep = keep_groups(seed, groups, 0, 0, stream, {threshold}, M, COLS)
+    elif GROUPED:
         groups = (row * (N // 8))[:, None] + (first // 8 + tl.arange(0, COLS // 8))[None, :]
         keep = keep_linear(seed, groups, stream, {threshold}, M, COLS)
     else:
@@ -49,18 +86,21 @@ def kept(seed_ptr, stream, row, first, N: tl.constexpr, M: tl.constexpr, COLS: t
 FORWARD = '''\
 @triton.jit(do_not_specialize=["stream"])
 {signature}
-    """One program: BLOCK_M rows, BLOCK_N columns."""
+    """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time, which are read while STAGES - 1 steps before them
+    are computed."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    row = (pid // columns).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start = (pid // columns).to(tl.int64) * ROWS
     first = (pid % columns) * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (col < N)[None, :]
-    offs = row_offsets(row, inner, x_outer, x_row, SPLIT)[:, None] + (col.to(tl.int64) * x_col)[None, :]
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    wide = col.to(tl.int64)
+{once}
+    for step in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
+        row = start + step + tl.arange(0, BLOCK_M)
+        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
 {loads}
-    out = {value}
-    tl.store(out_ptr + row[:, None] * N + col[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        out = {value}
+        tl.store(out_ptr + row[:, None] * N + wide[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 '''
 
 LINEAR = '''\
@@ -122,20 +162,19 @@ LINEAR = '''\
 BACKWARD = '''\
 @triton.jit(do_not_specialize=["stream"])
 {signature}
-    """One program: BLOCK_N columns of ROWS rows, BLOCK_M at a time. Sums over rows are of these: [row blocks, N]."""
+    """As forward. Sums over rows are of a program's: [row blocks, N]."""
     columns = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    part = pid // columns
+    part = (pid // columns).to(tl.int64)
+    start = part * ROWS
     first = (pid % columns) * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)
     wide = col.to(tl.int64)
-{vectors}
+{once}
 {sums}
-    for step in tl.range(0, ROWS, BLOCK_M):
-        row = part.to(tl.int64) * ROWS + step + tl.arange(0, BLOCK_M)
-        mask = (row < rows)[:, None] & (col < N)[None, :]
-        offs = row_offsets(row, inner, dout_outer, dout_row, SPLIT)[:, None] + (wide * dout_col)[None, :]
-        dout = tl.load(dout_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    for step in tl.range(0, ROWS, BLOCK_M, num_stages=STAGES):
+        row = start + step + tl.arange(0, BLOCK_M)
+        mask = inside(row, rows, col, N, BLOCK_M, BLOCK_N, EVEN)
 {loads}
         {names} = gradients({arguments})
         if NEED_X:
@@ -153,6 +192,8 @@ def module(formula: Formula, p: float) -> str:
     derivatives = dict(zip(names, formula.derivatives, strict=True))
     if formula.kinked:
         derivatives = {name: chained(d) for name, d in derivatives.items()}
+    else:  # what terms have in common is multiplied by once
+        derivatives = {name: sympy.factor_terms(d) for name, d in derivatives.items()}
     gradient_lines, more = pointwise.lines(derivatives, _names(formula.reads(True) | {DOUT}))
     read = [s.name for s in _order(formula) if s in formula.value.free_symbols]
     read_back = [s.name for s in _order(formula) if s in formula.reads(True)]
@@ -195,7 +236,8 @@ def _function(name: str, parameters: Sequence[str], lines: Sequence[str], result
     return "@triton.jit\n" + wrapped(f"def {name}", parameters, ":") + "\n" + body + "\n"
 
 
-CONSTANTS = ["N", "BLOCK_M", "BLOCK_N", "SPLIT", "GROUPED", "FAST", "BIASED"]
+CONSTANTS = ["N", "BLOCK_M", "BLOCK_N", "SPLIT", "GROUPED", "FEW", "FAST", "BIASED"]
+LOOP = ["ROWS", "STAGES", "EVEN"]
 
 
 def _constexprs(names: Sequence[str]) -> list[str]:
@@ -204,11 +246,11 @@ def _constexprs(names: Sequence[str]) -> list[str]:
 
 def _vector_loads(formula: Formula) -> list[str]:
     """Rows [1, BLOCK_N]."""
-    lines = ["if BIASED:", "    bias = tl.load(bias_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]"]
-    return lines + [
-        f"v{n} = tl.load(v{n}_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]"
-        for n in range(formula.vectors)
-    ]
+
+    def load(name: str) -> str:
+        return f"{name} = in_fp32(tl.load({name}_ptr + col, mask=col < N, other=0.0), FAST)[None, :]"
+
+    return ["if BIASED:", f"    {load('bias')}", *(load(f"v{n}") for n in range(formula.vectors))]
 
 
 def _epilogue(formula: Formula) -> list[str]:
@@ -218,10 +260,22 @@ def _epilogue(formula: Formula) -> list[str]:
         place = (
             f"row_offsets(row, inner, r{n}_outer, r{n}_row, SPLIT)[:, None] + (col.to(tl.int64) * r{n}_col)[None, :]"
         )
-        lines += [f"offs = {place}", f"r{n} = tl.load(r{n}_ptr + offs, mask=mask, other=0.0).to(tl.float32)"]
+        lines += [f"offs = {place}", f"r{n} = in_fp32(tl.load(r{n}_ptr + offs, mask=mask), FAST)"]
     if formula.drops:
-        lines.append("keep = kept(seed_ptr, stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED)")
+        lines.append("keep = kept(tl.load(seed_ptr), stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED, FEW)")
     return lines
+
+
+def _row_loads(fetched: Sequence[str], kept: bool) -> str:
+    """Of a step of the kernels without a product."""
+    loads = [
+        f"{t} = read({t}_ptr, row, wide, mask, inner, {t}_outer, {t}_row, {t}_col, SPLIT, EVEN, FAST)" for t in fetched
+    ]
+    if X.name in fetched:
+        loads += ["if BIASED:", "    x = x + bias"]
+    if kept:
+        loads.append("keep = kept(seed, stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED, FEW)")
+    return textwrap.indent("\n".join(loads), " " * 8)
 
 
 def _value(read: Sequence[str]) -> str:
@@ -239,10 +293,12 @@ def _operands(formula: Formula) -> tuple[list[str], list[str]]:
 def _forward(formula: Formula, read: Sequence[str]) -> str:
     pointers, numbers = _operands(formula)
     parameters = ["out_ptr", "x_ptr", *pointers, *numbers, "x_outer", "x_row", "x_col", "stream"]
+    once = _vector_loads(formula) + (["seed = tl.load(seed_ptr)"] if formula.drops else [])
     return FORWARD.format(
-        signature=wrapped("def forward", [*parameters, *_constexprs(CONSTANTS)], ":"),
-        loads=textwrap.indent("\n".join(_epilogue(formula)), "    "),
+        signature=wrapped("def forward", [*parameters, *_constexprs([*CONSTANTS, *LOOP])], ":"),
+        once=textwrap.indent("\n".join(once), "    "),
         value=_value(read),
+        loads=_row_loads([X.name, *(f"r{n}" for n in range(formula.tensors))], formula.drops),
     )
 
 
@@ -260,7 +316,7 @@ def _linear(formula: Formula, read: Sequence[str]) -> str:
     )
 
 
-BACKWARD_CONSTANTS = [*CONSTANTS, "ROWS", "NEED_X", "NEED_BIAS"]
+BACKWARD_CONSTANTS = [*CONSTANTS, *LOOP, "NEED_X", "NEED_BIAS"]
 
 
 def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> str:
@@ -277,29 +333,21 @@ def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> st
         stores += [
             f"if {flag}:",
             f"    total = tl.reduce(sum_{name}, 0, tl.standard._sum_combine)",
-            f"    tl.store(d{name}_ptr + part.to(tl.int64) * N + col, total, mask=col < N)",
+            f"    tl.store(d{name}_ptr + part * N + col, total, mask=col < N)",
         ]
     # The bias has dx itself, which by then is times dout where it was stored.
     adds[1] = f"    sum_bias += dx if NEED_X else {chain}dx"
-    loads = []
-    if X.name in read:
-        loads += [
-            "offs = row_offsets(row, inner, x_outer, x_row, SPLIT)[:, None] + (wide * x_col)[None, :]",
-            "x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)",
-            "if BIASED:",
-            "    x = x + bias",
-        ]
-    if KEEP.name in read:
-        loads.append("keep = kept(seed_ptr, stream, row, first, N, BLOCK_M, BLOCK_N, GROUPED)")
     used = [line for line in _vector_loads(formula) if not line.startswith("v") or line.split(" ")[0] in read]
+    if KEEP.name in read:
+        used.append("seed = tl.load(seed_ptr)")
     return BACKWARD.format(
         signature=wrapped("def backward", [*parameters, *_constexprs([*BACKWARD_CONSTANTS, *flags])], ":"),
-        vectors=textwrap.indent("\n".join(used), "    "),
+        once=textwrap.indent("\n".join(used), "    "),
         sums=textwrap.indent("\n".join(sums), "    "),
-        loads=textwrap.indent("\n".join(loads), "        "),
         names=", ".join(names),
         arguments=", ".join([*_given(formula), *read, "FAST"]),
         chain=chain,
         adds=textwrap.indent("\n".join(adds), "        "),
         stores=textwrap.indent("\n".join(stores), "    "),
+        loads=_row_loads(["dout", *([X.name] if X.name in read else [])], KEEP.name in read),
     )

@@ -322,7 +322,7 @@ def _by_triton(
     }
     numbers = [rows, features, inner, *strides, *bias_strides, gate_start, up_start, *dropout.numbers]
     if rows <= tiles.FEW_ROWS:
-        first = tiles.INTERPRETED_FEW if interpreted else tiles.few(operands.x.dtype, rows)
+        first = tiles.INTERPRETED_FEW if interpreted else tiles.few(operands.x.dtype, rows, inner)
         kernel = prepared.kernel("gated_few", interpreted)
         return _Fitting(kernel, lambda t: experts * -(-features // t.block_n), first, numbers, constants, inner)
     kind = HOPPER if interpreted else device_generation(out.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import sympy
 
-from xfcompile.activation import GATE, KEEP, UP, X, separate, tensor, vector, with_ndtr
+from xfcompile.activation import GATE, KEEP, UP, X, separate, tensor, vector, with_distributions
 from xfcompile.kernels import pointwise
 from xfcompile.kernels.attention.template import wrapped
 
@@ -392,7 +392,7 @@ def _read(epilogue: Epilogue) -> list[str]:
 def value_text(epilogue: Epilogue) -> tuple[str, set[str]]:
     """The function that computes a formula from sums, and the helpers that it calls."""
     names = {s: s.name for s in epilogue.value.free_symbols}
-    formula = with_ndtr(epilogue.value)
+    formula = with_distributions(epilogue.value)
     apart = separate(formula) if epilogue.gated else None
     if apart is None or apart[1] == 1:
         lines, helpers = pointwise.lines({"out": formula}, names)

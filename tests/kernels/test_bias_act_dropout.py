@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import sympy
@@ -17,6 +17,7 @@ from xfcompile.kernels import philox
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, linear_act_dropout, reference, saves, text_of
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.bias_act_dropout.launch import rows_of
+from xfcompile.measured import Fact
 
 ACTS: dict[str, sympy.Expr] = {
     "identity": X,
@@ -256,6 +257,16 @@ def test_the_mask_is_that_of_an_elements_place_whatever_its_layout(features: int
 
 
 @pytest.mark.usefixtures("interpreter")
+def test_places_of_more_than_32_bits_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seed, text = torch.randn(19, 72), torch.tensor([-77]), text_of(KEEP * X)
+    few = bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32)
+    monkeypatch.setattr(launch, "_calls", {})
+    monkeypatch.setattr(launch, "MANY", 0)
+    assert torch.equal(few, bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32))
+    assert torch.equal(few != 0, philox.linear_keep(seed, 0.3, (19, 72), 5))
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_only_what_is_needed_is_computed() -> None:
     text = text_of(vector(0) * FUNCTIONS["gelu"](X, {"approximate": "none"}))
     op = torch.ops.xfcompile.bias_act_dropout_backward
@@ -281,7 +292,7 @@ def test_what_gradients_are_functions_of() -> None:
 def test_formulas_are_read_back() -> None:
     for case in CASES.values():
         formula = parse(text_of(case.formula), int(case.scale), int(case.residual))
-        assert formula.value == activation.with_ndtr(case.formula)
+        assert formula.value == activation.with_distributions(case.formula)
         assert formula.drops == bool(case.p)
     with pytest.raises(ValueError, match="no operand"):
         parse(text_of(X + vector(0)), 0, 0)
@@ -364,7 +375,9 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("name", ["many rows", "everything", "features of several tiles", "transposed, 2 leading"])
 @pytest.mark.parametrize("product", [False, True], ids=["pointwise", "epilogue"])
-def test_few_programs_share_the_rows_of_a_backward(name: str, product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_programs_share_the_rows(name: str, product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each then takes several steps, the last of them past the end."""
-    monkeypatch.setattr(launch, "PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_calls", {})
+    few = {kernel: Fact(replace(fact.value, programs=2)) for kernel, fact in launch.POINTWISE.items()}
+    monkeypatch.setattr(launch, "POINTWISE", few)
     check(CASES[name], product)

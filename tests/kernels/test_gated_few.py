@@ -30,7 +30,7 @@ def reason(case: Case, drops: bool = False, dtype: torch.dtype | None = None) ->
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, BF16], ids=str)
-@pytest.mark.parametrize("rows", [1, 7, 128])
+@pytest.mark.parametrize("rows", [2, 7, 128])
 def test_gated_mlps_that_it_takes(layout: Any, dtype: torch.dtype, rows: int) -> None:
     assert reason(TAKEN.but(layout=layout, dtype=dtype, rows=rows)) is None
 
@@ -75,7 +75,8 @@ def test_without_gluon_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_stages_of_a_tile_fill_shared_memory(rows: int, features: int) -> None:
     made, columns = tiles.stream(rows, features, 132), tiles.columns(rows)
     assert columns >= rows and made.stages >= 3
-    assert made.shared(columns) <= SHARED < made.shared(columns) + made.stage(columns) + 16
+    assert made.shared(columns) <= SHARED
+    assert made.shared(columns) + made.stage(columns) + 16 > SHARED or (made.groups, made.stages) == (1, 6)
 
 
 @pytest.mark.parametrize("features", [32, 2816, 11008, 14336])
@@ -136,7 +137,7 @@ def test_programs_that_share_a_multiprocessor_share_its_registers() -> None:
 
 
 @pytest.mark.usefixtures("launched")
-@pytest.mark.parametrize(("rows", "taken"), [(1, True), (128, True), (129, False)])
+@pytest.mark.parametrize(("rows", "taken"), [(1, False), (2, True), (128, True), (129, False)])
 def test_few_rows_run_by_it_on_hopper(rows: int, taken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     class Out:
         """Of a device that is not here."""

@@ -25,6 +25,7 @@ from xfcompile.kernels.attention import (
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.gradient import gradients, why_not
 from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = hopper_backward.ROWS, hopper_backward.KEYS
 
@@ -32,6 +33,10 @@ ROWS, KEYS = hopper_backward.ROWS, hopper_backward.KEYS
 def reason(case: Case, dtype: torch.dtype = torch.bfloat16, dim: int = 64, needed: Sequence[int] = ()) -> str | None:
     made = backward_layout.prepare(prepare(case.spec), tuple(needed))
     return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dim, dim)
+
+
+def written(spec: ScoreSpec) -> Writer:
+    return hopper_backward.writer(spec, gradients(spec, ()), torch.bfloat16)
 
 
 TAKEN = [case for case in CASES if why_not(case.spec) is None and reason(case) is None]
@@ -44,7 +49,10 @@ def test_what_it_takes() -> None:
     assert reason(named("plain"), torch.float32) == "it multiplies numbers of 16 bits"
     assert reason(named("plain"), dim=36) == "head dims"
     assert reason(named("plain"), dim=256) == "head dims"
-    assert reason(named("additive_padding"), needed=(0,)) == "what is added has a gradient"
+    assert (
+        reason(named("additive_padding"), needed=(0,))
+        == "what is added has a gradient that is a sum over keys or queries"
+    )
     assert reason(named("sink"), needed=(0,)) is None
     assert reason(named("window")) == "a narrow band is visited in smaller tiles"
 
@@ -73,7 +81,7 @@ def test_kernels_are_given_what_they_take(case: Case, monkeypatch: pytest.Monkey
     z = case.sizes
     x = inputs(case, torch.bfloat16, "contiguous", Sizes(2, 4, 2, z.lq, z.lk, 64, 64))
     backward(case, x)
-    paired = reason(case) is None and (case.spec.sink is not None or Writer(case.spec, gradients(case.spec, ())).exact)
+    paired = reason(case) is None and (case.spec.sink is not None or written(case.spec).exact)
     assert seen[-3:] == ["prepare_rows", "attention_backward", "finish_dq"]
     assert ("attention_backward_dq" in seen) == paired
 
@@ -144,7 +152,7 @@ class Number(int):
 def functions(case: Case, listed: Tensor | None) -> dict[str, Any]:
     """`bounds` and `tile` of the text, as Python computes them."""
     spec = case.spec
-    text = hopper_backward.module(Writer(spec, gradients(spec, ())))
+    text = hopper_backward.module(written(spec))
     wanted = ("lower", "upper", "first_row_lower", "first_row_upper", "bounds", "tile")
     parts = [part for part in text.split("\n\n\n") if part.split("def ")[-1].split("(")[0].strip() in wanted]
     source = "\n\n\n".join(parts) or ""

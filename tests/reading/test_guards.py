@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from equivalence import ALL, Outcome, check, rewriting, tensors
 
-from xfcompile.activation import X, with_ndtr
+from xfcompile.activation import X, with_distributions
 
 Q, K, V = (2, 3, 4, 8), (2, 3, 4, 8), (2, 3, 4, 8)
 LONG = ((1, 1, 70, 8),) * 3
@@ -258,7 +258,7 @@ def test_is_equal_to_eager(name: str, routes: dict[str, str] | None) -> None:
 )
 def test_only_a_sum_of_one_and_erf_is_twice_a_normal_distribution(formula: sympy.Expr) -> None:
     assert formula.args[0] == 1 and isinstance(formula.args[1], sympy.erf), "no near miss"
-    assert with_ndtr(formula) == formula
+    assert with_distributions(formula) == formula
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -323,6 +323,7 @@ _NAMED: dict[str, Callable[[Printer, Any], Printed]] = {
     "Sigmoid": _function("σ"),
     "Softplus": _function("softplus"),
     "Ndtr": _function("Φ"),
+    "Gelu": _function("gelu"),
     "Expm1": _less_one,
     "FloorDiv": _quotient,
     "CleanDiv": _quotient,
