@@ -50,10 +50,13 @@ class Run:
             return [self._reviewed(call, args, self._cell(call.args["self"]), sizes)]
         if written:
             return self._in_place(call, args, written, sizes)
-        return [
-            None if meta is None else self._result(call, args, item, meta, sizes)
-            for item, meta in enumerate(call.outputs)
-        ]
+        results: list[Cell | None] = []
+        for item, meta in enumerate(call.outputs):
+            if meta is None:
+                results.append(None)
+            else:
+                results.append(self._result(call, args, item, meta, sizes))
+        return results
 
     def _cell(self, ref: Ref) -> Cell:
         cell = self.inputs[ref.index] if ref.item is None else self.outputs[ref.index][ref.item]
