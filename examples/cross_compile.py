@@ -33,6 +33,7 @@ from xfcompile.kernels.attention import (
     decode,
     hopper,
     hopper_backward,
+    hopper_variant,
     launch,
     launch_decode,
     lists,
@@ -217,13 +218,12 @@ def compile_job(job: Job) -> Compiled | None:
         wide = gemm_jobs.WIDE.dropping if gemm_jobs.EPILOGUES[job.program].drops else gemm_jobs.WIDE
         made = gemm_jobs.compile_gemm(job.program, job.dtype, wide)
         return outcome(job, made, Tiles(gemm_jobs.BLOCK_M, wide.columns, 4, wide.stages))
-    if job.kernel in ("hopper", "tile_verdicts"):
-        spec = mask_or_spec(job)
-        compiled = compile_hopper(spec, job.dtype, job.dim) if job.kernel == "hopper" else compile_lists(spec, target)
-        if compiled is None:
-            return None
-        rows, keys = (hopper.ROWS, hopper.KEYS) if job.kernel == "hopper" else (LISTED, LISTED)
-        return outcome(job, compiled, Tiles(rows, keys, 4, hopper.STAGES[job.dim] if job.kernel == "hopper" else 1))
+    if job.kernel == "tile_verdicts":
+        return outcome(job, compile_lists(mask_or_spec(job), target), Tiles(LISTED, LISTED, 4, 1))
+    if job.kernel == "hopper":
+        compiled, variant = compile_hopper(job), variant_of(job)
+        tiles = Tiles(variant.rows, hopper.KEYS, 4, variant.stages)
+        return None if compiled is None else outcome(job, compiled, tiles)
     if job.kernel == "hopper_backward":
         compiled = compile_hopper_backward(backward_of(job), job.dtype, job.dim)
         tiles = Tiles(
@@ -263,26 +263,34 @@ def mask_or_spec(job: Job) -> ScoreSpec:
     return next(p for p in programs(job.dtype) if p.name == job.program).spec(sizes)
 
 
-def compile_hopper(spec: ScoreSpec, dtype: torch.dtype, dim: int) -> Any:
+def variant_of(job: Job) -> hopper_variant.Variant:
+    spec = codegen.canonical(mask_or_spec(job))
+    return hopper_variant.usual(spec, codegen.pieces(spec), job.dtype, job.dim)
+
+
+def compile_hopper(job: Job) -> Any:
     """The kernel in Gluon, as a launch would; None where another one is launched."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    spec = codegen.canonical(spec)
+    dtype, dim, variant = job.dtype, job.dim, variant_of(job)
+    spec = codegen.canonical(mask_or_spec(job))
     pieces = codegen.pieces(spec)
     if hopper.why_not(spec, pieces, dtype, dim, dim) is not None:
         return None
-    source = hopper.module(spec, pieces)
+    source = hopper.module(spec, pieces, variant)
     kernel = cache.load(cache.store(source), f"hopper_{cache.key_of(source)}").attention_forward
 
     constants: dict[str, object] = {
-        "ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[dim], "DV": dim, "HEADS_FIRST": False,
-        "REGISTERS": hopper.REGISTERS, "UNIT": template.unit(spec, dtype), "FAST": 2,
+        "ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.stages, "DV": dim, "HEADS_FIRST": False,
+        "REGISTERS": variant.registers, "UNIT": 1.0 if variant.tiles else template.unit(spec, dtype), "FAST": 2,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
+    rows = variant.rows // variant.warpgroups
     types = {
-        "q_desc": descriptor([1, 1, hopper.ROWS // 2, dim], dtype),
+        "q_desc": descriptor([1, 1, rows, dim], dtype),
         "k_desc": descriptor([1, 1, hopper.KEYS, dim], dtype),
         "v_desc": descriptor([1, 1, hopper.KEYS, dim], dtype),
+        "bias_desc": descriptor([1, 1, rows, hopper.KEYS], dtype),
     }
     return _compile(kernel, constants, types, dtype, spec, TARGETS["sm_90"], GluonASTSource)
 

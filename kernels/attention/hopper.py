@@ -1,4 +1,4 @@
-"""The text of the kernel for Hopper, in Gluon: one warp loads tiles by TMA, two warpgroups of 64 query rows compute.
+"""The text of the kernel for Hopper, in Gluon: one warp loads tiles by TMA, warpgroups of 64 query rows compute.
 
 Each warpgroup gives the tensor cores the scores of a tile and behind them the product of the tile before, and takes the
 softmax of the former during the latter: the order of FlashAttention-3 (Shah et al., 2024). The site's own functions are
@@ -8,29 +8,36 @@ those of the Triton kernel, which Gluon compiles as its own.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sympy
 import torch
 
-from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention import codegen, template
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.forward_text import HELPERS
+from xfcompile.kernels.attention.hopper_variant import (
+    REFERENCE,
+    START,
+    Columns,
+    Variant,
+    columns_of,
+    place_of,
+    usual,
+)
+from xfcompile.kernels.attention.printer import NAMES, Printer, Term
 from xfcompile.kernels.attention.template import wrapped
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = 128, 128
-"""Query rows of a program, half of them a warpgroup's, and keys of a tile."""
+"""Query rows and keys of a tile in lists."""
 
 HEAD_DIMS = (64, 128)
 """Columns of a tile; other head dims are padded by TMA, which reads zeros behind a tensor's end."""
 
-STAGES = {64: 4, 128: 3}
-"""Tiles in shared memory: as many as there is room for."""
-
-REGISTERS = 240
-"""Of a thread that computes; the warp that loads leaves it the rest."""
+BIAS_STAGES = 2
+"""Tiles of a bias in shared memory."""
 
 
 def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: int) -> str | None:
@@ -51,7 +58,7 @@ def why_not(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, dq: int, dv: in
         return "documents are visited in smaller tiles"
     evens = set(pieces.evens)
     varying = [load for load in pieces.score.atoms(Load) if J in load.free_symbols and load not in evens]
-    if varying:
+    if varying and not usual(spec, pieces, dtype, columns(dq)).tiles:
         return "loads of each score are waited for"
     if not spec.score.has(S):
         return "scores without q·k"
@@ -137,7 +144,7 @@ KERNEL = '''\
 @gluon.jit
 {locate}
     """Batch, head and block of rows of a piece of work."""
-{place}
+    {place}
     return b, h, block
 
 
@@ -146,14 +153,14 @@ KERNEL = '''\
     """How many tiles a block of rows visits, how many of them, the first, are masked, where the even ones begin, and
     three numbers that say which they are."""
     first = block * ROWS
-{bounds_body}
+    {bounds_body}
     return n, masked, evens_at, x0, x1, x2
 
 
 @gluon.jit
 {tile}
     """The first key of the t-th tile."""
-{tile_body}
+    {tile_body}
     return start
 
 
@@ -169,7 +176,7 @@ KERNEL = '''\
         b, h, block = locate(work, blocks, heads, total)
         first = block * ROWS
         n, masked, evens_at, x0, x1, x2 = {call_bounds}
-        for w in gl.static_range(2):
+        for w in gl.static_range({groups}):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(w), M * q_smem.shape[4] * 2)
             tma.async_copy_global_to_shared(q_desc, [b, h, first + w * M, 0], q_full.index(w), q_smem.index(w))
@@ -187,6 +194,7 @@ KERNEL = '''\
             mbarrier.expect(bar, V_BYTES, pred=has_k ^ True)
             tma.async_copy_global_to_shared(k_desc, [b, h // group, start, 0], bar, k_smem.index(at), pred=has_k)
             tma.async_copy_global_to_shared(v_desc, [b, h // group, before, 0], bar, v_smem.index(at), pred=has_v)
+            {produce_bias}
             before = start
             step += 1
 
@@ -196,8 +204,8 @@ KERNEL = '''\
     """The weights of a tile whose product of queries and keys is s, what those before it are multiplied by, and the
     maximum of each row's scores, UNIT times as large as they are."""
     {power}
-{softmax_body}
-    alpha = tl.exp2((m - m_safe) * POWER)
+    {softmax_body}
+    {alpha}
     return p, alpha, m_new
 
 
@@ -212,17 +220,23 @@ KERNEL = '''\
     D: gl.constexpr = k_smem.shape[4]
     DIM_V: gl.constexpr = v_smem.shape[4]
     k = k_smem.index(at).reshape([KEYS, D]).permute((1, 0))
+    {leave_first}
+    {take_turn}
     s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
+    {add_columns}
     # The rest of step t - 1.
-    mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
+    {leave}
+    {rescale}
     a = unpack(p, v_smem.dtype, gl.DotOperandLayout(0, O_MMA, 2))
     acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
+    {give_turn}
     start = {call_tile}
-{ahead}
+    {ahead}
+    {read_bias}
     s = warpgroup_mma_wait(1, deps=[s_])
     p_new, alpha, m = {call_softmax}
-    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None] + partial_sum(p_new)
+    {rescale_sum}
+    l = l + partial_sum(p_new)
     # The next stage, needed by the next step: waited for here, because the predicate's branch tends to keep ptxas from
     # moving the exponentials behind the wait for the product.
     mbarrier.wait(full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=t + 1 < n)
@@ -251,16 +265,22 @@ KERNEL = '''\
         first = block * ROWS + w * M
         row = gl.minimum(first + offs_m, lq - 1)  # rows past the end repeat the last one, and are not stored
         i = row[:, None]
-{rows}
+        {rows}
+        {factors}
         m = {initial}
         acc = gl.zeros([M, DIM_V], gl.float32, O_MMA)
 
         # The first tile has no weights behind it. It may be masked or not: this suits both.
         start = {call_tile_first}
+        {kept}
         mbarrier.wait(q_full.index(w), turn & 1)
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         k = k_smem.index(step % STAGES).reshape([KEYS, D]).permute((1, 0))
+        {take_turn}
         s_ = warpgroup_mma(q, k, gl.zeros([M, KEYS], gl.float32, S_MMA), use_acc=False, is_async=True)
+        {add_columns}
+        {give_turn}
+        {read_bias_first}
         s = warpgroup_mma_wait(0, deps=[s_])
         p_, alpha, m = {call_softmax_first}
         l = partial_sum(p_)
@@ -269,27 +289,23 @@ KERNEL = '''\
         step += 1
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1, pred=n > 1)
 
-        for t in range(1, masked):
-            p, acc, alpha, m, l = {call_advance_masked}
-            step += 1
-        for t in range(gl.maximum(masked, 1), evens_at):
-            p, acc, alpha, m, l = {call_advance}
-            step += 1
-{even_loop}
+        {loops}
         mbarrier.arrive(q_empty.index(w), count=1)
         mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)
 
         at = step % STAGES
         mbarrier.wait(full.index(at), step // STAGES & 1)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]
+        {rescale}
         a = unpack(p, dtype, gl.DotOperandLayout(0, O_MMA, 2))
+        {take_turn}
         acc_ = warpgroup_mma(a, v_smem.index(at).reshape([KEYS, DIM_V]), acc, is_async=True)
+        {give_turn}
         l = gl.convert_layout(gl.sum(l, 1), S_ROW)
-{sink}
+        {sink}
         lse = {lse}
         rows = first + offs_m
         gl.store(lse_ptr + (b.to(gl.int64) * heads + h) * lq + rows, lse, mask=rows < lq)
-{dead}
+        {dead}
         inverse = gl.convert_layout(1.0 / l, gl.SliceLayout(1, O_MMA))
         acc = warpgroup_mma_wait(0, deps=[acc_])
         mbarrier.arrive(empty.index(at), count=1)
@@ -308,33 +324,35 @@ KERNEL = '''\
 {kernel}
     """One program: pieces of work `program_id`, `program_id + num_programs` ...; a piece is ROWS query rows of a head.
 
-    Descriptors are of [B, H, L, D] views, with blocks [1, 1, ROWS / 2, D] for q and [1, 1, KEYS, D] for k and v. To be
-    launched with four warps.
+    Descriptors are of [B, H, L, D] views, with blocks [1, 1, M, D] for q, of M rows a warpgroup, [1, 1, KEYS, D] for k
+    and v, and [1, 1, M, KEYS] for a bias. To be launched with four warps.
     """
     dtype: gl.constexpr = q_desc.dtype
     M: gl.constexpr = q_desc.block_type.shape[2]
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, M, q_desc.block_type.shape[3]], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [{groups}, 1, 1, M, q_desc.block_type.shape[3]], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, k_desc.block_type.shape[3]], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, KEYS, v_desc.block_type.shape[3]], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
+    {turns}
+    {places}
+    {bias_memory}
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for w in gl.static_range(2):
+    for w in gl.static_range({groups}):
         mbarrier.init(q_full.index(w), count=1)
         mbarrier.init(q_empty.index(w), count=1)
+        {turns_init}
     for n in gl.static_range(STAGES):
         mbarrier.init(full.index(n), count=1)
-        mbarrier.init(empty.index(n), count=2)
+        mbarrier.init(empty.index(n), count={groups})
+    {bias_init}
     fence_async_shared()
     # The first is run by the program's own warps, with the registers that the others leave.
-    gl.warp_specialize([(consume, (
-{consumer_0}
-    )), (consume, (
-{consumer_1}
-    )), (produce, (
-{producer}
-    ))], [4, 1], [REGISTERS, 24])
+    gl.warp_specialize([
+        {consumers}
+        {producer}
+    ], {warps}, {registers})
 '''
 
 MEAN = '''\
@@ -370,10 +388,76 @@ def fill_dead_rows(out_ptr, lse_ptr, v_ptr, stride_vb, stride_vh, stride_vn, str
 '''
 
 
-def module(spec: ScoreSpec, pieces: Pieces) -> str:
+TURNS = {
+    # The first is let in by the phase that a new barrier is not in.
+    "take_turn": "mbarrier.wait(turns.index(w), (step & 1) ^ (w == 0))",
+    "give_turn": "mbarrier.arrive(turns.index((w + 1) % {groups}), count=1)",
+    "turns": "turns = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())",
+    "turns_init": "mbarrier.init(turns.index(w), count=1)",
+}
+
+FACTORS = """\
+# What a key's place is multiplied by, as three numbers of 16 bits.
+factor = column_factor({arguments})
+high = factor.to(gl.bfloat16).to(gl.float32)
+middle = (factor - high).to(gl.bfloat16).to(gl.float32)
+part = gl.arange(0, 16, gl.SliceLayout(0, gl.DotOperandLayout(0, S_MMA, 2)))[None, :]
+factors = gl.where(part == 0, high, gl.where(part == 1, middle, gl.where(part == 2, factor - high - middle, 0.0)))
+factors = (factors + gl.zeros([M, 16], gl.float32, gl.DotOperandLayout(0, S_MMA, 2))).to(gl.bfloat16)"""
+
+PLACES = """\
+PLACE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [gl.num_warps(), 1], [1, 0])
+place = gl.arange(0, KEYS, gl.SliceLayout(1, PLACE_LAYOUT))[:, None]
+part = gl.arange(0, 16, gl.SliceLayout(0, PLACE_LAYOUT))[None, :]
+places = gl.allocate_shared_memory(
+    gl.bfloat16, [KEYS, 16], gl.NVMMASharedLayout.get_default_for([KEYS, 16], gl.bfloat16),
+    gl.where(part < 3, place, 0).to(gl.float32).to(gl.bfloat16))"""
+
+ADD_COLUMNS = "s_ = warpgroup_mma(factors, places.permute((1, 0)), s_, is_async=True)"
+
+TILES = {
+    "produce_bias": """\
+if has_k:
+    bias_step = step - turn + 1  # a piece of work has one step more than tiles of the bias
+    for w in gl.static_range({groups}):
+        bias_at = bias_step % {stages} * {groups} + w
+        mbarrier.wait(bias_empty.index(bias_at), (bias_step // {stages} & 1) ^ 1)
+        mbarrier.expect(bias_full.index(bias_at), q_smem.shape[3] * KEYS * 2)
+        tma.async_copy_global_to_shared(
+            bias_desc, [{b}, {h}, first + w * q_smem.shape[3], start], bias_full.index(bias_at),
+            bias_smem.index(bias_at))""",
+    "read_bias": """\
+bias_at = bias_step % {stages} * {groups} + w
+mbarrier.wait(bias_full.index(bias_at), bias_step // {stages} & 1)
+bias = bias_smem.index(bias_at).reshape([M, KEYS]).load(S_MMA)
+fence_async_shared()
+mbarrier.arrive(bias_empty.index(bias_at), count=1)""",
+    "bias_memory": """\
+bias_smem = gl.allocate_shared_memory(dtype, [{number}, 1, 1, M, KEYS], bias_desc.layout)
+bias_full = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())
+bias_empty = gl.allocate_shared_memory(gl.int64, [{number}, 1], mbarrier.MBarrierLayout())""",
+    "bias_init": """\
+for n in gl.static_range({number}):
+    mbarrier.init(bias_full.index(n), count=1)
+    mbarrier.init(bias_empty.index(n), count=1)""",
+}
+
+BIAS = sympy.Symbol("bias", real=True)
+"""A bias of each score."""
+
+# Of rows whose maximum is that far from 0 a score is equal to it, or lower by more than leaves any weight: a fraction
+# of the difference does as well, and the products stay finite.
+WITH_BIAS = """\
+power = tl.where(tl.abs(m_safe) > 1e30, POWER / 4, POWER)
+p = tl.exp2(s * power[:, None] - (m_safe * power)[:, None])"""
+
+
+def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
-    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *pieces.functions, FIXED, _kernel(spec, pieces)]
+    functions = [*pieces.functions, *_functions(spec, pieces, variant)]
+    kernel = _kernel(spec, pieces, variant)
+    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, kernel]
     if needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)
@@ -384,7 +468,43 @@ def needs_mean(spec: ScoreSpec) -> bool:
     return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
 
 
-def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
+def _functions(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> list[str]:
+    """Those of a variant: a tile of scores with its bias, as the program has it, or what goes by a key's place."""
+    names = pieces.names
+    rows = {x: Term(f"row{n}", "float") for n, x in enumerate(codegen.row_loads(pieces.score, spec.keep))}
+    scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, START, BIAS)}}
+
+    def function(name: str, arguments: Sequence[str], value: sympy.Expr) -> str:
+        printer = Printer(spec.operands, scope, rows)
+        text = printer.float(value).text
+        lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
+        signature = wrapped(f"def {name}", [*arguments, *names.inside, *names.flag_parameters], ":")
+        return f"@triton.jit\n{signature}\n{lines}"
+
+    if variant.tiles:
+        return [function("biased", ["s", "bias", "b", "h", "i", "j"], pieces.score.xreplace({_tile_load(spec): BIAS}))]
+    if variant.columns:
+        found = _columns(spec, pieces)
+        return [
+            function("column_factor", ["start", "b", "h"], found.factor),
+            function("column_shift", ["start", "b", "h"], codegen.times(codegen.UNIT, found.shift)),
+        ]
+    return []
+
+
+def _tile_load(spec: ScoreSpec) -> Load:
+    (load,) = (load for load in spec.score.atoms(Load) if J in load.free_symbols)
+    assert isinstance(load, Load)
+    return load
+
+
+def _columns(spec: ScoreSpec, pieces: Pieces) -> Columns:
+    found = columns_of(spec, pieces.score)
+    assert found is not None
+    return found
+
+
+def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     names, forms = pieces.names, pieces.forms
     listed = ["list_ptr", "list_b", "list_h"] if names.listed else []
     own = [*names.outside, *listed]
@@ -396,8 +516,13 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
     constants = ["ROWS", "KEYS", "STAGES"]
     layouts = ["S_MMA", "O_MMA"]
     where = ["b", "h", "i", "offs_n", "start", "lk"]
-    inside = [*names.inside, *names.evens]
     more = ["EVEN"] if names.evens else []
+    turns = ["turns"] if variant.turns else []
+    places = ["places"] if variant.columns else []
+    memory = ["bias_smem", "bias_full", "bias_empty"] if variant.tiles else []
+    bias_desc, bias = (["bias_desc"], ["bias"]) if variant.tiles else ([], [])
+    early = spec.keep.has(Load)
+    kept = ["kept"] if early else []
 
     def define(name: str, arguments: Sequence[str], constant: Sequence[str] = ()) -> str:
         return wrapped(f"def {name}", [*arguments, *(f"{x}: gl.constexpr" for x in constant)], ":")
@@ -408,21 +533,28 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
 
     bounds = ["b", "h", "block", "lq", "lk", *names.scalars, *listed]
     tile = ["t", *tiling, *listed[:1]]
-    softmax = ["s", "m", *where, *inside]
+    softmax = ["s", "m", *where, *names.inside, *names.evens, *bias, *kept]
     advance = [
         "t", "step", "p", "acc", "alpha", "m", "l", "q", *smem[1:], "full", "empty", *tiling, "b", "h", "i", "offs_n",
-        "lk", *names.inside, *listed[:1],
+        "lk", *names.inside, *listed[:1], *turns, *(["factors", *places] if places else []), *memory,
+        *(["bias_step"] if memory else []), *(["w"] if turns or memory else []),
     ]  # fmt: skip
     if "first" not in advance:
         advance.append("first")
-    consume = ["w", *smem, *barriers, *sizes, "out_ptr", "lse_ptr", *own]
-    produce = ["q_desc", "k_desc", "v_desc", *smem, *barriers, *sizes, "group", *names.scalars, *listed]
-    pointers = ["q_desc", "k_desc", "v_desc", "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
+    consume = [*smem, *barriers, *turns, *places, *memory, *sizes, "out_ptr", "lse_ptr", *own]
+    described = ["q_desc", "k_desc", "v_desc", *bias_desc]
+    produce = [*described, *smem, *barriers, *memory, *sizes, "group", *names.scalars, *listed]
+    pointers = [*described, "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
     kernel = [*pointers, *sizes, "group", *names.strides, *names.scalars, *listed[1:]]
 
-    def advanced(masked: bool, even: bool) -> str:
+    def softmaxed(given: dict[str, str], masked: str, even: str, depth: int) -> str:
+        return call("softmax", [*(given.get(x, x) for x in softmax), *flags, masked, *([even] if more else [])], depth)
+
+    def loop(start: str, end: str, masked: bool, even: bool) -> str:
+        given = ["step - turn + 1" if x == "bias_step" else x for x in advance]
         kinds = [str(masked), *([str(even)] if more else [])]
-        return call("advance", [*advance, *constants, *flags, *layouts, *kinds], 4)
+        advanced = call("advance", [*given, *constants, *flags, *layouts, *kinds], 0)
+        return f"for t in range({start}, {end}):\n    p, acc, alpha, m, l = {advanced}\n    step += 1"
 
     evens = names.evens
     ahead: list[str] = []
@@ -431,17 +563,6 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
         values = zip(evens, forms.even_values, strict=True)
         read = [*forms.even_lines, *(f"{name} = {value}" for name, value in values)]
         ahead = ["if EVEN:", "    ahead = start", *(f"    {x}" for x in read), "else:", *(f"    {x}" for x in ahead)]
-    first_step = [
-        "s",
-        "m",
-        *where,
-        *names.inside,
-        *("0.0" for _ in evens),
-        *flags,
-        "True",
-        *(["False"] if more else []),
-    ]
-    lse = template.lse(forms, names)
     sink, initial = "", 'gl.full([M], float("-inf"), gl.float32, S_ROW)'
     if spec.sink is not None:
         arguments = ", ".join(["b", "h", "row", *names.outside, *flags])
@@ -457,54 +578,92 @@ def _kernel(spec: ScoreSpec, pieces: Pieces) -> str:
     dead = "l = tl.where(l == 0.0, 1.0, l)" if spec.dead == "zero" and spec.sink is None else ""
     if needs_mean(spec):
         dead = "l = tl.where(l == 0.0, 1.0, l)  # such rows are filled later"
-    even_loop = ""
+    loops = [loop("1", "masked", True, False), loop("gl.maximum(masked, 1)", "evens_at", False, False)]
     if evens:
-        even_loop = "\n".join(
-            [
-                "for t in range(gl.maximum(evens_at, 1), n):",
-                f"    p, acc, alpha, m, l = {advanced(False, True)}",
-                "    step += 1",
-            ]
-        )
-    return KERNEL.format(
-        locate=define("locate", ["work", "blocks", "heads", "total"]),
-        place=_indented(_place(spec)),
-        bounds=define("bounds", bounds, ["ROWS", "KEYS"]),
-        bounds_body=_indented(_bounds(spec, names)),
-        tile=define("tile", tile, ["KEYS"]),
-        tile_body=_indented(_tile(names)),
-        produce=define("produce", produce, constants),
-        call_bounds=call("bounds", [*bounds, "ROWS", "KEYS"], 2),
-        call_tile_produced=call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
-        softmax=define("softmax", softmax, [*flags, "MASKED", *more]),
-        softmax_body=_indented(_softmax(spec, pieces)),
-        power=template.POWER,
-        advance=define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
-        call_tile=call("tile", [*tile, "KEYS"], 1),
-        ahead=_indented("\n".join(ahead)),
-        call_softmax=call("softmax", [*softmax, *flags, "MASKED", *more], 1),
-        consume=define("consume", consume, [*constants, *flags, "DV", "HEADS_FIRST"]),
-        rows=_indented("\n".join(pieces.row_lines), 2),
-        initial=initial,
-        call_tile_first=call("tile", ["0", *tile[1:], "KEYS"], 2),
-        call_softmax_first=call("softmax", first_step, 2),
-        call_advance_masked=advanced(True, False),
-        call_advance=advanced(False, False),
-        even_loop=_indented(even_loop, 2),
-        sink=_indented(sink, 2),
-        lse=lse,
-        dead=_indented(dead, 2),
-        unspecialized=repr([*sizes, "group", *names.scalars, *listed[1:]]),
-        kernel=define("attention_forward", kernel, [*constants, *flags, "DV", "HEADS_FIRST", "REGISTERS"]),
-        consumer_0=_arguments(["0", *consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]),
-        consumer_1=_arguments(["1", *consume[1:], *constants, *flags, "DV", "HEADS_FIRST"]),
-        producer=_arguments([*produce, *constants]),
-    )
+        loops.append(loop("gl.maximum(evens_at, 1)", "n", False, True))
+    given = [*consume, *constants, *flags, "DV", "HEADS_FIRST"]
+    groups = variant.warpgroups
+    texts = {
+        "locate": define("locate", ["work", "blocks", "heads", "total"]),
+        "place": _place(spec, names),
+        "bounds": define("bounds", bounds, ["ROWS", "KEYS"]),
+        "bounds_body": _bounds(spec, names),
+        "tile": define("tile", tile, ["KEYS"]),
+        "tile_body": _tile(names),
+        "produce": define("produce", produce, constants),
+        "call_bounds": call("bounds", [*bounds, "ROWS", "KEYS"], 2),
+        "call_tile_produced": call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
+        "softmax": define("softmax", softmax, [*flags, "MASKED", *more]),
+        "softmax_body": _softmax(spec, pieces, variant),
+        "power": template.POWER,
+        "alpha": "alpha = tl.exp2((m - m_safe) * POWER)",
+        "advance": define("advance", advance, [*constants, *flags, *layouts, "MASKED", *more]),
+        "call_tile": call("tile", [*tile, "KEYS"], 1),
+        "ahead": "\n".join(ahead),
+        "call_softmax": softmaxed({"kept": "None"}, "MASKED", "EVEN", 1),
+        "rescale": "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O_MMA))[:, None]",
+        "rescale_sum": "l = l * gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))[:, None]",
+        "consume": define("consume", ["w", *consume], [*constants, *flags, "DV", "HEADS_FIRST"]),
+        "rows": "\n".join(pieces.row_lines),
+        "initial": initial,
+        "call_tile_first": call("tile", ["0", *tile[1:], "KEYS"], 2),
+        "call_softmax_first": softmaxed(dict.fromkeys(evens, "0.0"), "True", "False", 2),
+        "loops": "\n".join(loops),
+        "sink": sink,
+        "lse": template.lse(forms, names),
+        "dead": dead,
+        "unspecialized": repr([*sizes, "group", *names.scalars, *listed[1:]]),
+        "kernel": define("attention_forward", kernel, [*constants, *flags, "DV", "HEADS_FIRST", "REGISTERS"]),
+        "consumers": "\n".join(_partition("consume", [str(w), *given]) for w in range(groups)),
+        "producer": _partition("produce", [*produce, *constants]),
+        "groups": str(groups),
+        "warps": repr([4] * (groups - 1) + [1]),
+        "registers": f"[{', '.join(['REGISTERS'] * (groups - 1))}, 24]",
+        "leave": "mbarrier.arrive(empty.index((step - 1) % STAGES), count=1)",
+    }
+    # What only some have.
+    texts |= dict.fromkeys(("leave_first", "take_turn", "give_turn", "turns", "turns_init"), "")
+    texts |= dict.fromkeys(("factors", "places", "add_columns", "kept"), "")
+    texts |= dict.fromkeys(("produce_bias", "read_bias", "read_bias_first", "bias_memory", "bias_init"), "")
+    if early:
+        site = ", ".join(["b", "h", "i", "gl.minimum(start + offs_n, lk - 1)", *names.inside, *flags])
+        texts["kept"] = f"kept = keep({site}) & (start + offs_n < lk)  # which nothing has to wait for"
+    if variant.turns:
+        texts |= {name: text.format(groups=groups) for name, text in TURNS.items()}
+        texts |= {"leave_first": texts["leave"], "leave": ""}
+    if variant.columns:
+        texts |= {"factors": FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))}
+        texts |= {"places": PLACES, "add_columns": ADD_COLUMNS}
+    if variant.bounded:
+        texts |= {"initial": f"gl.full([M], {REFERENCE}, gl.float32, S_ROW)", "alpha": "alpha = m  # not used"}
+        texts |= {"rescale": "", "rescale_sum": ""}
+    if variant.tiles:
+        b, h, *_ = place_of(_tile_load(spec))
+        about = {"stages": BIAS_STAGES, "groups": groups, "number": BIAS_STAGES * groups, "b": b, "h": h}
+        texts |= {name: text.format(**about) for name, text in TILES.items()}
+        texts["read_bias_first"] = f"bias_step = step - turn\n{texts['read_bias']}"
+    return _filled(KERNEL, texts)
 
 
-def _place(spec: ScoreSpec) -> str:
+def _filled(text: str, parts: Mapping[str, str]) -> str:
+    """A template with its parts. One that has a line for itself is indented as that is; an empty one takes it away."""
+    lines = []
+    for line in text.split("\n"):
+        name = line.strip()[1:-1]
+        if line.strip() != f"{{{name}}}" or name not in parts:
+            lines.append(line.format(**parts))
+        elif parts[name]:
+            lines.append(textwrap.indent(parts[name], line[: line.index("{")]))
+    return "\n".join(lines)
+
+
+def _place(spec: ScoreSpec, names: template.Names) -> str:
     lines = ["b = work // blocks // heads", "h = work // blocks % heads"]
-    if spec.keep != sympy.true and spec.band.upper is not None:
+    if template._batches_share(spec):
+        # All batches load the same tile of the bias: one after the other.
+        batch = "batch = total // (blocks * heads)"
+        lines = [batch, "b = work % batch", "work = work // batch", "h = work // blocks"]
+    if spec.keep != sympy.true and (names.listed or spec.band.upper is not None):
         return "\n".join([*lines, "block = blocks - 1 - work % blocks  # the last rows see most keys: start with them"])
     return "\n".join([*lines, "block = work % blocks"])
 
@@ -569,34 +728,49 @@ def _tile(names: template.Names) -> str:
     return "start = (n - 1 - t) * KEYS"
 
 
-def _softmax(spec: ScoreSpec, pieces: Pieces) -> str:
+def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     names, forms = pieces.names, pieces.forms
     site = ", ".join(["b", "h", "i", "j", *names.inside, *names.flags])
     highest = "gl.max(s, 1)"
     lines = ["column = start + offs_n", "j = column", "if MASKED:", "    j = gl.minimum(j, lk - 1)"]
-    masks = ["if MASKED:"]
     seen = "column < lk" if spec.keep == sympy.true else f"keep({site}) & (column < lk)"
-    masks.append(f'    s = gl.where({seen}, s, float("-inf"))')
-    usual = [
-        *template.scores(spec, forms.usual, site),
-        *masks,
-        *template.softmax(forms.usual, site, highest=highest),
-    ]
+    masks = ["if MASKED:", f'    s = gl.where({seen}, s, float("-inf"))']
+    if spec.keep.has(Load):
+        masks = [
+            "if MASKED:",
+            "    if kept is None:",
+            f"        kept = {seen}",
+            '    s = gl.where(kept, s, float("-inf"))',
+        ]
+    scores = template.scores(spec, forms.usual, site)
+    weights = template.softmax(forms.usual, site, highest=highest)
+    if variant.columns:
+        shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
+        form = template.Form(_columns(spec, pieces).scale, shifted=True)
+        scores, weights = [], template.softmax(form, shift, "column_", highest=highest)
+    if variant.bounded:
+        weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
+    if variant.tiles:
+        *maximum, _ = template.softmax(template.Form(), site, highest=highest)
+        scores, weights = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"], [*maximum, WITH_BIAS]
+    usual = "\n".join([*scores, *masks, *weights])
     if forms.even is None:
-        return "\n".join([*lines, *usual])
+        return "\n".join([*lines, usual])
     with_evens = ", ".join([site, *names.evens])
-    even = [
-        *template.scores(spec, forms.even, with_evens, "even_"),
-        *template.softmax(forms.even, with_evens, "even_", highest=highest),
-    ]
-    return "\n".join([*lines, "if EVEN:", *(f"    {x}" for x in even), "else:", *(f"    {x}" for x in usual)])
-
-
-def _indented(text: str, depth: int = 1) -> str:
-    return textwrap.indent(text, "    " * depth)
-
-
-def _arguments(names: Sequence[str]) -> str:
-    return textwrap.fill(
-        ", ".join(names), template.WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
+    even = "\n".join(
+        [
+            *template.scores(spec, forms.even, with_evens, "even_"),
+            *template.softmax(forms.even, with_evens, "even_", highest=highest),
+        ]
     )
+    return "\n".join([*lines, "if EVEN:", _indented(even), "else:", _indented(usual)])
+
+
+def _indented(text: str) -> str:
+    return textwrap.indent(text, "    ")
+
+
+def _partition(function: str, arguments: Sequence[str]) -> str:
+    """What a part of a program's warps runs."""
+    listed = textwrap.fill(", ".join(arguments), template.WIDTH - 12, break_long_words=False)
+    return f"({function}, (\n{_indented(listed)},\n)),"

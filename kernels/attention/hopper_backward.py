@@ -18,9 +18,10 @@ from xfcompile.kernels.attention import hopper, template
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.gradient import Gradients
+from xfcompile.kernels.attention.hopper_variant import bias_of, place_of
 from xfcompile.kernels.attention.printer import LOG2E, extent
 from xfcompile.kernels.attention.template import wrapped
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = 64, 128
@@ -66,26 +67,6 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
     if extent(w.score) != {I, J} or (w.slope is None and extent(found.slope) != {I, J}):
         return "a score, or its slope, that is one for many scores"
     return None
-
-
-def bias_of(spec: ScoreSpec, dtype: torch.dtype) -> Load | None:
-    """The one load that has a number for each score, if it can be read by TMA: [B or 1, H or 1, Lq, Lk], in the dtype
-    of q, k and v."""
-    varying = [load for load in spec.score.atoms(Load) if load.free_symbols >= {I, J}]
-    if len(varying) != 1 or spec.operands[varying[0].operand].dtype != dtype:
-        return None
-    (load,) = varying
-    place = place_of(load)
-    if len(place) != 4 or place[2:] != (I, J):
-        return None
-    b, h = place[:2]
-    return load if b in (0, B) and h in (0, H) else None
-
-
-def place_of(load: Load) -> tuple[sympy.Expr, ...]:
-    """Where in four dimensions a load is, of which those that an operand has not are 0."""
-    indices = tuple(load.indices)
-    return indices if len(indices) > 4 else (sympy.S.Zero,) * (4 - len(indices)) + indices
 
 
 def writer(spec: ScoreSpec, found: Gradients, dtype: torch.dtype) -> Writer:

@@ -343,7 +343,7 @@ def _call(
 
     key, mask = prepared.key, prepared.mask
     block_m, block_n = sizes if listed else tile_sizes(key, q.device, q.dtype, dq, dv, lq)
-    fast = not interpreted and launch_hopper.suits(prepared, q, k, v, (block_m, block_n))
+    fast = not interpreted and launch_hopper.suits(prepared, q, k, v, operands, (block_m, block_n))
     made = mask is not None and not listed and (fast or -(-lk // block_n) > FEW_TILES)
     shape = (batch, heads, lq, lk)
 
@@ -357,8 +357,10 @@ def _call(
     launch: Callable[..., None]
     if fast:
         flags: dict[str, Any] = {name: constants[name] for name in ("UNIT", "FAST") if name in constants}
-        first = launch_hopper.Hopper(prepared, q, k, v, strides, flags, heads_first)
+        first = launch_hopper.Hopper(prepared, q, k, v, strides, flags, heads_first, operands)
         launch = FirstThatRuns(first, for_any_hardware)
+        if first.bias is not None:
+            launch = WhereAligned(launch, first.bias, for_any_hardware)
     else:
         launch = for_any_hardware()
 
@@ -409,6 +411,26 @@ class FirstThatRuns:
                 self.other = None
             self.launch(*arguments)  # what this one raises is raised: nothing else is left
         self.other = None
+
+
+class WhereAligned:
+    """A launch for an operand that starts at a multiple of 16 bytes, and another one where it does not: of operands
+    that is not part of a layout."""
+
+    def __init__(self, launch: Callable[..., None], n: int, other: Callable[[], Callable[..., None]]) -> None:
+        self.launch, self.n = launch, n
+        self.make = other
+        self.other: Callable[..., None] | None = None
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, operands: Sequence[Tensor], *rest: Any
+    ) -> None:
+        if aligned(operands[self.n]):
+            self.launch(q, k, v, out, lse, operands, *rest)
+            return
+        if self.other is None:
+            self.other = self.make()
+        self.other(q, k, v, out, lse, operands, *rest)
 
 
 class _Blocks:

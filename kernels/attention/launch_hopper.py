@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, codegen, hopper, lists
+from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists
+from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.site import ScoreSpec
@@ -28,7 +29,7 @@ def why_not(prepared: Program, device: torch.device, dtype: torch.dtype, dq: int
     """Why such a site is not computed by this kernel; None if it is."""
     if device.type != "cuda" or device_generation(device) != HOPPER:
         return "it is for Hopper"
-    return _why_not(prepared.key, dtype, dq, dv) or _why_no_module(prepared.key)
+    return _why_not(prepared.key, dtype, dq, dv) or _why_no_module(prepared.key, usual(prepared.key, dtype, dq))
 
 
 @functools.cache
@@ -45,10 +46,16 @@ def _why_not(key: str, dtype: torch.dtype, dq: int, dv: int) -> str | None:
 
 
 @functools.cache
-def _why_no_module(key: str) -> str | None:
+def usual(key: str, dtype: torch.dtype, dq: int) -> Variant:
+    """How the kernel is written for a site that it takes."""
+    return hopper_variant.usual(*_made_of(key), dtype, hopper.columns(dq))
+
+
+@functools.cache
+def _why_no_module(key: str, variant: Variant) -> str | None:
     """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
     try:
-        _module(key)
+        _module(key, variant)
     except Exception as error:
         log.debug("no kernel for Hopper: %s", error)
         return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
@@ -56,23 +63,45 @@ def _why_no_module(key: str) -> str | None:
 
 
 @functools.cache
-def _module(key: str) -> Any:
-    return cache.load(cache.store(hopper.module(*_made_of(key))), f"xfcompile_attention_hopper_{key}")
+def _module(key: str, variant: Variant) -> Any:
+    text = hopper.module(*_made_of(key), variant)
+    return cache.load(cache.store(text), f"xfcompile_attention_hopper_{cache.key_of(text)}")
 
 
-def suits(prepared: Program, q: Tensor, k: Tensor, v: Tensor, listed: tuple[int, int]) -> bool:
+def suits(
+    prepared: Program, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor], listed: tuple[int, int]
+) -> bool:
     """Whether the kernel takes these tensors. listed: sizes of the tiles in lists, if there are any."""
-    if prepared.mask is not None and listed != (hopper.ROWS, hopper.KEYS):
-        return False
     if q.shape[2] < FEW_QUERIES or why_not(prepared, q.device, q.dtype, q.shape[3], v.shape[3]) is not None:
         return False
-    return all(described(x) for x in (q, k, v))
+    if prepared.mask is not None and listed != (hopper.ROWS, hopper.KEYS):
+        return False
+    n = _bias_in_tiles(prepared.key, usual(prepared.key, q.dtype, q.shape[3]), q.dtype)
+    biases = [] if n is None else [seen(operands[n], q.shape[2], k.shape[2])]
+    return all(described(x) for x in (q, k, v, *biases))
+
+
+@functools.cache
+def _bias_in_tiles(key: str, variant: Variant, dtype: torch.dtype) -> int | None:
+    """Which operand is loaded by TMA, if one is."""
+    bias = hopper_variant.tile_of(*_made_of(key), dtype) if variant.tiles else None
+    return None if bias is None else int(bias.operand)
+
+
+def seen(bias: Tensor, lq: int, lk: int) -> Tensor:
+    """What of a bias is as large as the scores, in four dimensions: of a larger one nothing else is read."""
+    return bias[(None,) * (4 - bias.ndim)][..., :lq, :lk]
 
 
 def described(x: Tensor) -> bool:
     """Whether TMA reads a tensor: rows start at multiples of 16 bytes, and neighbours are neighbours in memory."""
     strides = aligned_strides(x)
     return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.data_ptr() % 16 == 0
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Hopper:
@@ -87,19 +116,32 @@ class Hopper:
         strides: Sequence[int],
         flags: Mapping[str, Any],
         heads_first: bool,
+        operands: Sequence[Tensor] = (),
+        variant: Variant | None = None,
     ) -> None:
+        self.variant = variant = variant or usual(prepared.key, q.dtype, q.shape[3])
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
-        module = _module(prepared.key)
-        blocks = -(-lq // hopper.ROWS)
+        module = _module(prepared.key, variant)
+        blocks = -(-lq // variant.rows)
         total = batch * heads * blocks
         columns = hopper.columns(dq)
-        constants: dict[str, Any] = {"ROWS": hopper.ROWS, "KEYS": hopper.KEYS, "STAGES": hopper.STAGES[columns]}
-        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": hopper.REGISTERS}
+        constants: dict[str, Any] = {"ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.stages}
+        constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": variant.registers}
         numbers = [blocks, heads, lq, lk, total, heads // kv_heads, *strides]
-        loaded = [[1, 1, rows, columns] for rows in (hopper.ROWS // 2, hopper.KEYS, hopper.KEYS)]
+        rows = variant.rows // variant.warpgroups
+        loaded = [[1, 1, n, columns] for n in (rows, hopper.KEYS, hopper.KEYS)]
         described = [described_for_gluon(x, block) for x, block in zip((q, k, v), loaded, strict=True)]
-        self.launch = Launch(module.attention_forward, total, numbers, constants, {"num_warps": 4}, described)
+        self.bias = _bias_in_tiles(prepared.key, variant, q.dtype)
+        if self.bias is not None:
+            described.append(described_for_gluon(seen(operands[self.bias], lq, lk), [1, 1, rows, hopper.KEYS]))
+            constants["UNIT"] = 1.0  # scores are as the program has them
+        programs = total
+        if variant.persistent:
+            # Those of equal sizes: where tiles are listed, of one sequence.
+            pieces = total if prepared.mask is None else heads * blocks
+            programs = multiprocessors(q.device) if pieces > multiprocessors(q.device) else total
+        self.launch = Launch(module.attention_forward, programs, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):
             sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64, "HEADS_FIRST": heads_first}
@@ -120,7 +162,8 @@ class Hopper:
         scalars: Sequence[Any],
         tiles: Tensor | None,
     ) -> None:
-        tensors, free = [q, k, v, out, lse, *operands], scalars
+        bias = [] if self.bias is None else [operands[self.bias]]
+        tensors, free = [q, k, v, *bias, out, lse, *operands], scalars
         if tiles is not None:
             tensors.append(tiles)
             free = [*free, *lists.steps(tiles)]

@@ -13,7 +13,8 @@ from xfcompile.kernels.attention import cache, fit, hopper, hopper_backward, lau
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import UNKNOWN, prepare
 from xfcompile.kernels.attention.backward_writer import Writer
-from xfcompile.kernels.attention.launch_hopper import described
+from xfcompile.kernels.attention.hopper_variant import bias_of
+from xfcompile.kernels.attention.launch_hopper import described, multiprocessors, seen
 from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation
 
@@ -98,25 +99,14 @@ def _why_not_these(call: Call) -> str | None:
         return "strides that TMA does not take"
     reason = _why_not(call.program.forward, call.program.needed, call.q.dtype, call.dq, call.dv)
     if reason is None:
-        bias = hopper_backward.bias_of(call.program.spec, call.q.dtype)
-        if bias is not None and not described(_seen(call, int(bias.args[0]))):
+        bias = bias_of(call.program.spec, call.q.dtype)
+        if bias is not None and not described(seen(call.operands[bias.operand], call.lq, call.lk)):
             return "strides of a bias that TMA does not take"
     return reason
 
 
 def _programs(call: Call) -> int:
     return call.batch * call.kv_heads * -(-call.lk // hopper_backward.KEYS)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _seen(call: Call, n: int) -> Tensor:
-    """What of a bias is as large as the scores, in four dimensions: of a larger one nothing else is read."""
-    bias = call.operands[n]
-    return bias[(None,) * (4 - bias.ndim)][..., : call.lq, : call.lk]
 
 
 class HopperBackward:
@@ -161,7 +151,9 @@ class HopperBackward:
         of_rows = described_for_gluon(torch.empty(self.rows.shape, device="meta"), [1, rows])
         tiles += (3 if self.exact else 2) * [of_rows]
         self.biases = [int(load.args[0]) for load in w.tiles]
-        tiles += [described_for_gluon(_seen(call, n), [1, 1, rows, keys]) for n in self.biases]
+        tiles += [
+            described_for_gluon(seen(call.operands[n], call.lq, call.lk), [1, 1, rows, keys]) for n in self.biases
+        ]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
         self.main = Launch(
             module.attention_backward, _programs(call), numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles

@@ -453,6 +453,7 @@ def test_gated_mlps_by_the_product_for_hopper(saves: bool, p: float, monkeypatch
     monkeypatch.setattr(launch_hopper, "Gemm", Gemm)
     monkeypatch.setattr(launch_hopper, "multiprocessors", lambda index: 132)
     monkeypatch.setattr(launch_hopper, "declines", lambda *about: None)
+    monkeypatch.setattr(gated_launch.launch_few, "declines", lambda *about: "it is another one's")
     monkeypatch.setattr(gated_launch, "device_generation", lambda device: gated_launch.HOPPER)
     x, weight, up = (torch.zeros(64, 64, dtype=torch.float16) for _ in range(3))
     on_gpu = SimpleNamespace(type="cuda", index=0)

@@ -13,7 +13,7 @@ import torch
 
 from xfcompile import gated_routes
 from xfcompile.bench.command import app
-from xfcompile.kernels.attention import tiles
+from xfcompile.kernels.attention import hopper_variant, tiles
 from xfcompile.kernels.attention.tiles import Tiles
 from xfcompile.kernels.bias_act_dropout import launch as bias
 from xfcompile.kernels.gated_mlp import tiles as gated
@@ -28,6 +28,7 @@ TABLES: dict[str, dict[Any, Fact[Any]]] = {
     "attention routes": plan.ROUTES,
     "attention tiles": tiles.TABLE,
     "attention backward": tiles.BACKWARD,
+    "attention on Hopper": hopper_variant.USUAL,
     "gated routes": gated_routes.USUAL,
     "gated tiles": gated.DUAL,
     "gated tiles, few rows": gated.FEW,
