@@ -8,6 +8,7 @@ every time. The site's own functions are those of the other backward, which Gluo
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ from xfcompile.kernels.attention.hopper_variant import bias_of, place_of
 from xfcompile.kernels.attention.printer import LOG2E, extent
 from xfcompile.kernels.attention.template import wrapped
 from xfcompile.score import I, J, Load, S
-from xfcompile.site import ScoreSpec
+from xfcompile.site import Band, ScoreSpec
 
 ROWS, KEYS = 64, 128
 """Query rows of a tile, and the keys of a program, half of them a warpgroup's."""
@@ -37,6 +38,10 @@ LATER = {64: True, 128: False}
 """Whether what a tile adds to dq is handed to TMA behind the next tile's fence rather than one of its own, which takes
 a second buffer: 2.99 ms and not 3.10 at head dims of 64, and 2.93 and not 2.49 at 128 (an H200, B4 H32 S4096 D64 and
 B4 H16 S4096 D128, bf16, no mask)."""
+
+NARROW = 512
+"""Fewer keys of a window are too few: of 256 it took 0.14 ms and the other kernels 0.16, of 1024 0.50 and 0.69, of 4096
+1.12 and 1.86 (an H200, B1 H16 D128, S4096 and twice S8192)."""
 
 WARPS = 8
 PRODUCER_REGISTERS = 24
@@ -55,18 +60,26 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
         return "it drops no weights out"
     if found.of("rows", "columns"):
         return "what is added has a gradient that is a sum over keys or queries"
-    if spec.band.lower is not None and spec.band.exact:
+    if _width(spec.band) < NARROW:
         return "a narrow band is visited in smaller tiles"
     if any(load.free_symbols >= {I, J} for load in spec.score.atoms(Load) - {bias_of(spec, dtype)}):
         return "loads of each score are waited for"
     if not spec.score.has(S):
         return "scores without q·k"
     w = writer(spec, found, dtype)
-    if w.slope is None and hopper.columns(dq) > hopper.HEAD_DIMS[0]:
-        return "a slope of its own for each score takes registers that wide head dims leave none of"
-    if extent(w.score) != {I, J} or (w.slope is None and extent(found.slope) != {I, J}):
-        return "a score, or its slope, that is one for many scores"
+    if w.slope is None:
+        return "a slope of its own for each score takes registers that are not left"
+    if extent(w.score) != {I, J}:
+        return "a score that is one for many"
     return None
+
+
+def _width(band: Band) -> float:
+    """How many keys a row sees within exact bounds, if that is a number; infinitely many without."""
+    if band.lower is None or not band.exact:
+        return math.inf
+    width = sympy.oo if band.upper is None else sympy.expand(sympy.sympify(band.upper) - band.lower)
+    return float(width) if width.is_number else 0.0
 
 
 def writer(spec: ScoreSpec, found: Gradients, dtype: torch.dtype) -> Writer:
@@ -254,8 +267,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
         dp = warpgroup_mma_wait(2, deps=[dp_])
     else:
         dp = warpgroup_mma_wait(1, deps=[dp_])
-    ds = p * (dp - delta){slope_of_score}
-{masked_slope}
+    ds = p * (dp - delta)
     ds_ = ds.to(dtype)
     ds_smem.store(ds_)
     fence_async_shared()
@@ -442,7 +454,6 @@ def _kernels(w: Writer) -> str:
     def advanced(masked: bool) -> str:
         return call("advance", [*advance, *advance_constants, str(masked)], 3)
 
-    slope_of_score = "" if w.slope is not None else f" * slope(s, {w.site})"
     more_smem: list[str] = []
     load_more: list[str] = []
     row_bytes, exponent, read_bias = "8", "x - top", ""
@@ -462,9 +473,6 @@ def _kernels(w: Writer) -> str:
         read_bias = "bias_smem.index(at).reshape([ROWS, KEYS]).permute((1, 0)).load(S_MMA)"
         read_bias = f"    tile0 = {read_bias}.to(gl.float32)"
         row_bytes = f"({row_bytes} + KEYS * 2)"
-    masked_slope = ""
-    if w.slope is None:  # of a score that is masked it may be anything
-        masked_slope = "    if MASKED:\n        ds = gl.where(p == 0.0, 0.0, ds)"
     keep = "offs_n < lk" if w.spec.keep == sympy.true else f"keep({w.site}) & (offs_n < lk)"
     first_bounds = ["b", "kv_head * group", *bounds[2:], *bounds_constants]
     return KERNELS.format(
@@ -484,10 +492,8 @@ def _kernels(w: Writer) -> str:
         rows=_indented("\n".join(w.row_lines)),
         site=w.site,
         seen=keep,
-        slope_of_score=slope_of_score,
         score="exact_score" if w.exact else "score",
         exponent=exponent,
-        masked_slope=masked_slope,
         load_more=_indented("\n".join(load_more), 3),
         row_bytes=row_bytes,
         more_smem=_indented("\n".join(more_smem)),

@@ -159,11 +159,16 @@ DENSE = [
 def test_a_bias_of_each_score(case: Case, causal: bool, ran: Ran) -> None:
     dtype = case.spec.operands[0].dtype
     case = replace(case, spec=replace(case.spec, **CAUSAL)) if causal else case
-    assert usual(case, dtype, 128) == hopper_variant.USUAL["tiles", "bounds" if causal else "all", 128].value
+    variant = usual(case, dtype, 128)
+    if not case.spec.far and H in case.spec.score.free_symbols:  # others may be looked at before, and have lists
+        assert variant == hopper_variant.USUAL["tiles", "bounds" if causal else "all", 128].value
     for sizes in LENGTHS:
         ran.clear()
         check(case, at(case, dtype, 128, sizes))
-        assert [variant.tiles for variant in ran] == ([True] if sizes.lk % 8 == 0 else [])  # else TMA does not read it
+        if variant.tiles:
+            assert [x.tiles for x in ran] == ([True] if sizes.lk % 8 == 0 else [])  # else TMA does not read it
+        else:
+            assert not any(x.tiles for x in ran)
 
 
 def test_a_bias_that_does_not_start_at_16_bytes_is_read_by_another_kernel(ran: Ran) -> None:

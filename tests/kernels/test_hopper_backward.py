@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from attention_cases import CASES, Case, Inputs, Sizes, inputs, named
 from backward_cases import check, floating
@@ -25,14 +26,21 @@ from xfcompile.kernels.attention import (
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.gradient import gradients, why_not
 from xfcompile.kernels.attention.repeat import Launch
-from xfcompile.site import ScoreSpec
+from xfcompile.score import I, J
+from xfcompile.site import Band, ScoreSpec
 
+SCALE = named("plain").spec.score
 ROWS, KEYS = hopper_backward.ROWS, hopper_backward.KEYS
 
 
 def reason(case: Case, dtype: torch.dtype = torch.bfloat16, dim: int = 64, needed: Sequence[int] = ()) -> str | None:
     made = backward_layout.prepare(prepare(case.spec), tuple(needed))
     return hopper_backward.why_not(made.spec, made.made.gradients, dtype, dim, dim)
+
+
+def window(width: int) -> Case:
+    band = Band(I - width + 1, I + 1, exact=True)
+    return Case(f"window of {width}", ScoreSpec(SCALE, sympy.And(J <= I, I - width < J), band=band))
 
 
 def written(spec: ScoreSpec) -> Writer:
@@ -44,7 +52,7 @@ TAKEN = [case for case in CASES if why_not(case.spec) is None and reason(case) i
 
 def test_what_it_takes() -> None:
     names = {case.name for case in TAKEN}
-    assert {"plain", "causal", "padding_mean", "soft_cap", "sink", "additive_padding", "far_number"} <= names
+    assert {"plain", "causal", "padding_mean", "sink", "additive_padding", "far_number"} <= names
     assert "bias_hij" not in names and "t5" not in names and "no_dot_product" not in names
     assert reason(named("plain"), torch.float32) == "it multiplies numbers of 16 bits"
     assert reason(named("plain"), dim=36) == "head dims"
@@ -55,6 +63,8 @@ def test_what_it_takes() -> None:
     )
     assert reason(named("sink"), needed=(0,)) is None
     assert reason(named("window")) == "a narrow band is visited in smaller tiles"
+    assert reason(window(511)) is not None and reason(window(512)) is None
+    assert reason(named("soft_cap")) == "a slope of its own for each score takes registers that are not left"
 
 
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
@@ -171,10 +181,9 @@ BANDS = ["plain", "causal", "causal_more_rows", "bottom_right", "dead_blocks_mea
 LISTED = ["chunks", "padding_mean", "padding_zero", "some_rows_mean", "nothing_kept"]
 
 
-@pytest.mark.parametrize("lengths", [(300, 300), (64, 700), (700, 64), (257, 130)])
-@pytest.mark.parametrize("name", [*BANDS, *LISTED])
-def test_each_tile_that_keeps_something_is_visited_once(name: str, lengths: tuple[int, int]) -> None:
-    case = named(name)
+@pytest.mark.parametrize("lengths", [(300, 300), (64, 700), (700, 64), (257, 130), (1000, 1000)])
+@pytest.mark.parametrize("case", [*map(named, [*BANDS, *LISTED]), window(256), window(300)], ids=lambda case: case.name)
+def test_each_tile_that_keeps_something_is_visited_once(case: Case, lengths: tuple[int, int]) -> None:
     lq, lk = lengths
     x = inputs(case, torch.float32, "contiguous", Sizes(2, 2, 2, lq, lk, 64, 64))
     prepared = launch.program(prepare(case.spec))
