@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from xfcompile.bench import attention, columns
 from xfcompile.bench.programs import Sizes, programs, tensors
+from xfcompile.bench.surroundings import surroundings
 from xfcompile.kernels.attention import backward_call, backward_layout, fit, launch_backward
 from xfcompile.kernels.attention.tiles import Tiles
 
@@ -155,6 +154,7 @@ def main() -> None:
         jobs = jobs[options.part[0] :: options.part[1]]
     trial = Trial()
     trial.install()
+    about = surroundings("cuda")
     rows: list[dict[str, Any]] = []
     calls: dict[tuple[str, int], Callable[[], Any]] = {}
     for sizes, name, number in track(jobs, "kernels", disable=bool(options.part)):
@@ -165,11 +165,7 @@ def main() -> None:
             calls[name, sizes.dim] = step(name, sizes)
         rows += measured(name, sizes, trial, calls[name, sizes.dim], not options.part)
         if options.out and not options.part:
-            found = {
-                "hardware": torch.cuda.get_device_name(), "python": platform.python_version(),
-                "torch": torch.__version__, "triton": triton.__version__, "rows": rows,
-            }  # fmt: skip
-            options.out.write_text(json.dumps(found, indent=1) + "\n")
+            options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if not options.part:
         show(rows)
 

@@ -18,7 +18,6 @@ import argparse
 import functools
 import json
 import math
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +35,7 @@ from torch._inductor.utils import run_and_get_code
 
 import xfcompile
 from xfcompile.backend import xformers
+from xfcompile.bench.surroundings import surroundings
 from xfcompile.kernels.attention.tiles import interpreting
 
 FEW, MANY = 2, 6
@@ -364,9 +364,7 @@ def main() -> None:
     define_ops(device)
     rows = [row for row in ROWS if arguments.only in row.name and runs(row, device)]
     results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **surroundings(device),
         "few": FEW,
         "many": MANY,
         "rows": {row.name: attempt(row, device, rounds) for row in rows},
@@ -391,7 +389,7 @@ def attempt(row: Row, device: str, rounds: int) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    title = f"{results['device']}, torch {results['torch']}, {results['seconds']:.0f} s"
+    title = f"{results['hardware']['device']}, torch {results['versions']['torch']}, {results['seconds']:.0f} s"
     table = Table("", "us of the host, a call", title=title)
     for name, found in results["rows"].items():
         table.add_row(name, found.get("failed") or f"{found['us']:.1f}")

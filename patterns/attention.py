@@ -9,7 +9,11 @@ import sympy
 import torch
 
 from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
-from xfcompile.elementwise import ROW, Elements, Index, as_boolean, as_number, broadcast, literal
+from xfcompile.elementwise.constants import as_boolean, as_number, literal
+from xfcompile.elementwise.elements import Elements
+from xfcompile.elementwise.positions import Index, broadcast
+from xfcompile.elementwise.rows import ROW
+from xfcompile.elementwise.rules import RULES
 from xfcompile.indexing import integer, linear, unravel
 from xfcompile.magnitude import absorbs, is_coarse
 from xfcompile.masking import Masked, separate, without_row_shift
@@ -231,7 +235,7 @@ def _sdpa(call: Value) -> AttentionSite:
                 raise Miss("SDPA on batch sizes that do not broadcast", call)
         return (*position, row, D)
 
-    elements = Elements(ranges)
+    elements = Elements(RULES, ranges)
     scale = call["scale"]
     factor = literal(scale) if scale is not None else 1 / sympy.sqrt(integer(q.shape[-1]))
     score: sympy.Expr = S * (sympy.Float(float(factor), 17) if factor.is_number else factor)
@@ -435,7 +439,7 @@ def _score(
         raise Miss("no product of queries and keys below the softmax", scores)
     reasons: list[Miss] = []
     for dot in found:
-        elements = Elements(ranges, dot.value, columns)
+        elements = Elements(RULES, ranges, dot.value, columns)
         try:
             score = as_number(elements.at(scores, index))
             if S not in score.free_symbols:

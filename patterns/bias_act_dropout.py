@@ -12,7 +12,7 @@ import torch
 from xfcompile import activation
 from xfcompile.activation import KEEP, X
 from xfcompile.contraction import contraction
-from xfcompile.elementwise import as_number, literal, rounded
+from xfcompile.elementwise.constants import as_number, literal, rounded
 from xfcompile.evaluate import Evaluator
 from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value, depends

@@ -83,7 +83,7 @@ def part(name: str) -> Spoil:
 
 LINE = r"at test_soft.py:[0-9]+"
 STAGES: dict[str, tuple[Spoil, str]] = {
-    "reading a node": (at("xfcompile.read", "trace"), rf"reading \w+ {LINE}"),
+    "reading a node": (at("xfcompile.programs", "trace"), rf"reading \w+ {LINE}"),
     "reading a graph": (at("xfcompile.read", "Values"), "rewriting a graph"),
     "anchors": (part("anchors"), "looking for attention"),
     "matching": (part("match"), f"looking for attention {LINE}"),

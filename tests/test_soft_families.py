@@ -125,7 +125,7 @@ def text(patch: pytest.MonkeyPatch, case: Case) -> None:
 
 LINE = r"at test_soft_families.py:[0-9]+"
 STAGES: dict[str, tuple[Spoil, str]] = {
-    "reading": (at("xfcompile.read", "trace"), rf"reading \w+ {LINE}"),
+    "reading": (at("xfcompile.programs", "trace"), rf"reading \w+ {LINE}"),
     "anchors": (part("anchors"), "looking for {title}"),
     "matching": (part("match"), f"looking for {{title}} {LINE}"),
     "at a node": (part("at_node"), f"looking for {{title}} {LINE}"),

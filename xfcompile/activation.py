@@ -14,7 +14,7 @@ from typing import Any
 
 import sympy
 
-from xfcompile.elementwise import literal
+from xfcompile.elementwise.constants import literal
 from xfcompile.score import Where
 from xfcompile.site import Miss
 

@@ -14,7 +14,9 @@ import sympy
 import torch
 from torch import fx
 
-from xfcompile.elementwise import Elements, Index, broadcast
+from xfcompile.elementwise.elements import Elements
+from xfcompile.elementwise.positions import Index, broadcast
+from xfcompile.elementwise.rules import RULES
 from xfcompile.emit import Emitter
 from xfcompile.indexing import Ranges
 from xfcompile.operands import Walk
@@ -70,7 +72,7 @@ class _Diagonal:
         # To the emitter the distances are keys of a site with one query.
         self.site = replace(site, queries=sympy.S.One, keys=self.distances)
         self.ranges: Ranges = {I: site.queries}
-        self.elements = Elements(self.ranges)
+        self.elements = Elements(RULES, self.ranges)
         self.walk = Walk(self.ranges)
         self.plans: dict[tuple[Value, Index], Make | None] = {}
 

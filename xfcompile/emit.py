@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
+from xfcompile.example import example_of
 from xfcompile.operands import D
 from xfcompile.read import Reading
 from xfcompile.score import POSITION, B, H, I, J, Load, Where
@@ -299,7 +300,7 @@ class Emitter:
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether a node holds a tensor, and not a number."""
-        value = node.meta.get("example_value", node.meta.get("val"))
+        value = example_of(node)
         return node not in self.reading.numbers.values() if value is None else isinstance(value, torch.Tensor)
 
     def _device(self, site: AttentionSite) -> torch.device:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from xfcompile.family import needs_grad
-from xfcompile.read import Cell, Memory, Reading
+from xfcompile.memory import Cell, Memory
+from xfcompile.read import Reading
 from xfcompile.site import Miss
 from xfcompile.values import Value
 

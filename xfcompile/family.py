@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from xfcompile.emit import Emitter
+from xfcompile.example import example_of
 from xfcompile.meaning import Kernel, Meaning
 from xfcompile.read import Reading
 from xfcompile.values import Value
@@ -131,13 +132,12 @@ def needs_grad(node: fx.Node, reading: Reading) -> bool:
     """Whether a gradient may flow into the node's result."""
     if reading.scope[node].grad is False or (reading.scope[node].grad is None and not torch.is_grad_enabled()):
         return False
-    for key in ("example_value", "val"):
-        example = node.meta.get(key)
-        if isinstance(example, torch.Tensor):
-            return example.requires_grad or (
-                any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
-                and example.grad_fn is not None
-            )
+    example = example_of(node)
+    if isinstance(example, torch.Tensor):
+        return example.requires_grad or (
+            any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+            and example.grad_fn is not None
+        )
     return any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
 
 
@@ -148,5 +148,5 @@ def value_needs_grad(value: Value, reading: Reading) -> bool:
 
 
 def _requires_grad(node: fx.Node) -> bool:
-    example = node.meta.get("example_value", node.meta.get("val"))
+    example = example_of(node)
     return isinstance(example, torch.Tensor) and example.requires_grad

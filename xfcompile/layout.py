@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from xfcompile.emit import Emitter
+from xfcompile.example import example_of
 
 _LAYOUT_BLIND_VIEWS = frozenset(
     "transpose permute unsqueeze squeeze select getitem chunk split unbind expand t mT".split()
@@ -22,7 +23,7 @@ def with_layout(emitter: Emitter, root: fx.Node, new: fx.Node) -> fx.Node:
     """Give the result the strides of the replaced node where a user could tell the difference."""
     if not layout_matters(root):
         return new
-    example = root.meta.get("example_value", root.meta.get("val"))
+    example = example_of(root)
     if not isinstance(example, torch.Tensor):
         return emitter.call("contiguous", new)
     order = sorted(range(example.dim()), key=lambda d: stride_key(example, d), reverse=True)

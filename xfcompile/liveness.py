@@ -6,7 +6,8 @@ from collections.abc import Collection, Container
 
 from torch import fx
 
-from xfcompile.read import Memory, Reading
+from xfcompile.memory import Memory
+from xfcompile.read import Reading
 
 
 def live_nodes(

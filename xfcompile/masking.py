@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 import torch
 
-from xfcompile.elementwise import ROW
+from xfcompile.elementwise.rows import ROW
 from xfcompile.magnitude import absorbing, coarse
 from xfcompile.score import Load, Rounded, Where
 from xfcompile.site import Miss

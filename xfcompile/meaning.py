@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from xfcompile.example import example_of
 from xfcompile.read import Reading
 from xfcompile.site import Band
 from xfcompile.source import Frame
@@ -202,7 +203,7 @@ def name_of(node: fx.Node) -> str:
 def known_sizes(node: fx.Node, formulas: Iterable[Any]) -> tuple[tuple[sympy.Symbol, int], ...]:
     """What the symbols of some formulas were in the run that was traced, as far as that is known."""
     symbols = sorted(set().union(*(sympy.sympify(f).free_symbols for f in formulas)), key=str)
-    examples = [n.meta.get("example_value", n.meta.get("val")) for n in (node, *node.all_input_nodes)]
+    examples = [example_of(n) for n in (node, *node.all_input_nodes)]
     sizes: list[Any] = [
         n for x in examples if isinstance(x, torch.Tensor) for n in x.shape if isinstance(n, torch.SymInt)
     ]

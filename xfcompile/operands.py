@@ -9,7 +9,8 @@ import torch
 from torch.utils._sympy.functions import FloorDiv
 
 from xfcompile import indexing
-from xfcompile.elementwise import Index, broadcast, interleaved, literal, permuted, reshaped
+from xfcompile.elementwise.constants import literal
+from xfcompile.elementwise.positions import Index, broadcast, interleaved, permuted, reshaped
 from xfcompile.indexing import Ranges, integer, linear
 from xfcompile.site import Miss, Placed
 from xfcompile.values import Value

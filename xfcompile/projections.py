@@ -10,7 +10,8 @@ import sympy
 
 from xfcompile import activation
 from xfcompile.contraction import Contraction, contraction
-from xfcompile.elementwise import Index, as_number, broadcast, literal, rounded
+from xfcompile.elementwise.constants import as_number, literal, rounded
+from xfcompile.elementwise.positions import Index, broadcast
 from xfcompile.indexing import Ranges, integer
 from xfcompile.operands import Walk
 from xfcompile.site import Bias, Miss

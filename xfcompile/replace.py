@@ -13,6 +13,7 @@ from torch import fx
 from xfcompile.diagonal import vector
 from xfcompile.emit import Emitter
 from xfcompile.evaluate import Unsupported
+from xfcompile.example import example_of
 from xfcompile.layout import layout_matters, stride_key, with_layout
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
@@ -409,7 +410,7 @@ def _heads_first(candidate: AttentionCandidate) -> bool:
     if len(site.lead) < 2 or not layout_matters(root):
         return False
     where = {a: d for d, run in enumerate(site.layout) for a in run}
-    example = root.meta.get("example_value", root.meta.get("val"))
+    example = example_of(root)
     if where[H] == where[I]:
         run = site.layout[where[H]]
         return run.index(site.lead[-1]) < run.index(I)

@@ -16,8 +16,9 @@ from xfcompile.emit import Emitter
 from xfcompile.family import Candidate, Family, Route, Setting, Site, Words, needs_grad
 from xfcompile.liveness import erase_orphans, live_nodes
 from xfcompile.meaning import About, Kernel, program_of
+from xfcompile.memory import Memory
 from xfcompile.options import Options
-from xfcompile.read import Memory, Reading
+from xfcompile.read import Reading
 from xfcompile.report import Report, SiteReport
 from xfcompile.search import Search
 from xfcompile.site import Miss

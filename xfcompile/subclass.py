@@ -12,11 +12,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from xfcompile.example import example_of
+
 
 def subclass_at(node: fx.Node) -> str | None:
     """The name of such a class, if the node takes or gives one of its tensors."""
     for n in (node, *node.all_input_nodes):
-        for x in pytree.tree_leaves(n.meta.get("example_value", n.meta.get("val"))):
+        for x in pytree.tree_leaves(example_of(n)):
             if isinstance(x, torch.Tensor) and is_traceable_wrapper_subclass(x):
                 return type(x).__name__
     return None

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from xfcompile.checks import Check, Difference, VerificationError
 from xfcompile.excerpt import Excerpt, Excerpts, excerpts
-from xfcompile.read import Memory, Reading
+from xfcompile.memory import Memory
+from xfcompile.read import Reading
 from xfcompile.report import Report, SiteReport, publish
 from xfcompile.rounding import Rounded, nearby
 from xfcompile.site import Miss

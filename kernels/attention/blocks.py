@@ -7,7 +7,7 @@ scores are, and shared by all attentions under it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import indent
 
@@ -16,9 +16,10 @@ import torch
 
 from xfcompile.intervals import UNKNOWN, Bounds, certain, possible
 from xfcompile.kernels.attention.forward_text import HEAD, HELPERS
+from xfcompile.kernels.attention.lists_text import LISTS, LISTS_BY_KEY
 from xfcompile.kernels.attention.printer import NAMES, Printer, Term, guarded_loads, is_plain
 from xfcompile.kernels.attention.template import literal, wrapped
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.score import H, I, J, Load, S
 from xfcompile.site import MaskSpec, ScoreSpec
 
 SKIP, MASKED, WHOLE, EVEN = 0, 1, 2, 3
@@ -169,61 +170,6 @@ LOOK = '''\
     even = True
 {lines}
     return some, every, even
-'''
-
-LISTS = '''\
-@triton.jit
-def tile_lists(list_ptr, verdict_ptr, tiles, CHUNK: tl.constexpr):
-    """The list of one block of queries, from its verdicts."""
-    row = tl.cast(tl.program_id(0), tl.int64)
-    verdict_ptr += row * tiles
-    list_ptr += row * (tiles + 3)
-    evens, wholes = 0, 0
-    for first in tl.range(0, tiles, CHUNK):
-        t = first + tl.arange(0, CHUNK)
-        verdict = tl.load(verdict_ptr + t, mask=t < tiles, other=0).to(tl.int32)
-        evens += tl.reduce((verdict == 3).to(tl.int32), 0, tl.standard._sum_combine)
-        wholes += tl.reduce((verdict >= 2).to(tl.int32), 0, tl.standard._sum_combine)
-    at_even, at_whole, at_masked = 0, evens, 0
-    for first in tl.range(0, tiles, CHUNK):
-        t = first + tl.arange(0, CHUNK)
-        verdict = tl.load(verdict_ptr + t, mask=t < tiles, other=0).to(tl.int32)
-        even, whole, masked = (verdict == 3).to(tl.int32), (verdict == 2).to(tl.int32), (verdict == 1).to(tl.int32)
-        nth_even = at_even + tl.associative_scan(even, 0, tl.standard._sum_combine)
-        nth_whole = at_whole + tl.associative_scan(whole, 0, tl.standard._sum_combine)
-        nth_masked = at_masked + tl.associative_scan(masked, 0, tl.standard._sum_combine)
-        tl.store(list_ptr + 2 + nth_even, t, mask=even > 0)
-        tl.store(list_ptr + 2 + nth_whole, t, mask=whole > 0)
-        tl.store(list_ptr + 3 + tiles - nth_masked, t, mask=masked > 0)
-        at_even += tl.reduce(even, 0, tl.standard._sum_combine)
-        at_whole += tl.reduce(whole, 0, tl.standard._sum_combine)
-        at_masked += tl.reduce(masked, 0, tl.standard._sum_combine)
-    tl.store(list_ptr, evens)
-    tl.store(list_ptr + 1, wholes)
-    tl.store(list_ptr + 2, at_masked)
-'''
-
-LISTS_BY_KEY = '''\
-@triton.jit
-def tile_lists_by_key(list_ptr, verdict_ptr, blocks, tiles, CHUNK: tl.constexpr):
-    """The list of one block of keys: which blocks of queries see some of them, whole ones first, masked ones last."""
-    pid = tl.cast(tl.program_id(0), tl.int64)
-    verdict_ptr += pid // tiles * blocks * tiles + pid % tiles
-    list_ptr += pid * (blocks + 3)
-    at_whole, at_masked = 0, 0
-    for first in tl.range(0, blocks, CHUNK):
-        t = first + tl.arange(0, CHUNK)
-        verdict = tl.load(verdict_ptr + t.to(tl.int64) * tiles, mask=t < blocks, other=0).to(tl.int32)
-        whole, masked = (verdict >= 2).to(tl.int32), (verdict == 1).to(tl.int32)
-        nth_whole = at_whole + tl.associative_scan(whole, 0, tl.standard._sum_combine)
-        nth_masked = at_masked + tl.associative_scan(masked, 0, tl.standard._sum_combine)
-        tl.store(list_ptr + 2 + nth_whole, t, mask=whole > 0)
-        tl.store(list_ptr + 3 + blocks - nth_masked, t, mask=masked > 0)
-        at_whole += tl.reduce(whole, 0, tl.standard._sum_combine)
-        at_masked += tl.reduce(masked, 0, tl.standard._sum_combine)
-    tl.store(list_ptr, 0)
-    tl.store(list_ptr + 1, at_whole)
-    tl.store(list_ptr + 2, at_masked)
 '''
 
 
@@ -392,69 +338,3 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str],
 def _over_all(x: str, function: str) -> str:
     """What the elements of a tile come to."""
     return f"tl.reduce(tl.reduce({x}, 1, {function}), 0, {function})"
-
-
-# -- what it means ------------------------------------------------------------------------------------------------
-
-
-def reference(
-    mask: MaskSpec, operands: Sequence[torch.Tensor], scalars: Mapping[sympy.Symbol, object], shape: Sequence[int],
-    block_m: int, block_n: int,
-) -> torch.Tensor:  # fmt: skip
-    """The tightest verdicts, [B', H', blocks, tiles], element by element in plain PyTorch: the definition.
-
-    shape: batch, heads, queries and keys, where the first two are 1 if the mask does not depend on them.
-    """
-    from xfcompile.evaluate import Evaluator
-
-    device = operands[0].device if operands else torch.device("cpu")
-    positions = {
-        x: torch.arange(n, device=device).view([-1 if a == axis else 1 for a in range(4)])
-        for axis, (x, n) in enumerate(zip((B, H, I, J), shape, strict=True))
-    }
-    evaluate = Evaluator({**positions, **scalars}, operands, torch.float32, device)  # type: ignore[dict-item]
-
-    def tiles(x: object, value: float) -> torch.Tensor:
-        full = torch.as_tensor(x, device=device).expand(tuple(shape))
-        pad = (0, -shape[3] % block_n, 0, -shape[2] % block_m)
-        padded = torch.nn.functional.pad(full, pad, value=value)
-        return padded.unflatten(3, (-1, block_n)).unflatten(2, (-1, block_m)).transpose(3, 4).flatten(4)
-
-    keep = torch.as_tensor(evaluate(mask.keep), device=device).expand(tuple(shape))
-    some = tiles(keep, False).any(-1)
-    every = tiles(keep, True).all(-1)
-    if shape[3] % block_n:
-        every[..., -1] = False
-    even = torch.ones_like(every)
-    for load in mask.even:
-        x = evaluate(load)
-        low, high = tiles(x, float("inf")).amin(-1), tiles(x, float("-inf")).amax(-1)
-        even &= (low == high) & (low.abs() <= NEAR)
-    return torch.where(some, torch.where(every, torch.where(even, EVEN, WHOLE), MASKED), SKIP).to(torch.int8)
-
-
-def by_key(verdicts: torch.Tensor) -> torch.Tensor:
-    """The verdicts [.., tiles, blocks] of lists of blocks of queries, in which nothing is even."""
-    return verdicts.clamp(max=WHOLE).mT.contiguous()
-
-
-def lists(verdicts: torch.Tensor) -> torch.Tensor:
-    """The lists [..., 3 + tiles] of verdicts [..., tiles]; the places of tiles that are skipped hold 0."""
-    tiles = verdicts.shape[-1]
-    found = torch.zeros((*verdicts.shape[:-1], HEADER + tiles), dtype=torch.int32, device=verdicts.device)
-    for row, made in zip(verdicts.reshape(-1, tiles), found.view(-1, HEADER + tiles), strict=True):
-        even, whole, masked = ((row == verdict).nonzero()[:, 0] for verdict in (EVEN, WHOLE, MASKED))
-        made[:HEADER] = torch.tensor([len(even), len(even) + len(whole), len(masked)])
-        front = torch.cat([even, whole])
-        made[HEADER : HEADER + len(front)] = front
-        made[HEADER + tiles - len(masked) :] = masked.flip(0)
-    return found
-
-
-def every_tile(made: torch.Tensor) -> torch.Tensor:
-    """Lists in which all tiles are masked, which is right for any mask, written into `made`."""
-    tiles = made.shape[-1] - HEADER
-    made[..., :HEADER] = 0
-    made[..., HEADER - 1] = tiles
-    made[..., HEADER:] = torch.arange(tiles - 1, -1, -1, dtype=made.dtype, device=made.device)
-    return made

@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import blocks, cache, fit, reference
+from xfcompile.kernels.attention import blocks, cache, fit, lists_reference, reference
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.registration import Site
 from xfcompile.score import B, H
@@ -143,7 +143,7 @@ def run(
         listing([made, verdicts])
     except fit.Unavailable as error:
         fit.give_way(error, key, "all tiles are visited")
-        return blocks.every_tile(made)
+        return lists_reference.every_tile(made)
     return made
 
 
@@ -202,8 +202,8 @@ def tightest(
     own = (shape[0] if prepared.by_batch else 1, shape[1] if prepared.by_head else 1, shape[2], shape[3])
     if 0 in own:
         return output(like, prepared, shape, block_m, block_n, by_key).zero_()
-    verdicts = blocks.reference(prepared.mask, operands, scalars, own, block_m, block_n)
-    return blocks.lists(blocks.by_key(verdicts) if by_key else verdicts).to(like.device)
+    verdicts = lists_reference.reference(prepared.mask, operands, scalars, own, block_m, block_n)
+    return lists_reference.lists(lists_reference.by_key(verdicts) if by_key else verdicts).to(like.device)
 
 
 def _power(n: int) -> int:

@@ -18,7 +18,13 @@ ROOT = Path(__file__).parent.parent.parent
 
 FILES = tuple(
     "patterns/attention.py patterns/gated_mlp.py patterns/bias_act_dropout.py xfcompile/read.py "
-    "xfcompile/operands.py xfcompile/masks.py xfcompile/masking.py xfcompile/elementwise.py xfcompile/liveness.py "
+    "xfcompile/interpret.py xfcompile/memory.py xfcompile/example.py xfcompile/called.py xfcompile/scope.py "
+    "xfcompile/programs.py "
+    "xfcompile/operands.py xfcompile/masks.py xfcompile/masking.py xfcompile/liveness.py "
+    "xfcompile/elementwise/elements.py xfcompile/elementwise/constants.py xfcompile/elementwise/digits.py "
+    "xfcompile/elementwise/arithmetic.py xfcompile/elementwise/logic.py xfcompile/elementwise/casts.py "
+    "xfcompile/elementwise/rows.py xfcompile/elementwise/views.py xfcompile/elementwise/positions.py "
+    "xfcompile/elementwise/pieces.py xfcompile/elementwise/gathering.py xfcompile/elementwise/sequences.py "
     "xfcompile/magnitude.py xfcompile/activation.py xfcompile/projections.py xfcompile/rewrite.py "
     "xfcompile/replace.py xfcompile/contraction.py xfcompile/indexing.py xfcompile/emit.py xfcompile/trace.py "
     "xfcompile/unfold.py xfcompile/plan.py xfcompile/layout.py xfcompile/gated_routes.py xfcompile/diagonal.py "

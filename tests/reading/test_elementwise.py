@@ -13,7 +13,9 @@ from evaluate import captured, evaluate, number
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from xfcompile.elementwise import Elements, as_number
+from xfcompile.elementwise.constants import as_number
+from xfcompile.elementwise.elements import Elements
+from xfcompile.elementwise.rules import RULES
 from xfcompile.read import Reading
 from xfcompile.score import Load
 from xfcompile.trace import Meta
@@ -39,7 +41,7 @@ def assert_formula(fn: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> An
     assert value is not None
     axes = AXES[: result.ndim]
     ranges = {a: sympy.Integer(n) for a, n in zip(axes, result.shape, strict=True)}
-    elements = Elements(ranges)
+    elements = Elements(RULES, ranges)
     formula = as_number(elements.at(value, tuple(axes)))
     loads = [result if v is value else _tensor_of(gm, reading, v, inputs, leaves) for v in elements.loads]
     for position in torch.cartesian_prod(*[torch.arange(n) for n in result.shape]).reshape(-1, result.ndim).tolist():
@@ -211,7 +213,9 @@ def read(fn: Callable[[torch.Tensor], torch.Tensor], size: sympy.Expr | None = N
     value = reading.value(next(n for n in gm.graph.nodes if n.op == "output").args[0][0])
     assert value is not None
     axes = AXES[: value.ndim]
-    elements = Elements({a: sympy.Integer(n) if size is None else size for a, n in zip(axes, value.shape, strict=True)})
+    elements = Elements(
+        RULES, {a: sympy.Integer(n) if size is None else size for a, n in zip(axes, value.shape, strict=True)}
+    )
     return elements.at(value, axes), [v is value for v in elements.loads]
 
 
@@ -256,7 +260,7 @@ def test_what_a_mask_picks_is_loaded() -> None:
     values = Values()
     tensor, mask = (values.leaf(meta(dtype, 3, 4)) for dtype in (torch.float32, torch.bool))
     value = values.intern("index", {"self": tensor, "indices": (mask,)}, meta(torch.float32, sympy.Symbol("u0")))
-    assert Elements({}).at(value, AXES[:1]) == Load(0, AXES[0])
+    assert Elements(RULES, {}).at(value, AXES[:1]) == Load(0, AXES[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

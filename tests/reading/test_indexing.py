@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv
 
-from xfcompile.elementwise import reshaped
+from xfcompile.elementwise.positions import reshaped
 from xfcompile.indexing import extreme, floordiv, join, linear, mod, nonnegative, unravel
 from xfcompile.score import B, I, J
 from xfcompile.trace import Meta

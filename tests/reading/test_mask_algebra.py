@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from xfcompile.elementwise import ROW
+from xfcompile.elementwise.rows import ROW
 from xfcompile.masking import as_rounded, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, is_causal, prove
 from xfcompile.score import B, H, I, J, Load, Rounded, S, Where

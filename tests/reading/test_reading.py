@@ -41,7 +41,7 @@ def test_an_error_says_at_which_node(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("of a test")
 
-    monkeypatch.setattr("xfcompile.read.trace", fails)
+    monkeypatch.setattr("xfcompile.programs.trace", fails)
     with pytest.raises(RewriteError, match="reading sin at"):
         reading_of(lambda x: x.sin(), DENSE)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
+from xfcompile.example import example_of
 from xfcompile.family import Site
 from xfcompile.read import Reading
 from xfcompile.score import I, J, Load
@@ -53,7 +54,7 @@ class Inputs:
         return self._made[node]
 
     def _of(self, node: fx.Node) -> Any:
-        example = node.meta.get("example_value", node.meta.get("val"))
+        example = example_of(node)
         if isinstance(example, (int, float, bool)):
             return example
         if isinstance(example, (torch.SymInt, torch.SymFloat)):
@@ -88,7 +89,7 @@ class Inputs:
     def _from_nothing(self, node: fx.Node) -> bool:
         """Whether a node depends on sizes alone."""
         if node not in self._nothing:
-            example = node.meta.get("example_value", node.meta.get("val"))
+            example = example_of(node)
             number = isinstance(example, (int, float, torch.SymInt, torch.SymFloat))
             effects = self.reading.effects[node]
             inner = node.op in ("call_function", "call_method") and not (

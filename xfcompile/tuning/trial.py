@@ -16,8 +16,8 @@ from torch._subclasses import FakeTensorMode
 
 from xfcompile.checks import Difference
 from xfcompile.excerpt import Excerpt, Excerpts
-from xfcompile.read import Scope
 from xfcompile.rounding import nearby
+from xfcompile.scope import Scope
 from xfcompile.verification import InDouble, _difference, _evaluate, _larger, _rounding
 
 log = logging.getLogger(__name__)

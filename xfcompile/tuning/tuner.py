@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from xfcompile.emit import Emitter
+from xfcompile.example import example_of
 from xfcompile.excerpt import Excerpts, excerpts
 from xfcompile.family import Candidate, Family, Route, Setting
 from xfcompile.options import Options
@@ -269,7 +270,7 @@ class _Site:
         value = self.inputs.of(node)
         if not isinstance(value, Tensor):
             return repr(_class(value))
-        example = node.meta.get("example_value", node.meta.get("val"))
+        example = example_of(node)
         symbolic = isinstance(example, Tensor) and any(isinstance(n, torch.SymInt) for n in example.shape)
         shape, stride = (tuple(map(_class, x)) if symbolic else tuple(x) for x in (value.shape, value.stride()))
         return f"{value.dtype} {shape} {stride} {value.data_ptr() % 16}"
@@ -382,7 +383,7 @@ class _Trials:
         operands = tuple(self.site.inputs.of(n) for n in parts.operands)
         root = self.site.usual.site.root
         node = self.site.usual.node
-        example = node.meta.get("example_value", node.meta.get("val"))
+        example = example_of(node)
         shape = example.shape if isinstance(example, Tensor) else root.shape
         sizes = [self.site.inputs._number(n) for n in shape]
         self.shape = torch.Size(sizes), root.dtype
