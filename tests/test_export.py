@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from fresh import forget
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
 
 import xfcompile
@@ -310,3 +311,25 @@ def test_operators_take_none_for_an_empty_list(monkeypatch: pytest.MonkeyPatch) 
         return [out.detach(), *torch.autograd.grad(out.sum(), (q, k, v))]
 
     torch.testing.assert_close(computed(None), computed([]), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("place", ["val", "example_value"])
+def test_what_sdpa_refuses_on_gpus_is_copied_whoever_made_the_graph(place: str) -> None:
+    """Rows that do not begin at multiples of 16 bytes, and masks whose neighbouring keys are apart."""
+    from xfcompile import replace
+
+    class Copies:
+        def call(self, *about: object, **more: object) -> str:
+            return "copied"
+
+    def on_gpu(x: Tensor) -> Tensor:
+        return FakeTensor(FakeTensorMode(), x, torch.device("cuda", 0))
+
+    node = torch.fx.Graph().placeholder("x")
+    rows = torch.empty(2, 4, 6, 40, device="meta", dtype=torch.bfloat16)
+    node.meta[place] = on_gpu(rows[..., 1:33])
+    assert replace._aligned(Copies(), node) == "copied"  # type: ignore[arg-type, comparison-overlap]
+    node.meta[place] = on_gpu(rows[..., :32])
+    assert replace._aligned(Copies(), node) is node  # type: ignore[arg-type]
+    node.meta[place] = on_gpu(rows.mT)
+    assert replace._dense(Copies(), node) == "copied"  # type: ignore[arg-type, comparison-overlap]

@@ -55,7 +55,7 @@ to run, and its choice among them does not look."""
 
 def _dense(emitter: Emitter, mask: fx.Node) -> fx.Node:
     """The mask, copied if neighbouring keys are not neighbours in memory, which SDPA's kernels on GPUs refuse."""
-    example = mask.meta.get("example_value")
+    example = example_of(mask)
     if not isinstance(example, torch.Tensor) or example.device.type != "cuda" or example.stride(-1) == 1:
         return mask
     return emitter.call("clone", mask, memory_format=torch.contiguous_format)
@@ -63,7 +63,7 @@ def _dense(emitter: Emitter, mask: fx.Node) -> fx.Node:
 
 def _aligned(emitter: Emitter, x: fx.Node) -> fx.Node:
     """The operand, copied if its rows do not begin at multiples of `ALIGNMENT`."""
-    example = x.meta.get("example_value")
+    example = example_of(x)
     if not isinstance(example, torch.Tensor) or example.device.type != "cuda":
         return x
     size = example.element_size()
