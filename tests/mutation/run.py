@@ -224,6 +224,9 @@ def in_a_child(work: Callable[[], str], seconds: float) -> tuple[str, bool]:
     return "", False
 
 
+NOTHING = f"pytest ended with {int(pytest.ExitCode.NO_TESTS_COLLECTED)}"
+
+
 def judge(guard: Guard, folder: Path, trace: Trace) -> Verdict:
     """Break one guard in a copy of the sources, run the tests in which it refuses, and mend it again."""
     tests = tests_for(guard, trace)
@@ -237,13 +240,15 @@ def judge(guard: Guard, folder: Path, trace: Trace) -> Verdict:
     def work() -> str:
         chosen = Chosen(tests)
         code = run_tests(folder, sorted({t.split("::")[0] for t in tests}), chosen, "-x", "-m", "not gpu")
-        return chosen.failed or ("" if code == 0 else f"pytest ended with {code}")
+        return chosen.failed or ("" if code == 0 else f"pytest ended with {int(code)}")
 
     try:
         said, ended = in_a_child(work, PATIENCE + 2 * sum(trace.seconds[t] for t in tests))
     finally:
         target.write_text(whole)
     by = said if ended else "out of time"
+    if by == NOTHING:
+        raise SystemExit(f"{guard.name}: the tests in which it refuses are no more; record them anew")
     return Verdict(guard.name, "killed" if by else "survived", by, time.time() - start)
 
 
