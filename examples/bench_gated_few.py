@@ -35,8 +35,10 @@ from torch import Tensor
 from xfcompile.activation import GATE, UP, silu
 from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, captured, interleaved, wall
-from xfcompile.kernels.gated_mlp import gated_mlp, launch, launch_few, prepare, reference, tiles
-from xfcompile.kernels.gated_mlp.launch import Dropout
+from xfcompile.kernels.gated_mlp import gated_mlp, launch_few, prepare, reference, tiles
+from xfcompile.kernels.gated_mlp.launch_triton import by_triton
+from xfcompile.kernels.gated_mlp.operands import Dropout, operands_of, starts
+from xfcompile.kernels.gated_mlp.programs import program
 from xfcompile.kernels.gated_mlp.tiles import Stream, Tiles
 from xfcompile.measured import Fact
 from xfcompile.site import Layout
@@ -156,25 +158,24 @@ class Case:
         shape, scale = (self.features, width), 1 / math.sqrt(width)
         self.weights = [tuple((random(*shape) * scale).bfloat16() for _ in range(2)) for _ in range(pairs)]
         self.out = torch.empty(rows, self.features, device=device, dtype=torch.bfloat16)
-        self.program = launch.program(prepare(FORMULA))
+        self.program = program(prepare(FORMULA))
 
     def launcher(self, candidate: Candidate) -> Callable[..., Any]:
-        operands = launch.operands_of(self.x, *self.weights[0], None, None, "separate")
-        starts = launch.starts("separate", self.features)
+        operands = operands_of(self.x, *self.weights[0], None, None, "separate")
         if candidate.kernel == "hopper":
             reason = "it needs a GPU" if self.x.device.type == "cpu" else None
             reason = reason or launch_few.declines(FORMULA, operands, self.out[None], False)
             if reason is not None:
                 raise RuntimeError(reason)
-            return launch_few.Few(FORMULA, operands, starts, False, candidate.stream)
+            return launch_few.Few(FORMULA, operands, starts("separate", self.features), False, candidate.stream)
         about = (self.program, operands, "separate", Dropout(), self.out[None], False)
         if candidate.tiles is None:
-            return launch._by_triton(*about)  # type: ignore[arg-type]
+            return by_triton(*about)  # type: ignore[arg-type]
         place, most = (len(self.x) == 1, 16), tiles.FEW_ROWS
         usual = tiles.FEW[place]
         tiles.FEW[place], tiles.FEW_ROWS = Fact(candidate.tiles), 64
         try:
-            fitting: Any = launch._by_triton(*about)  # type: ignore[arg-type]
+            fitting: Any = by_triton(*about)  # type: ignore[arg-type]
             return fitting._made(candidate.tiles)
         finally:
             tiles.FEW[place], tiles.FEW_ROWS = usual, most
@@ -225,9 +226,9 @@ def check(stream: Stream) -> dict[str, Any]:
             weights = [random(features * (2 if both else 1), width) * scale for _ in range(1 if both else 2)]
             biases = (random(features), random(features))
             given = (x, weights[0], None if both else weights[1], *biases, key, layout, "dual")
-            launch.program(key).calls.clear()
+            program(key).calls.clear()
             out, saved = gated_mlp(*given, True, dtype)
-            (made,) = launch.program(key).calls.values()
+            (made,) = program(key).calls.values()
             if not isinstance(made.launch.launch, launch_few.Few):  # type: ignore[attr-defined]
                 raise RuntimeError(f"another kernel runs at {(rows, width, features, layout)}")
             for save in (True, False, False):

@@ -29,6 +29,7 @@ from xfcompile.bench.gated_mlp import FEW, SIZES
 from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, captured, interleaved
 from xfcompile.kernels.gated_mlp import gated_mlp, launch, prepare, tiles
+from xfcompile.kernels.gated_mlp.programs import program
 from xfcompile.measured import Fact
 
 
@@ -70,7 +71,7 @@ def sweep(size: tuple[int, int, int], console: Console) -> list[dict[str, Any]]:
         place = (rows == 1, 16) if kind == "few" else (tiles.HOPPER, 16)
         usual = table[place]
         table[place] = Fact(t)
-        launch.program(key).calls.clear()
+        program(key).calls.clear()
 
         def call() -> Any:
             return gated_mlp(x, gate, up, None, None, key, "separate", "dual", False, torch.bfloat16)
@@ -82,7 +83,7 @@ def sweep(size: tuple[int, int, int], console: Console) -> list[dict[str, Any]]:
         except Exception as failure:
             found.append({"size": size, "tiles": asdict(t), "failed": f"{type(failure).__name__}: {failure}"[:200]})
         table[place] = usual
-    launch.program(key).calls.clear()
+    program(key).calls.clear()
     return sorted(found, key=lambda r: r.get("ms", math.inf))
 
 

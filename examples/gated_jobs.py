@@ -13,7 +13,8 @@ from triton.compiler import ASTSource
 from xfcompile import activation
 from xfcompile.activation import GATE, UP, Sigmoid
 from xfcompile.kernels.attention.tiles import AMD, BLACKWELL, HOPPER, generation
-from xfcompile.kernels.gated_mlp import hopper_few, launch, launch_few, prepare, tiles
+from xfcompile.kernels.gated_mlp import hopper_few, launch_few, prepare, tiles
+from xfcompile.kernels.gated_mlp.programs import program as prepared
 from xfcompile.kernels.gated_mlp.tiles import Stream, Tiles
 
 KERNELS = ("gated_forward", "gated_forward_tma", "gated_few", "gated_product", "gated_backward")
@@ -59,7 +60,7 @@ def compile_gated(
     sizes: Tiles | None = None,
 ) -> Any:
     """With contiguous, aligned tensors; rows: how many, by which tiles are chosen."""
-    function = launch.program(prepare(PROGRAMS[program])).kernel(kernel, False)
+    function = prepared(prepare(PROGRAMS[program])).kernel(kernel, False)
     t = sizes or tiles_of(kernel, target, dtype, rows, save)
     constants: dict[str, object] = {
         "GATE_BIAS": False, "UP_BIAS": False, "SAVE": save, "STEP": 1, "DROPOUT": dropout, "ALIGNED": True,

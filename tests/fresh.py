@@ -5,16 +5,22 @@ from __future__ import annotations
 from xfcompile.kernels import asked
 from xfcompile.kernels.attention import backward_layout, cache, launch, lists
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
-from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import programs as gated_programs
 
 
 def forget() -> None:
     """No kernel was prepared, loaded or launched."""
-    for module in (launch, gated_launch, lists):
+    for module in (launch, gated_programs, lists):
         module._programs.clear()
-    made = (backward_layout.prepare, launch._module, gated_launch._module, bias_launch._module, backward_layout._module)
-    more = (lists._kernels, bias_launch.source_of_kernel, cache._private_directory, cache._warn_of_a_change)
-    for cached in (*made, *more):
+    modules = (launch._module, gated_programs._module, bias_launch._module, backward_layout._module)
+    more = (
+        backward_layout.prepare,
+        lists._kernels,
+        bias_launch.source_of_kernel,
+        cache._private_directory,
+        cache._warn_of_a_change,
+    )
+    for cached in (*modules, *more):
         cached.cache_clear()
     bias_launch._calls.clear()
     cache._sources.clear()

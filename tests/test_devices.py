@@ -16,7 +16,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 import xfcompile
 from xfcompile.kernels import bias_act_dropout, gated_mlp
 from xfcompile.kernels.attention import launch, launch_hopper, prepare, supports, tiles
-from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import launch_triton
+from xfcompile.kernels.gated_mlp.operands import Operands
 from xfcompile.report import Report
 from xfcompile.score import S
 from xfcompile.site import ScoreSpec
@@ -217,6 +218,6 @@ def test_what_only_hopper_has_is_asked_of_hopper_only(
     assert (reason == "it is for Hopper") == (capability != (9, 0)), reason
     kind = tiles.device_generation(CUDA)
     assert kind == {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}[capability[0]] if amd is None else "gfx942"
-    operands = gated_launch.Operands(*(torch.empty(1, 64, 64, dtype=torch.bfloat16) for _ in range(3)), None, None)
-    through_tma = gated_launch._described(operands, kind)
+    operands = Operands(*(torch.empty(1, 64, 64, dtype=torch.bfloat16) for _ in range(3)), None, None)
+    through_tma = launch_triton._described(operands, kind)
     assert through_tma == (amd is None and capability[0] in (9, 10))

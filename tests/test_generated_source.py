@@ -26,7 +26,7 @@ from xfcompile.kernels.bias_act_dropout import formula as bias_formula
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.bias_act_dropout.template import module as bias_module
 from xfcompile.kernels.gated_mlp import codegen as gated_codegen
-from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import programs as gated_programs
 from xfcompile.score import B, I, J, Load, S, Where
 from xfcompile.site import MaskSpec, Operand, ScoreSpec
 from xfcompile.written import formula_of
@@ -47,9 +47,9 @@ slower = settings(quick, max_examples=4)
 def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-    for module in (launch, lists, gated_launch):  # what an earlier test has stored elsewhere
+    for module in (launch, lists, gated_programs):  # what an earlier test has stored elsewhere
         monkeypatch.setattr(module, "_programs", {})
-    for cached in (launch._module, lists._kernels, gated_launch._module, bias_launch._module):
+    for cached in (launch._module, lists._kernels, gated_programs._module, bias_launch._module):
         cached.cache_clear()
 
 

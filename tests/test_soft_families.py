@@ -269,11 +269,11 @@ def test_what_is_remembered_of_a_failure_keeps_no_tensors() -> None:
 
 
 def test_a_gated_mlp_without_tiles_keeps_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    from xfcompile.kernels.gated_mlp import launch, tiles
+    from xfcompile.kernels.gated_mlp import launch_triton, tiles
 
     def unfit(self: Any, tensors: list[Tensor]) -> Any:
         raise fit.NoTilesFit(f"of {len(tensors)} tensors")
 
-    monkeypatch.setattr(launch._Fitting, "_fitted", unfit)
-    call = launch._Fitting(None, lambda t: 1, tiles.INTERPRETED, [], {}, 16)
+    monkeypatch.setattr(launch_triton._Fitting, "_fitted", unfit)
+    call = launch_triton._Fitting(None, lambda t: 1, tiles.INTERPRETED, [], {}, 16)
     assert freed(lambda x: call([x]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 from torch import Tensor
@@ -14,12 +14,10 @@ from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.repeat import Described, Launch, described_for_gluon
 from xfcompile.kernels.gated_mlp import hopper_few, tiles
+from xfcompile.kernels.gated_mlp.operands import Operands
 from xfcompile.kernels.gated_mlp.tiles import Stream
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.launch import described, multiprocessors
-
-if TYPE_CHECKING:
-    from xfcompile.kernels.gated_mlp.launch import Operands
 
 log = logging.getLogger(__name__)
 

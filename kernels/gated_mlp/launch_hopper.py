@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 from torch import Tensor
 
+from xfcompile.kernels.gated_mlp.operands import Operands
 from xfcompile.kernels.gemm import hopper, tiles
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.launch import Gemm, missing, multiprocessors, why_not
-
-if TYPE_CHECKING:
-    from xfcompile.kernels.gated_mlp.launch import Operands
 
 
 def epilogue(formula: sympy.Expr, save: bool, drops: bool = False) -> Epilogue:

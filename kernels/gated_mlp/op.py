@@ -9,8 +9,9 @@ from torch import Tensor
 
 from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import interpreting, runs
-from xfcompile.kernels.gated_mlp import launch, reference
-from xfcompile.kernels.gated_mlp.launch import Dropout
+from xfcompile.kernels.gated_mlp import launch, launch_pointwise, reference
+from xfcompile.kernels.gated_mlp.operands import Dropout, outputs
+from xfcompile.kernels.gated_mlp.programs import program
 from xfcompile.kernels.registration import Site, refused, register
 from xfcompile.site import Layout
 
@@ -126,7 +127,7 @@ def _gated_mlp(
     if form == "packed" or on_cpu:
         checked()
     if on_cpu and not interpreting():
-        out, saved = launch.outputs(x, weight, up_weight, save, dtype)
+        out, saved = outputs(x, weight, up_weight, save, dtype)
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     if form == "dual":
         about = (known, save, dtype, seed, p)
@@ -134,13 +135,13 @@ def _gated_mlp(
             return launch.forward(kernel, x, weight, up_weight, gate_bias, up_bias, *about, checked, site)
         except fit.Unavailable as error:
             fit.give_way(error, kernel, "it is computed by PyTorch's products and a kernel after them")
-    out, saved = launch.outputs(x, weight, up_weight, False, dtype)
+    out, saved = outputs(x, weight, up_weight, False, dtype)
     both = project(x, weight, up_weight, gate_bias, up_bias, known)
     try:
-        launch.product(kernel, both, known, Dropout(seed if p != 0.0 else None, p), out)
+        launch_pointwise.product(kernel, both, known, Dropout(seed if p != 0.0 else None, p), out)
     except fit.Unavailable as error:
         fit.give_way(error, kernel, "it is computed by its definition, in plain PyTorch")
-        out, saved = launch.outputs(x, weight, up_weight, save, dtype)
+        out, saved = outputs(x, weight, up_weight, save, dtype)
         return _by_reference(x, weight, up_weight, gate_bias, up_bias, kernel, known, save, out, saved, seed, p)
     return out, both if save else saved
 
@@ -162,7 +163,7 @@ def _by_reference(
     """The definition, for CPUs and where no kernel can be launched: sums in fp32 at least, and projections rounded when
     they are saved."""
     made, gate, up = reference.forward(
-        launch.program(kernel).formula,
+        program(kernel).formula,
         x,
         (weight, up_weight),
         (gate_bias, up_bias),
@@ -191,7 +192,7 @@ def _gated_mlp_fake(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
-    return launch.outputs(x, weight, up_weight, save, dtype)
+    return outputs(x, weight, up_weight, save, dtype)
 
 
 def _gated_mlp_down(
@@ -231,7 +232,7 @@ def _gated_mlp_down_fake(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, up_weight, gate_bias, up_bias, layout, form, seed, p)
-    product, saved = launch.outputs(x, weight, up_weight, save, dtype)
+    product, saved = outputs(x, weight, up_weight, save, dtype)
     if x.ndim != 2 or down_weight.ndim != 2 or down_weight.shape[1] != product.shape[1] or down_weight.dtype != dtype:
         found = f"product {list(product.shape)} of {dtype}, weight {list(down_weight.shape)} of {down_weight.dtype}"
         raise _error("gated_mlp_down", f"the second linear does not go with the product: {found}")
@@ -251,13 +252,13 @@ def _backward(
     known = cast(Layout, layout)
     if projections.device.type != "cpu" or interpreting():
         try:
-            return launch.backward(kernel, dout, projections, known, seed, p, product)
+            return launch_pointwise.backward(kernel, dout, projections, known, seed, p, product)
         except fit.Unavailable as error:
             fit.give_way(error, kernel, "its gradients are computed by their definition, in plain PyTorch")
-    grad, made = launch.backward_outputs(dout, projections, product)
+    grad, made = launch_pointwise.backward_outputs(dout, projections, product)
     dtype = torch.promote_types(projections.dtype, torch.float32)
     gate, up = (t.to(dtype) for t in reference.parts(projections, known))
-    d_gate, d_up, value = reference.backward(launch.program(kernel).formula, dout, gate, up, seed, p)
+    d_gate, d_up, value = reference.backward(program(kernel).formula, dout, gate, up, seed, p)
     grad.copy_(reference.joined(d_gate, d_up, known))
     return grad, made.copy_(value) if product else made
 
@@ -272,7 +273,7 @@ def _backward_fake(
     p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     _check_backward(dout, projections)
-    return launch.backward_outputs(dout, projections, product)
+    return launch_pointwise.backward_outputs(dout, projections, product)
 
 
 def _check_backward(dout: Tensor, projections: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import xfcompile
 from xfcompile.kernels import philox
-from xfcompile.kernels.gated_mlp import launch, launch_few
+from xfcompile.kernels.gated_mlp import launch, launch_few, launch_triton
 from xfcompile.kernels.gated_mlp.tiles import Stream
 
 pytestmark = [
@@ -69,13 +69,13 @@ def test_large_products_are_read_through_descriptors_on_hopper(monkeypatch: pyte
     if torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("needs Hopper or later")
     used: list[object] = []
-    described = launch._Described.__call__
+    described = launch_triton._Described.__call__
 
-    def noted(self: launch._Described, *arguments: object) -> None:
+    def noted(self: launch_triton._Described, *arguments: object) -> None:
         described(self, *arguments)  # type: ignore[arg-type]
         used.append(self)
 
-    monkeypatch.setattr(launch._Described, "__call__", noted)
+    monkeypatch.setattr(launch_triton._Described, "__call__", noted)
     monkeypatch.setattr(launch.launch_hopper, "declines", lambda *about: "asked not to")
     for layout in LAYOUTS:
         check(gpu(rows=1000, features=1000, inner=520, layout=layout, dtype=torch.bfloat16))

@@ -18,7 +18,7 @@ from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.kernels import philox
 from xfcompile.kernels.bias_act_dropout import launch as linear_launch
 from xfcompile.kernels.bias_act_dropout import linear_act_dropout, text_of
-from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import programs as gated_programs
 from xfcompile.kernels.gemm import tiles
 from xfcompile.kernels.gemm.launch import Gemm
 
@@ -50,7 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Gemm]:
 
     monkeypatch.setattr(Gemm, "__call__", noted)
     monkeypatch.setattr(Gemm, "repeat", repeated)
-    for program in gated_launch._programs.values():
+    for program in gated_programs._programs.values():
         program.calls.clear()
     linear_launch._calls.clear()
     return found

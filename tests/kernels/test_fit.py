@@ -21,8 +21,8 @@ from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.tiles import Tiles
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.bias_act_dropout import linear_act_dropout, supports, text_of
-from xfcompile.kernels.gated_mlp import gated_mlp
-from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import gated_mlp, launch_triton
+from xfcompile.kernels.gated_mlp import programs as gated_programs
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -32,7 +32,7 @@ def _nothing_said() -> Iterator[None]:
     fit.say.cache_clear()
     yield
     fit.say.cache_clear()
-    for programs in (launch._programs, gated_launch._programs):
+    for programs in (launch._programs, gated_programs._programs):
         for program in programs.values():
             program.calls.clear()
 
@@ -116,13 +116,9 @@ def test_a_gated_mlp_whose_tiles_do_not_fit_is_products_and_a_kernel(
         return gated_mlp(given.x, *given.weights, *given.biases, *about)  # type: ignore[no-any-return]
 
     usual = run()
-    gated_launch.program(key).calls.clear()
+    gated_programs.program(key).calls.clear()
     tried = []
-    monkeypatch.setattr(gated_launch, "Launch", lambda *a, **k: tried.append(a) or too_little)
-    real = gated_launch.product
-    monkeypatch.setattr(
-        gated_launch, "product", lambda *a: (monkeypatch.undo(), monkeypatch.setenv("TRITON_INTERPRET", "1"), real(*a))
-    )
+    monkeypatch.setattr(launch_triton, "Launch", lambda *a, **k: tried.append(a) or too_little)
     made, said, reported = told(run)
     assert tried
     assert len(said) == 1 and "PyTorch's products" in said[0] and len(reported) == 1

@@ -10,7 +10,8 @@ from gated_cases import FORMULAS, Case, inputs
 
 from xfcompile.kernels.attention.launch import FirstThatRuns
 from xfcompile.kernels.gated_mlp import hopper_few, launch, launch_few, tiles
-from xfcompile.kernels.gated_mlp.launch import Dropout
+from xfcompile.kernels.gated_mlp.operands import Dropout, Operands, operands_of, starts
+from xfcompile.kernels.gated_mlp.programs import program
 from xfcompile.kernels.gated_mlp.tiles import SHARED, Stream
 
 BF16 = torch.bfloat16
@@ -18,9 +19,9 @@ TAKEN = Case(rows=16, features=70, inner=40, dtype=BF16, biased=True)
 LAYOUTS = ("separate", "gate first", "up first", "gate even", "up even")
 
 
-def operands(case: Case) -> launch.Operands:
+def operands(case: Case) -> Operands:
     given = inputs(case)
-    return launch.operands_of(given.x, *given.weights, *given.biases, case.layout)
+    return operands_of(given.x, *given.weights, *given.biases, case.layout)
 
 
 def reason(case: Case, drops: bool = False, dtype: torch.dtype | None = None) -> str | None:
@@ -117,13 +118,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_a_launch_says(layout: Any) -> None:
     case = TAKEN.but(layout=layout, features=300, inner=136)
-    starts = launch.starts(layout, case.features)
-    few: Any = launch_few.Few(FORMULAS["silu"][0], operands(case), starts, True, Stream(2, 2, 4)).launch
+    gate_start, up_start, step = starts(layout, case.features)
+    few: Any = launch_few.Few(
+        FORMULAS["silu"][0], operands(case), (gate_start, up_start, step), True, Stream(2, 2, 4)
+    ).launch
     assert few.numbers == {
         "rows": 16, "features": 300, "steps": 2, "tiles": 5, "stride_gb": 1, "stride_ub": 1,
-        "gate_start": starts[0], "up_start": starts[1],
+        "gate_start": gate_start, "up_start": up_start,
     }  # fmt: skip
-    assert few.programs == 5 and few.constants["STEP"] == starts[2]
+    assert few.programs == 5 and few.constants["STEP"] == step
     x, gate, up = few.described
     assert (x.shape, gate.shape, up.shape) == ((16, 136), (300, 136), (300, 136))
     pitch = 272 if layout.endswith("even") else 136
@@ -146,11 +149,11 @@ def test_few_rows_run_by_it_on_hopper(rows: int, taken: bool, monkeypatch: pytes
             self.shape, self.dtype, self.device = shape, BF16, torch.device("cuda", 0)
 
     monkeypatch.setattr(launch, "device_generation", lambda device: launch.HOPPER)
-    monkeypatch.setattr(launch, "_by_triton", lambda *about: "by Triton")
+    monkeypatch.setattr(launch, "by_triton", lambda *about: "by Triton")
     monkeypatch.setattr(launch.launch_hopper, "declines", lambda *about: "not asked")
     case = TAKEN.but(rows=rows)
     out: Any = Out(1, rows, case.features)
-    runner: Any = launch._forward(launch.program(case.key), operands(case), case.layout, Dropout(), out, None)
+    runner: Any = launch._forward(program(case.key), operands(case), case.layout, Dropout(), out, None)
     if not taken:
         assert runner == "by Triton"
         return

@@ -23,8 +23,9 @@ from xfcompile.kernels.gated_mlp import (
     gated_mlp,
     gated_mlp_backward,
     gated_mlp_down,
-    launch,
+    launch_triton,
     prepare,
+    programs,
     reference,
     tiles,
 )
@@ -36,7 +37,7 @@ LAYOUTS = ("separate", "gate first", "up first", "gate even", "up even")
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> None:
-    for program in launch._programs.values():
+    for program in programs._programs.values():
         program.calls.clear()
 
 
@@ -83,19 +84,19 @@ def test_experts(rows: int, layout: str, form: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_read_through_descriptors(monkeypatch: pytest.MonkeyPatch, layout: str, dtype: torch.dtype) -> None:
     used = []
-    described = launch._Described.__call__
+    described = launch_triton._Described.__call__
 
-    def noted(self: launch._Described, *arguments: object) -> None:
+    def noted(self: launch_triton._Described, *arguments: object) -> None:
         used.append(self)
         described(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(launch._Described, "__call__", noted)
+    monkeypatch.setattr(launch_triton._Described, "__call__", noted)
     check(Case(rows=70, features=45, inner=56, dtype=dtype, layout=layout, biased=True))  # type: ignore[arg-type]
     assert used
 
 
 def test_descriptors_are_for_aligned_tensors_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_Described", None)
+    monkeypatch.setattr(launch_triton, "_Described", None)
     for about in (
         {"inner": 57},
         {"memory": "poisoned"},
@@ -220,7 +221,7 @@ def test_no_rows_and_no_features(rows: int) -> None:
 
 
 def test_the_source_is_a_file_with_its_formula() -> None:
-    program = launch.program(key_of("clamped, quick gelu"))
+    program = programs.program(key_of("clamped, quick gelu"))
     assert codegen.parse(repr_of(program.source)) == program.formula
     assert "gated_forward" in program.source
 

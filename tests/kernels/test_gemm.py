@@ -13,8 +13,8 @@ from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.kernels.attention.launch import FirstThatRuns
 from xfcompile.kernels.bias_act_dropout import launch_hopper as linear
 from xfcompile.kernels.bias_act_dropout import text_of
-from xfcompile.kernels.gated_mlp import launch as gated
 from xfcompile.kernels.gated_mlp import launch_hopper as gated_hopper
+from xfcompile.kernels.gated_mlp.operands import operands_of, starts
 from xfcompile.kernels.gemm import hopper, launch, tiles
 from xfcompile.kernels.gemm.tiles import SHARED, USUAL, choose
 
@@ -54,11 +54,11 @@ def test_tiles_fit_shared_memory() -> None:
 
 def gated_reason(case: Case, save: bool = True, drops: bool = False, dtype: torch.dtype | None = None) -> str | None:
     given = inputs(case)
-    operands = gated.operands_of(given.x, *given.weights, *given.biases, case.layout)
+    operands = operands_of(given.x, *given.weights, *given.biases, case.layout)
     features = case.features
     out = torch.empty(case.experts or 1, case.rows, features, dtype=dtype or case.dtype)
     saved = torch.empty(case.experts or 1, case.rows, 2 * features, dtype=case.dtype) if save else None
-    step = gated.starts(case.layout, features)[2]
+    step = starts(case.layout, features)[2]
     return gated_hopper.declines(FORMULAS[case.name][0], operands, out, saved, step, drops)
 
 
@@ -99,7 +99,7 @@ def test_dropout_is_taken_once_it_is_measured(monkeypatch: pytest.MonkeyPatch) -
 def test_biases_of_every_other_number_are_not_taken() -> None:
     given = inputs(TAKEN)
     apart = torch.empty(2 * TAKEN.features, dtype=BF16)[::2]
-    operands = gated.operands_of(given.x, *given.weights, apart, None, "separate")
+    operands = operands_of(given.x, *given.weights, apart, None, "separate")
     out = torch.empty(1, TAKEN.rows, TAKEN.features, dtype=BF16)
     assert "vectors" in str(gated_hopper.declines(FORMULAS["silu"][0], operands, out, None, 1, False))
 

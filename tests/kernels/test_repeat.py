@@ -25,6 +25,8 @@ from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_drop
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.gated_mlp import gated_mlp_backward
 from xfcompile.kernels.gated_mlp import launch as gated_launch
+from xfcompile.kernels.gated_mlp import programs as gated_programs
+from xfcompile.kernels.gated_mlp.operands import Dropout
 
 # -- one launch ----------------------------------------------------------------------------------------------------
 
@@ -236,7 +238,7 @@ def repeating(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def forget() -> None:
-    for program in (*launch._programs.values(), *gated_launch._programs.values()):
+    for program in (*launch._programs.values(), *gated_programs._programs.values()):
         program.calls.clear()
     for masks in lists._programs.values():
         masks.launches.clear()
@@ -465,8 +467,8 @@ def test_gated_mlps_by_the_product_for_hopper(saves: bool, p: float, monkeypatch
         return real(prepared, operands, layout, dropout, placed, saved)  # type: ignore[arg-type]
 
     monkeypatch.setattr(gated_launch, "_forward", forward)
-    program = gated_launch.program(gated_cases.key_of("silu"))
-    seed, dropout = torch.tensor([5]), gated_launch.Dropout(None, p)
+    program = gated_programs.program(gated_cases.key_of("silu"))
+    seed, dropout = torch.tensor([5]), Dropout(None, p)
     about = (x, weight, up, x[0], None)
     run = gated_launch._Forward(program, *about, "separate", saves, torch.float16, dropout)
     for called in range(2):

@@ -140,8 +140,8 @@ GATED = gated_cases.Case(rows=20, features=12, inner=24)
 def test_gated_mlps_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = GATED.but(dtype=torch.float16, inner=32, layout="separate")
     asked: list[Any] = []
-    original = gated_launch._layout_of
-    monkeypatch.setattr(gated_launch, "_layout_of", lambda x: asked.append(x) or original(x))
+    original = gated_launch.layout_of
+    monkeypatch.setattr(gated_launch, "layout_of", lambda x: asked.append(x) or original(x))
     given = gated_cases.inputs(case)
     x, weight = given.x, given.weights[0]
     key = gated_cases.key_of("silu")
