@@ -29,8 +29,8 @@ from torch import Tensor
 
 from xfcompile.activation import FUNCTIONS, KEEP, X, gelu, silu, tensor
 from xfcompile.bench.surroundings import surroundings
-from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, text_of
-from xfcompile.kernels.bias_act_dropout.launch import Share
+from xfcompile.kernels.bias_act_dropout import bias_act_dropout, calls, text_of, tiles
+from xfcompile.kernels.bias_act_dropout.tiles import Share
 from xfcompile.measured import Fact
 
 P = 0.1
@@ -87,8 +87,8 @@ class Job:
 def jobs() -> Iterator[Job]:
     """What says most first: what is usual, everywhere; then other tiles."""
     for kernel in SHARES:
-        yield from (Job(formula, kernel, n, launch.POINTWISE[kernel].value) for n in FEATURES for formula in FORMULAS)
-    yield from (Job("gelu, dropout", "backward", n, launch.POINTWISE["backward"].value, False) for n in FEATURES)
+        yield from (Job(formula, kernel, n, tiles.POINTWISE[kernel].value) for n in FEATURES for formula in FORMULAS)
+    yield from (Job("gelu, dropout", "backward", n, tiles.POINTWISE["backward"].value, False) for n in FEATURES)
     for kernel, shares in SHARES.items():
         for formula, n in (("gelu, dropout", 4096), ("dropout, residual", 4096), ("gelu by tanh, dropout", 3072)):
             yield from (Job(formula, kernel, n, share) for share in shares)
@@ -97,8 +97,8 @@ def jobs() -> Iterator[Job]:
 
 def make(job: Job, rows: int, device: str, count: int = SETS) -> tuple[Callable[[int], Any], int]:
     """A call by its number, and the bytes that it moves."""
-    launch.POINTWISE[job.kernel] = Fact(job.share)
-    launch._calls.clear()  # which remember tiles
+    tiles.POINTWISE[job.kernel] = Fact(job.share)
+    calls._calls.clear()  # which remember tiles
     formula = FORMULAS[job.formula]
     seed, text = torch.tensor([12345], device=device), text_of(formula)
     added = tensor(0) in formula.free_symbols

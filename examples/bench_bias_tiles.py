@@ -26,8 +26,8 @@ from xfcompile.activation import KEEP, X, gelu, tensor
 from xfcompile.bench.bias_act_dropout import SIZES, P
 from xfcompile.bench.surroundings import surroundings
 from xfcompile.bench.timing import Rounds, copy_bandwidth, interleaved
-from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, linear_act_dropout, text_of
-from xfcompile.kernels.bias_act_dropout.launch import Share, Tile
+from xfcompile.kernels.bias_act_dropout import bias_act_dropout, calls, linear_act_dropout, text_of, tiles
+from xfcompile.kernels.bias_act_dropout.tiles import Share, Tile
 from xfcompile.measured import Fact
 
 
@@ -110,18 +110,18 @@ SHARES = [
 
 def sweep(run: Run, copied: float) -> Iterable[dict[str, Any]]:
     """The kernels alone with other tile sizes."""
-    usual, shares = launch.PRODUCT[2], dict(launch.POINTWISE)
+    usual, shares = tiles.PRODUCT[2], dict(tiles.POINTWISE)
     for tile in PRODUCTS:
-        launch.PRODUCT[2] = Fact(tile)
-        launch._calls.clear()  # which remember tiles
+        tiles.PRODUCT[2] = Fact(tile)
+        calls._calls.clear()  # which remember tiles
         yield from ({**row, "tile": str(tile)} for row in kernels(run, copied, "linear"))
-    launch.PRODUCT[2] = usual
+    tiles.PRODUCT[2] = usual
     for name in ("forward", "backward"):
         for share in SHARES:
-            launch.POINTWISE[name] = Fact(share)
-            launch._calls.clear()
+            tiles.POINTWISE[name] = Fact(share)
+            calls._calls.clear()
             yield from ({**row, "tile": str(share)} for row in kernels(run, copied, name))
-        launch.POINTWISE[name] = shares[name]
+        tiles.POINTWISE[name] = shares[name]
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:

@@ -12,7 +12,8 @@ from triton.compiler import ASTSource
 
 from xfcompile import activation
 from xfcompile.activation import KEEP, X, tensor, vector
-from xfcompile.kernels.bias_act_dropout import launch, text_of
+from xfcompile.kernels.bias_act_dropout import text_of, tiles
+from xfcompile.kernels.bias_act_dropout.programs import kernel as kernel_of
 
 FEATURES, K = 4096, 1024
 
@@ -27,10 +28,10 @@ KERNELS = {"bias_forward": "forward", "bias_linear": "linear", "bias_backward": 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def tile_of(kernel: str, dtype: torch.dtype) -> launch.Tile:
+def tile_of(kernel: str, dtype: torch.dtype) -> tiles.Tile:
     if kernel == "bias_linear":
-        return launch.PRODUCT[dtype.itemsize].value
-    return launch.pointwise(FEATURES, KERNELS[kernel])
+        return tiles.PRODUCT[dtype.itemsize].value
+    return tiles.pointwise(FEATURES, KERNELS[kernel])
 
 
 def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarget) -> Any:
@@ -38,13 +39,13 @@ def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarge
     formula, p = PROGRAMS[program]
     vectors = int(vector(0) in formula.free_symbols)
     tensors = int(tensor(0) in formula.free_symbols)
-    function = launch.kernel(KERNELS[kernel], text_of(formula), vectors, tensors, p)
+    function = kernel_of(KERNELS[kernel], text_of(formula), vectors, tensors, p)
     tile = tile_of(kernel, dtype)
     constants: dict[str, Any] = {
         "N": FEATURES, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": False, "GROUPED": True, "FEW": True,
         "STAGES": 3, "EVEN": True,
         "FAST": 0 if dtype.itemsize == 4 else 2 if target.backend == "cuda" else 1, "BIASED": True,
-        "BLOCK_K": tile.block_k, "GROUP": launch.GROUP,
+        "BLOCK_K": tile.block_k, "GROUP": tiles.GROUP,
         "EVEN_K": True, "SAVE": True, "PRECISION": "ieee", "UPCAST": False, "ROWS": 64 * tile.block_m, "NEED_X": True,
         "NEED_BIAS": True, "NEED_V0": True,
     }  # fmt: skip

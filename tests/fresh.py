@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from xfcompile.kernels import asked
 from xfcompile.kernels.attention import backward_layout, cache, launch, lists
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+from xfcompile.kernels.bias_act_dropout import calls as bias_calls
+from xfcompile.kernels.bias_act_dropout import programs as bias_programs
 from xfcompile.kernels.gated_mlp import programs as gated_programs
 
 
@@ -12,16 +13,16 @@ def forget() -> None:
     """No kernel was prepared, loaded or launched."""
     for module in (launch, gated_programs, lists):
         module._programs.clear()
-    modules = (launch._module, gated_programs._module, bias_launch._module, backward_layout._module)
+    modules = (launch._module, gated_programs._module, bias_programs._module, backward_layout._module)
     more = (
         backward_layout.prepare,
         lists._kernels,
-        bias_launch.source_of_kernel,
+        bias_programs.source_of_kernel,
         cache._private_directory,
         cache._warn_of_a_change,
     )
     for cached in (*modules, *more):
         cached.cache_clear()
-    bias_launch._calls.clear()
+    bias_calls._calls.clear()
     cache._sources.clear()
     asked._asked.clear()

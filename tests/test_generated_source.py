@@ -23,7 +23,7 @@ from xfcompile.activation import GATE, UP, Sigmoid, X
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import cache, launch, lists, prepare
 from xfcompile.kernels.bias_act_dropout import formula as bias_formula
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+from xfcompile.kernels.bias_act_dropout import programs as bias_programs
 from xfcompile.kernels.bias_act_dropout.template import module as bias_module
 from xfcompile.kernels.gated_mlp import codegen as gated_codegen
 from xfcompile.kernels.gated_mlp import programs as gated_programs
@@ -49,7 +49,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     for module in (launch, lists, gated_programs):  # what an earlier test has stored elsewhere
         monkeypatch.setattr(module, "_programs", {})
-    for cached in (launch._module, lists._kernels, gated_programs._module, bias_launch._module):
+    for cached in (launch._module, lists._kernels, gated_programs._module, bias_programs._module):
         cached.cache_clear()
 
 

@@ -118,7 +118,7 @@ def text(patch: pytest.MonkeyPatch, case: Case) -> None:
     module, name = {
         "attention": ("xfcompile.kernels.attention.codegen", "generate"),
         "gated_mlp": ("xfcompile.kernels.gated_mlp.codegen", "generate"),
-        "bias-act-dropout": ("xfcompile.kernels.bias_act_dropout.launch", "module"),
+        "bias-act-dropout": ("xfcompile.kernels.bias_act_dropout.programs", "module"),
     }[case.family.name]
     at(module, name)(patch, case)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from xfcompile.activation import X
 from xfcompile.kernels.attention import fit
-from xfcompile.kernels.attention.tiles import runs
-from xfcompile.kernels.bias_act_dropout import launch, reference
+from xfcompile.kernels.attention.tiles import interpreting, runs
+from xfcompile.kernels.bias_act_dropout import launch, launch_backward, launch_linear, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.registration import Site, refused, register
 
@@ -45,7 +45,7 @@ LIBRARY.define(
 def supports(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     """Why the kernels cannot run there; None if they can."""
     reason = next((why for dtype in dtypes if (why := runs(device, dtype)) is not None), None)
-    if reason is None and device.type == "cpu" and not launch.interpreting():
+    if reason is None and device.type == "cpu" and not interpreting():
         return "on a CPU the kernel runs in Triton's interpreter only (TRITON_INTERPRET=1)"
     return reason
 
@@ -143,7 +143,7 @@ def _linear(
     vectors, tensors = vectors or (), tensors or ()
     try:
         about = (seed, stream, formula, p, dtype, save, _checked, site)
-        made = launch.linear(x, weight, bias, vectors, tensors, *about)
+        made = launch_linear.linear(x, weight, bias, vectors, tensors, *about)
         if made is not None:
             return made
     except fit.Unavailable as error:
@@ -190,9 +190,9 @@ def _backward(
 ) -> list[Tensor]:
     of_x, *others = [getattr(torch, x) for x in dtypes]
     call = (dout, x, bias, vectors, seed, stream, formula, p)
-    found: launch.Gradients | None = None
+    found: launch_backward.Gradients | None = None
     try:
-        found = launch.backward(*call, tensors, needed, of_x, _runs)
+        found = launch_backward.backward(*call, tensors, needed, of_x, _runs)
     except fit.Unavailable as error:
         fit.give_way(error, formula, "its gradients are computed by their definition, in plain PyTorch")
     if found is None:

@@ -11,7 +11,7 @@ from test_exact_halves import FUNCTIONS, HALVES, TAIL, eagers, misrounded, numbe
 from xfcompile import activation
 from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.kernels import philox
-from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, reference, text_of
+from xfcompile.kernels.bias_act_dropout import bias_act_dropout, calls, reference, text_of, tiles
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.measured import Fact
 
@@ -26,16 +26,14 @@ SIZES = [(16384, 768), (4096, 3072), (1001, 1032), (77, 1030), (3, 8), (1, 5)]
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_calls", {})
+    monkeypatch.setattr(calls, "_calls", {})
 
 
 @pytest.fixture(params=[64, None], ids=["many steps", "usual"])
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
-        shares = {
-            kernel: Fact(replace(fact.value, programs=request.param)) for kernel, fact in launch.POINTWISE.items()
-        }
-        monkeypatch.setattr(launch, "POINTWISE", shares)
+        shares = {kernel: Fact(replace(fact.value, programs=request.param)) for kernel, fact in tiles.POINTWISE.items()}
+        monkeypatch.setattr(tiles, "POINTWISE", shares)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -16,7 +16,7 @@ import xfcompile
 from xfcompile import activation
 from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.kernels import philox
-from xfcompile.kernels.bias_act_dropout import launch as linear_launch
+from xfcompile.kernels.bias_act_dropout import calls as linear_calls
 from xfcompile.kernels.bias_act_dropout import linear_act_dropout, text_of
 from xfcompile.kernels.gated_mlp import programs as gated_programs
 from xfcompile.kernels.gemm import tiles
@@ -52,7 +52,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Gemm]:
     monkeypatch.setattr(Gemm, "repeat", repeated)
     for program in gated_programs._programs.values():
         program.calls.clear()
-    linear_launch._calls.clear()
+    linear_calls._calls.clear()
     return found
 
 

@@ -18,7 +18,7 @@ from xfcompile import activation
 from xfcompile.activation import X
 from xfcompile.kernels.attention import launch, prepare, repeat
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.gated_mlp import programs as gated_programs
 
 pytestmark = [
@@ -32,7 +32,7 @@ NAMES = ["plain", "causal", "documents", "bias_bhij", "alibi", "scale_at_run_tim
 def _nothing_remembered() -> None:
     for program in (*launch._programs.values(), *gated_programs._programs.values()):
         program.calls.clear()
-    bias_launch._calls.clear()
+    bias_calls._calls.clear()
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))  # attention_cases
 def _forgotten_calls() -> None:
     """What a call depends on may have been changed by the test before."""
     from xfcompile.kernels.attention import launch
-    from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+    from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 
     for program in launch._programs.values():
         program.calls.clear()
-    bias_launch._calls.clear()
+    bias_calls._calls.clear()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from xfcompile.kernels.bias_act_dropout.launch import POINTWISE
+from xfcompile.kernels.bias_act_dropout.tiles import POINTWISE
 from xfcompile.kernels.gated_mlp.tiles import stream
 
 ROOT = Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.bias_act_dropout import bias_act_dropout, launch, text_of
+from xfcompile.kernels.bias_act_dropout import bias_act_dropout, calls, text_of, tiles
 
 HALVES = [torch.float16, torch.bfloat16]
 TAIL = -3.0
@@ -54,8 +54,8 @@ def numbers(dtype: torch.dtype) -> Tensor:
 
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
-    monkeypatch.setattr(launch, "pointwise", lambda n, kernel: launch.Tile(64, 1024, 4))
-    monkeypatch.setattr(launch, "_calls", {})
+    monkeypatch.setattr(tiles, "pointwise", lambda n, kernel: tiles.Tile(64, 1024, 4))
+    monkeypatch.setattr(calls, "_calls", {})
 
 
 def ours(formula: sympy.Expr, x: Tensor) -> tuple[Tensor, Tensor]:

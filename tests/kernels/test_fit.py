@@ -19,8 +19,8 @@ from xfcompile.activation import X
 from xfcompile.kernels.attention import attention, fit, launch, launch_backward, lists, prepare, reference
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.tiles import Tiles
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
-from xfcompile.kernels.bias_act_dropout import linear_act_dropout, supports, text_of
+from xfcompile.kernels.bias_act_dropout import calls as bias_calls
+from xfcompile.kernels.bias_act_dropout import launch_linear, linear_act_dropout, supports, text_of
 from xfcompile.kernels.gated_mlp import gated_mlp, launch_triton
 from xfcompile.kernels.gated_mlp import programs as gated_programs
 
@@ -137,9 +137,8 @@ def test_a_linear_whose_tiles_do_not_fit_is_a_product_and_a_kernel(save: bool, m
         return linear_act_dropout(x, weight, *call)  # type: ignore[no-any-return]
 
     usual = run()
-    real = bias_launch._launch
-    bias_launch._calls.clear()
-    monkeypatch.setattr(bias_launch, "_launch", lambda name, *a: too_little if name == "linear" else real(name, *a))
+    bias_calls._calls.clear()
+    monkeypatch.setattr(launch_linear, "launch_of", lambda *about: too_little)
     made, said, reported = told(run)
     _, more, _ = told(run)
     assert len(said) == 1 and "do not fit" in said[0] and len(reported) == 1 and not more

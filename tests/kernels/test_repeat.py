@@ -22,7 +22,7 @@ from xfcompile.activation import X
 from xfcompile.kernels.attention import backward_layout, launch, lists, prepare, repeat
 from xfcompile.kernels.attention.repeat import MANY_DESCRIPTORS, Described, Launch, encode_once
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.gated_mlp import gated_mlp_backward
 from xfcompile.kernels.gated_mlp import launch as gated_launch
 from xfcompile.kernels.gated_mlp import programs as gated_programs
@@ -244,7 +244,7 @@ def forget() -> None:
         masks.launches.clear()
     for layouts in BACKWARDS:
         layouts.clear()
-    bias_launch._calls.clear()
+    bias_calls._calls.clear()
 
 
 BACKWARDS: list[dict[object, Any]] = []

@@ -16,7 +16,7 @@ from xfcompile import activation
 from xfcompile.activation import X
 from xfcompile.kernels.attention import fit, launch, launch_backward, lists, prepare
 from xfcompile.kernels.attention.backward_layout import Needs
-from xfcompile.kernels.bias_act_dropout import launch as bias_launch
+from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.bias_act_dropout import op as bias_op
 from xfcompile.kernels.bias_act_dropout import text_of
 from xfcompile.kernels.gated_mlp import launch as gated_launch
@@ -163,8 +163,8 @@ def test_gated_mlps_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch)
 
 def test_activations_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    original = bias_launch._layout_of
-    monkeypatch.setattr(bias_launch, "_layout_of", lambda x: asked.append(x) or original(x))
+    original = bias_calls.layout_of
+    monkeypatch.setattr(bias_calls, "layout_of", lambda x: asked.append(x) or original(x))
     gelu = text_of(activation.gelu(X, "none"))
     generator = torch.Generator().manual_seed(0)
     x, bias, weight = (torch.randn(*n, generator=generator).half() for n in ((4, 6, 16), (16,), (16, 16)))
@@ -178,7 +178,7 @@ def test_activations_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch
     wanted = [run(x, False), run(-x, False)]
     run(x, True)
     assert sites[0].found is None and sites[1].found is None, "on CPUs, whether Triton interprets may change"
-    monkeypatch.setattr(bias_launch, "_setting", lambda x: False)
+    monkeypatch.setattr(bias_calls, "setting", lambda x: False)
     run(x, True)
     asked.clear()
     for y, right in ((-x, wanted[1]), (x, wanted[0])):

@@ -15,7 +15,7 @@ from xfcompile import gated_routes
 from xfcompile.bench.command import app
 from xfcompile.kernels.attention import hopper_variant, tiles
 from xfcompile.kernels.attention.tiles import Tiles
-from xfcompile.kernels.bias_act_dropout import launch as bias
+from xfcompile.kernels.bias_act_dropout import tiles as bias
 from xfcompile.kernels.gated_mlp import tiles as gated
 from xfcompile.measured import CPU, HARDWARE, Fact, hardware, hardware_of
 
