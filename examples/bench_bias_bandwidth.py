@@ -98,7 +98,7 @@ def jobs() -> Iterator[Job]:
 def make(job: Job, rows: int, device: str, count: int = SETS) -> tuple[Callable[[int], Any], int]:
     """A call by its number, and the bytes that it moves."""
     tiles.POINTWISE[job.kernel] = Fact(job.share)
-    calls._calls.clear()  # which remember tiles
+    calls.known.clear()  # which remember tiles
     formula = FORMULAS[job.formula]
     seed, text = torch.tensor([12345], device=device), text_of(formula)
     added = tensor(0) in formula.free_symbols

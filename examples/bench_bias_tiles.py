@@ -113,13 +113,13 @@ def sweep(run: Run, copied: float) -> Iterable[dict[str, Any]]:
     usual, shares = tiles.PRODUCT[2], dict(tiles.POINTWISE)
     for tile in PRODUCTS:
         tiles.PRODUCT[2] = Fact(tile)
-        calls._calls.clear()  # which remember tiles
+        calls.known.clear()  # which remember tiles
         yield from ({**row, "tile": str(tile)} for row in kernels(run, copied, "linear"))
     tiles.PRODUCT[2] = usual
     for name in ("forward", "backward"):
         for share in SHARES:
             tiles.POINTWISE[name] = Fact(share)
-            calls._calls.clear()
+            calls.known.clear()
             yield from ({**row, "tile": str(share)} for row in kernels(run, copied, name))
         tiles.POINTWISE[name] = shares[name]
 

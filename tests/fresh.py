@@ -11,8 +11,8 @@ from xfcompile.kernels.gated_mlp import programs as gated_programs
 
 def forget() -> None:
     """No kernel was prepared, loaded or launched."""
-    for module in (launch, gated_programs, lists):
-        module._programs.clear()
+    for known in (launch._programs, gated_programs.known, lists._programs):
+        known.clear()
     modules = (launch._module, gated_programs._module, bias_programs._module, backward_layout._module)
     more = (
         backward_layout.prepare,
@@ -23,6 +23,6 @@ def forget() -> None:
     )
     for cached in (*modules, *more):
         cached.cache_clear()
-    bias_calls._calls.clear()
+    bias_calls.known.clear()
     cache._sources.clear()
     asked._asked.clear()

@@ -47,8 +47,8 @@ slower = settings(quick, max_examples=4)
 def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-    for module in (launch, lists, gated_programs):  # what an earlier test has stored elsewhere
-        monkeypatch.setattr(module, "_programs", {})
+    for module, name in ((launch, "_programs"), (lists, "_programs"), (gated_programs, "known")):
+        monkeypatch.setattr(module, name, {})  # what an earlier test has stored elsewhere
     for cached in (launch._module, lists._kernels, gated_programs._module, bias_programs._module):
         cached.cache_clear()
 

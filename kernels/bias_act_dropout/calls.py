@@ -14,17 +14,17 @@ from xfcompile.kernels.registration import Site
 MANY_CALLS = 4096
 """Layouts that are remembered; sizes that change at every call make new ones."""
 
-_calls: dict[object, Callable[..., Any] | None] = {}
+known: dict[object, Callable[..., Any] | None] = {}
 """What runs tensors of one layout; None where the kernels do not."""
 
 
 def remembered(key: object, make: Callable[[], Callable[..., Any] | None]) -> Callable[..., Any] | None:
     """The call for a layout, made at the first of its tensors."""
-    call = _calls.get(key, key)
+    call = known.get(key, key)
     if call is key:
-        if len(_calls) >= MANY_CALLS:
-            _calls.clear()
-        call = _calls[key] = make()
+        if len(known) >= MANY_CALLS:
+            known.clear()
+        call = known[key] = make()
     return call  # type: ignore[return-value]
 
 

@@ -47,12 +47,12 @@ class Program:
         return call
 
 
-_programs: dict[str, Program] = {}
+known: dict[str, Program] = {}
 
 
 @functools.cache
 def _module(key: str, interpreted: bool) -> ModuleType:
-    path = cache.store(_programs[key].source, PREFIX)
+    path = cache.store(known[key].source, PREFIX)
     return cache.load(path, f"xfcompile_{PREFIX}{key}{'_interpreted' if interpreted else ''}")
 
 
@@ -63,19 +63,19 @@ def prepare(formula: sympy.Expr) -> str:
     """
     source = codegen.generate(formula)
     key = cache.key_of(source)
-    if key not in _programs:
+    if key not in known:
         log.info("gated MLP kernels %s: %s", cache.store(source, PREFIX), formula)
-        _programs[key] = Program(key, formula, source)
+        known[key] = Program(key, formula, source)
     return key
 
 
 def program(key: str) -> Program:
     """The prepared kernels; those that another process prepared are read back from the cache directory."""
-    if key not in _programs:
+    if key not in known:
         source = cache.stored(key, "gated_mlp", "gated_mlp.prepare(formula)", PREFIX)
         module = cache.load(cache.store(source, PREFIX), f"xfcompile_{PREFIX}{key}_formula")
-        _programs[key] = Program(key, codegen.parse(module.FORMULA), source)
-    return _programs[key]
+        known[key] = Program(key, codegen.parse(module.FORMULA), source)
+    return known[key]
 
 
 def source_of_kernel(key: str) -> str:

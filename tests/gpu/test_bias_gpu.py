@@ -26,7 +26,7 @@ SIZES = [(16384, 768), (4096, 3072), (1001, 1032), (77, 1030), (3, 8), (1, 5)]
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
 
 
 @pytest.fixture(params=[64, None], ids=["many steps", "usual"])

@@ -50,9 +50,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Gemm]:
 
     monkeypatch.setattr(Gemm, "__call__", noted)
     monkeypatch.setattr(Gemm, "repeat", repeated)
-    for program in gated_programs._programs.values():
+    for program in gated_programs.known.values():
         program.calls.clear()
-    linear_calls._calls.clear()
+    linear_calls.known.clear()
     return found
 
 

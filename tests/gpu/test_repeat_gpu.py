@@ -30,9 +30,9 @@ NAMES = ["plain", "causal", "documents", "bias_bhij", "alibi", "scale_at_run_tim
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
-    for program in (*launch._programs.values(), *gated_programs._programs.values()):
+    for program in (*launch._programs.values(), *gated_programs.known.values()):
         program.calls.clear()
-    bias_calls._calls.clear()
+    bias_calls.known.clear()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def _forgotten_calls() -> None:
 
     for program in launch._programs.values():
         program.calls.clear()
-    bias_calls._calls.clear()
+    bias_calls.known.clear()
 
 
 @pytest.fixture

@@ -269,7 +269,7 @@ def test_the_mask_is_that_of_an_elements_place_whatever_its_layout(features: int
 def test_places_of_more_than_32_bits_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     x, seed, text = torch.randn(19, 72), torch.tensor([-77]), text_of(KEEP * X)
     few = bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32)
-    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
     monkeypatch.setattr(arguments, "MANY", 0)
     assert torch.equal(few, bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32))
     assert torch.equal(few != 0, philox.linear_keep(seed, 0.3, (19, 72), 5))
@@ -386,7 +386,7 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.parametrize("product", [False, True], ids=["pointwise", "epilogue"])
 def test_few_programs_share_the_rows(name: str, product: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each then takes several steps, the last of them past the end."""
-    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
     few = {kernel: Fact(replace(fact.value, programs=2)) for kernel, fact in tiles.POINTWISE.items()}
     monkeypatch.setattr(tiles, "POINTWISE", few)
     check(CASES[name], product)

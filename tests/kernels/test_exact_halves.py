@@ -55,7 +55,7 @@ def numbers(dtype: torch.dtype) -> Tensor:
 @pytest.fixture
 def large_tiles(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
     monkeypatch.setattr(tiles, "pointwise", lambda n, kernel: tiles.Tile(64, 1024, 4))
-    monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "known", {})
 
 
 def ours(formula: sympy.Expr, x: Tensor) -> tuple[Tensor, Tensor]:

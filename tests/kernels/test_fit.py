@@ -32,7 +32,7 @@ def _nothing_said() -> Iterator[None]:
     fit.say.cache_clear()
     yield
     fit.say.cache_clear()
-    for programs in (launch._programs, gated_programs._programs):
+    for programs in (launch._programs, gated_programs.known):
         for program in programs.values():
             program.calls.clear()
 
@@ -137,7 +137,7 @@ def test_a_linear_whose_tiles_do_not_fit_is_a_product_and_a_kernel(save: bool, m
         return linear_act_dropout(x, weight, *call)  # type: ignore[no-any-return]
 
     usual = run()
-    bias_calls._calls.clear()
+    bias_calls.known.clear()
     monkeypatch.setattr(launch_linear, "launch_of", lambda *about: too_little)
     made, said, reported = told(run)
     _, more, _ = told(run)

@@ -37,7 +37,7 @@ LAYOUTS = ("separate", "gate first", "up first", "gate even", "up even")
 
 @pytest.fixture(autouse=True)
 def _forgotten() -> None:
-    for program in programs._programs.values():
+    for program in programs.known.values():
         program.calls.clear()
 
 

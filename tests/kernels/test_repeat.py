@@ -238,13 +238,13 @@ def repeating(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def forget() -> None:
-    for program in (*launch._programs.values(), *gated_programs._programs.values()):
+    for program in (*launch._programs.values(), *gated_programs.known.values()):
         program.calls.clear()
     for masks in lists._programs.values():
         masks.launches.clear()
     for layouts in BACKWARDS:
         layouts.clear()
-    bias_calls._calls.clear()
+    bias_calls.known.clear()
 
 
 BACKWARDS: list[dict[object, Any]] = []
