@@ -19,7 +19,8 @@ from collections import Counter
 
 import bias_jobs
 import torch
-from cross_compile import CUOBJDUMP, TARGETS, resources
+from cross_compile import TARGETS
+from resources import CUOBJDUMP, resources
 from rich.console import Console
 from rich.table import Table
 
