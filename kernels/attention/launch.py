@@ -86,7 +86,7 @@ def _module(key: str, interpreted: bool) -> ModuleType:
 def prepare(spec: ScoreSpec) -> str:
     """Generates the kernel of a spec and stores its source; returns the key that the op is called with.
 
-    Raises printer.Unsupported where the score has no Triton form.
+    Raises evaluate.Unsupported where the score has no Triton form.
     """
     spec = codegen.canonical(spec)
     source = codegen.generate(spec)
