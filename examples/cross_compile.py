@@ -34,12 +34,12 @@ from xfcompile.kernels.attention import (
     hopper,
     hopper_backward,
     hopper_variant,
-    launch,
     launch_decode,
     lists,
     prepare,
     template,
 )
+from xfcompile.kernels.attention.programs import program as generated
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
     Tiles,
@@ -390,7 +390,7 @@ def compile_kernel(
     function: str = "attention_forward",
 ) -> Any:
     """As a launch would with contiguous, aligned tensors [B, L, H, D]."""
-    prepared = launch.program(prepare(spec))
+    prepared = generated(prepare(spec))
     kernel = prepared.kernel(False, function)
     constants: dict[str, object] = {
         "DQ": dim,

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 import xfcompile
 from xfcompile.activation import GATE, UP, Sigmoid, X
 from xfcompile.evaluate import Unsupported
-from xfcompile.kernels.attention import cache, launch, lists, prepare
+from xfcompile.kernels.attention import cache, lists, prepare, programs
 from xfcompile.kernels.bias_act_dropout import formula as bias_formula
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.bias_act_dropout.template import module as bias_module
@@ -47,9 +47,9 @@ slower = settings(quick, max_examples=4)
 def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-    for module in (launch, lists, gated_launch):  # what an earlier test has stored elsewhere
-        monkeypatch.setattr(module, "_programs", {})
-    for cached in (launch._module, lists._kernels, gated_launch._module, bias_launch._module):
+    for module, name in ((programs, "known"), (lists, "_programs"), (gated_launch, "_programs")):
+        monkeypatch.setattr(module, name, {})  # what an earlier test has stored elsewhere
+    for cached in (programs._module, lists._kernels, gated_launch._module, bias_launch._module):
         cached.cache_clear()
 
 
@@ -99,7 +99,7 @@ def test_the_name_of_a_number_is_not_in_the_kernel(name: str, other: str) -> Non
 
     found = key(name, other + "_")
     assert found == key("scale", "length_")
-    harmless(launch.program(found[0]).source)
+    harmless(programs.program(found[0]).source)
     harmless(lists.program(found[1]).source)
 
 

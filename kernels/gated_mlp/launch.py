@@ -15,8 +15,9 @@ from torch import Tensor
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import cache
+from xfcompile.kernels.attention.exactness import precision
+from xfcompile.kernels.attention.fallback import FirstThatRuns
 from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
-from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Blank, Described, Launch, aligned
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import codegen, launch_few, launch_hopper, reference, tiles

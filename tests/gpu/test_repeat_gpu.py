@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.attention import launch, prepare, repeat
+from xfcompile.kernels.attention import prepare, programs, repeat
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 from xfcompile.kernels.bias_act_dropout import launch as bias_launch
 from xfcompile.kernels.gated_mlp import launch as gated_launch
@@ -30,7 +30,7 @@ NAMES = ["plain", "causal", "documents", "bias_bhij", "alibi", "scale_at_run_tim
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
-    for program in (*launch._programs.values(), *gated_launch._programs.values()):
+    for program in (*programs.known.values(), *gated_launch._programs.values()):
         program.calls.clear()
     bias_launch._calls.clear()
 
