@@ -23,6 +23,7 @@ def mask_arguments(
 def mask_values(
     prepared: Program, operands: Sequence[Any], scalars: Sequence[Any]
 ) -> tuple[list[Any], list[Any], list[Any]]:
+    """The same of a program's scalars, which are in the order of its kernel."""
     found = prepared.summary
     assert found is not None
     if not scalars:
