@@ -20,12 +20,12 @@ from xfcompile.kernels.attention import (
     cache,
     codegen,
     decode,
-    launch,
     launch_decode,
     lists,
     prepare,
     template,
 )
+from xfcompile.kernels.attention.programs import program as generated
 from xfcompile.kernels.attention.tiles import (
     FEW_SPILLS,
     Tiles,
@@ -106,7 +106,7 @@ def compile_kernel(
     function: str = "attention_forward",
 ) -> Any:
     """As a launch would with contiguous, aligned tensors [B, L, H, D]."""
-    prepared = launch.program(prepare(spec))
+    prepared = generated(prepare(spec))
     kernel = prepared.kernel(False, function)
     constants: dict[str, object] = {
         "DQ": dim,

@@ -34,8 +34,11 @@ from rich.console import Console
 from rich.table import Table
 
 from xfcompile.bench.programs import CAP, Program, Sizes, programs, tensors
-from xfcompile.kernels.attention import hopper, launch, launch_hopper, lists, prepare, template
+from xfcompile.kernels.attention import forward_call, hopper, launch, launch_hopper, lists, prepare, template
+from xfcompile.kernels.attention.arguments import mask_values
+from xfcompile.kernels.attention.exactness import speed
 from xfcompile.kernels.attention.hopper_variant import Variant
+from xfcompile.kernels.attention.programs import program as generated
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import Operand, ScoreSpec
 
@@ -129,7 +132,7 @@ class Case:
     def __init__(self, name: str, sizes: Sizes) -> None:
         self.name, self.sizes = name, sizes
         self.key = prepare(spec_of(name, sizes))
-        self.prepared = launch.program(self.key)
+        self.prepared = generated(self.key)
         self.qkv, self.operands = inputs(name, sizes)
 
     def call(self, variant: Variant | None) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
@@ -140,13 +143,13 @@ class Case:
         spec = self.prepared.spec
         flags: dict[str, Any] = {"UNIT": template.unit(spec, DTYPE)}
         if "FAST" in self.prepared.kernel(False).arg_names:
-            flags["FAST"] = launch.speed(spec, q)
+            flags["FAST"] = speed(spec, q)
         strides = [stride for operand in self.operands for stride in operand.stride()]
         kernel = launch_hopper.Hopper(self.prepared, q, k, v, strides, flags, False, self.operands, variant)
-        out, lse = launch.outputs(q, v)
+        out, lse = forward_call.outputs(q, v)
         tiles = None
         if self.prepared.mask is not None:
-            arguments = launch.mask_values(self.prepared, self.operands, [])
+            arguments = mask_values(self.prepared, self.operands, [])
             shape = (*q.shape[:3], k.shape[2])
             tiles = lists.run(q, *arguments, shape, hopper.ROWS, hopper.KEYS, self.prepared.mask)
 
@@ -160,7 +163,7 @@ class Case:
         """Makes the lists of tiles, of which "default" makes some for each call."""
         mask, (q, k, _) = self.prepared.mask, self.qkv
         assert mask is not None
-        arguments = launch.mask_values(self.prepared, self.operands, [])
+        arguments = mask_values(self.prepared, self.operands, [])
         return lambda: lists.run(q, *arguments, (*q.shape[:3], k.shape[2]), hopper.ROWS, hopper.KEYS, mask)
 
     def cudnn(self) -> Callable[[], Any]:

@@ -19,7 +19,6 @@ from torch import Tensor
 import xfcompile.kernels.attention as kernels
 from xfcompile.bench.programs import Sizes, programs, tensors
 from xfcompile.bench.timing import Rounds, interleaved
-from xfcompile.kernels.attention import launch
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import Operand, ScoreSpec
 
@@ -41,12 +40,12 @@ def timed(spec: ScoreSpec, x: list[Tensor], operands: list[Tensor]) -> tuple[flo
     """Times in ms of the lists, of attention with lists at hand, and of both; None where it takes no lists."""
     q, k, v = x[:3]
     key = kernels.prepare(spec)
-    mask = launch.mask_of(key)
+    mask = kernels.mask_of(key)
     if mask is None:
         return None
     shape = [*q.shape[:3], k.shape[2]]
-    sizes = launch.tile_sizes(key, q.device, q.dtype, q.shape[3], v.shape[3], q.shape[2])
-    chosen, ints, floats = launch.mask_arguments(key, operands, [], [])
+    sizes = kernels.tile_sizes(key, q.device, q.dtype, q.shape[3], v.shape[3], q.shape[2])
+    chosen, ints, floats = kernels.mask_arguments(key, operands, [], [])
 
     def lists() -> Tensor:
         return kernels.attention_tiles(q, chosen, ints, floats, shape, *sizes, mask)
@@ -79,7 +78,7 @@ def main() -> None:
         for name, spec, x, operands in found:
             times = timed(spec, x, operands)
             if times is not None:
-                chosen = launch.mask_arguments(kernels.prepare(spec), operands, [], [])[0]
+                chosen = kernels.mask_arguments(kernels.prepare(spec), operands, [], [])[0]
                 size = sum(t.numel() * t.element_size() for t in chosen)
                 table.add_row(name, *(f"{t:.4f}" for t in times), f"{size / times[0] / 1e6:.0f} GB/s")
         Console().print(table)

@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xfcompile.kernels.attention import launch, prepare, tiles
+from xfcompile.kernels.attention import launch_blocks, prepare, tiles
+from xfcompile.kernels.attention.programs import program
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
@@ -169,16 +170,16 @@ def tile_facts(budget: list[str]) -> list[dict[str, object]]:
         given = operands(b, h, s)
         key = prepare(spec)
         for shape in TILES:
-            launch.program(key).fitting.clear()
+            program(key).fitting.clear()
             chosen = tiles.Tiles(*shape)
-            original = launch.choose
-            launch.choose = lambda *_, chosen=chosen: chosen  # type: ignore[attr-defined]
+            original = launch_blocks.choose
+            launch_blocks.choose = lambda *_, chosen=chosen: chosen  # type: ignore[attr-defined]
             try:
                 time = attempt(functools.partial(torch.ops.xfcompile.attention, q, k, v, given, [], [], key))
-                used = list(launch.program(key).fitting.values())
+                used = list(program(key).fitting.values())
                 fits = bool(used) and used[0] == chosen
             finally:
-                launch.choose = original  # type: ignore[attr-defined]
+                launch_blocks.choose = original  # type: ignore[attr-defined]
             rows.append({"program": name, "d": d, "tiles": list(shape), "forward": time if fits else "does not fit"})
     return rows
 

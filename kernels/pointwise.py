@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import sympy
 
 from xfcompile.activation import Sigmoid
-from xfcompile.kernels.attention.printer import ATOM, LOG2E, Printer, Term
+from xfcompile.kernels.printing.arithmetic import LOG2E
+from xfcompile.kernels.printing.printer import Printer
+from xfcompile.kernels.printing.rules import RULES
+from xfcompile.kernels.printing.term import ATOM, Term
 
 HELPERS = {
     "reciprocal": """\
@@ -165,7 +168,7 @@ class PointwisePrinter(Printer):
     """Prints formulas of numbers that are there, without any loads. exponents: names of those of sigmoids."""
 
     def __init__(self, names: Mapping[sympy.Symbol, str]) -> None:
-        super().__init__((), names)
+        super().__init__(RULES, (), names)
         self.exponents: dict[sympy.Basic, str] = {}
 
     def print(self, expr: sympy.Basic) -> Term:

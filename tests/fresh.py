@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xfcompile.kernels import asked
-from xfcompile.kernels.attention import backward_layout, cache, launch, lists
+from xfcompile.kernels.attention import backward_layout, cache, lists, programs
 from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.bias_act_dropout import programs as bias_programs
 from xfcompile.kernels.gated_mlp import programs as gated_programs
@@ -11,9 +11,9 @@ from xfcompile.kernels.gated_mlp import programs as gated_programs
 
 def forget() -> None:
     """No kernel was prepared, loaded or launched."""
-    for known in (launch._programs, gated_programs.known, lists._programs):
+    for known in (programs.known, gated_programs.known, lists._programs):
         known.clear()
-    modules = (launch._module, gated_programs._module, bias_programs._module, backward_layout._module)
+    modules = (programs._module, gated_programs._module, bias_programs._module, backward_layout._module)
     more = (
         backward_layout.prepare,
         lists._kernels,

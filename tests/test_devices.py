@@ -15,7 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import xfcompile
 from xfcompile.kernels import bias_act_dropout, gated_mlp
-from xfcompile.kernels.attention import launch, launch_hopper, prepare, supports, tiles
+from xfcompile.kernels.attention import launch_hopper, prepare, programs, supports, tiles
 from xfcompile.kernels.gated_mlp import launch_triton
 from xfcompile.kernels.gated_mlp.operands import Operands
 from xfcompile.report import Report
@@ -213,7 +213,7 @@ def test_what_only_hopper_has_is_asked_of_hopper_only(
 ) -> None:
     amd = "6.0" if capability == (9, 4) else None  # what ROCm says of gfx942
     pretend(monkeypatch, capability, amd)
-    prepared = launch.program(prepare(ScoreSpec(S / 8)))
+    prepared = programs.program(prepare(ScoreSpec(S / 8)))
     reason = launch_hopper.why_not(prepared, CUDA, torch.bfloat16, 64, 64)
     assert (reason == "it is for Hopper") == (capability != (9, 0)), reason
     kind = tiles.device_generation(CUDA)

@@ -473,19 +473,19 @@ def test_the_kernel_that_runs_is_the_one_that_is_shown(monkeypatch: pytest.Monke
     def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (20 * torch.tanh(q @ k.mT / 20)).softmax(-1) @ v
 
-    from xfcompile.kernels.attention import launch
+    from xfcompile.kernels.attention import programs
 
-    before = set(launch._programs)
+    before = set(programs.known)
     qkv = torch.randn(3, 1, 2, 16, 16)
     with torch.no_grad(), xfcompile.collect() as report:
         compiled = torch.compile(program, backend="xformers", options={"routes": {"attention": "triton"}})
         torch.testing.assert_close(compiled(*qkv), program(*qkv), rtol=1e-3, atol=1e-3)
     about = report.sites[0].about
     assert about is not None and [k.title for k in about.kernels] == ["attention, forward"]
-    assert about.kernels[0].text in {p.source for p in launch._programs.values()}
+    assert about.kernels[0].text in {p.source for p in programs.known.values()}
     assert not before or about.call is not None
     key = re.search("'([0-9a-f]{32})'", about.call or "")
-    assert key is not None and launch.program(key[1]).source == about.kernels[0].text
+    assert key is not None and programs.program(key[1]).source == about.kernels[0].text
     shown = Page(page(report)).all("details", class_="kernel")
     assert about.kernels[0].text in shown[0][1]
 

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 import xfcompile
 from xfcompile.activation import GATE, UP, Sigmoid, X
 from xfcompile.evaluate import Unsupported
-from xfcompile.kernels.attention import cache, launch, lists, prepare
+from xfcompile.kernels.attention import cache, lists, prepare, programs
 from xfcompile.kernels.bias_act_dropout import formula as bias_formula
 from xfcompile.kernels.bias_act_dropout import programs as bias_programs
 from xfcompile.kernels.bias_act_dropout.template import module as bias_module
@@ -47,9 +47,9 @@ slower = settings(quick, max_examples=4)
 def interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-    for module, name in ((launch, "_programs"), (lists, "_programs"), (gated_programs, "known")):
+    for module, name in ((programs, "known"), (lists, "_programs"), (gated_programs, "known")):
         monkeypatch.setattr(module, name, {})  # what an earlier test has stored elsewhere
-    for cached in (launch._module, lists._kernels, gated_programs._module, bias_programs._module):
+    for cached in (programs._module, lists._kernels, gated_programs._module, bias_programs._module):
         cached.cache_clear()
 
 
@@ -99,7 +99,7 @@ def test_the_name_of_a_number_is_not_in_the_kernel(name: str, other: str) -> Non
 
     found = key(name, other + "_")
     assert found == key("scale", "length_")
-    harmless(launch.program(found[0]).source)
+    harmless(programs.program(found[0]).source)
     harmless(lists.program(found[1]).source)
 
 

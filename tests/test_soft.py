@@ -285,11 +285,11 @@ def test_what_inductor_refuses_without_us_is_an_error_of_the_program(monkeypatch
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a process that has prepared no kernel."""
-    from xfcompile.kernels.attention import launch
+    from xfcompile.kernels.attention import programs
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for cached in (launch.prepare, cache._private_directory):
+    for cached in (programs.prepare, cache._private_directory):
         getattr(cached, "cache_clear", lambda: None)()
     yield tmp_path
     cache._private_directory.cache_clear()

@@ -147,7 +147,7 @@ def test_threads_launch_kernels_for_the_first_time_at_once(name: str, monkeypatc
 
 
 def test_threads_that_launch_in_vain_take_the_other_kernel_each() -> None:
-    from xfcompile.kernels.attention.launch import FirstThatRuns
+    from xfcompile.kernels.attention.fallback import FirstThatRuns
 
     done: list[int] = []
     both = threading.Barrier(MANY)

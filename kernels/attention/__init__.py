@@ -1,16 +1,10 @@
 """Attention with any score: Triton kernels and their gradients, generated, behind `torch.ops.xfcompile.attention`."""
 
+from xfcompile.kernels.attention.arguments import mask_arguments
 from xfcompile.kernels.attention.gradient import why_no_gradient
-from xfcompile.kernels.attention.launch import (
-    FEW_TILES,
-    always_listed,
-    mask_arguments,
-    mask_of,
-    source_of_kernel,
-    source_of_lists,
-    tile_sizes,
-)
+from xfcompile.kernels.attention.lists_sizes import FEW_TILES, always_listed, tile_sizes
 from xfcompile.kernels.attention.op import attention, attention_tiles, prepare
+from xfcompile.kernels.attention.programs import mask_of, source_of_kernel, source_of_lists
 from xfcompile.kernels.attention.tiles import supports
 
 __all__ = [

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator
-from xfcompile.kernels.attention import fit, launch, lists, reference
+from xfcompile.kernels.attention import fit, lists, lists_sizes, programs, reference
+from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.backward_layout import Layout, Needs, Program
+from xfcompile.kernels.attention.exactness import precision, speed
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
@@ -46,7 +48,7 @@ class Call:
         self.program, self.layout, self.needs = program, layout, needs
         self.dout, self.q, self.k, self.v, self.out, self.lse = dout, q, k, v, out, lse
         self.operands = operands
-        self.forward = launch.program(program.forward)
+        self.forward = programs.program(program.forward)
         self.scalars = self.forward.numbers(ints, floats)
         self.ints, self.floats = ints, floats
         self.batch, self.heads, self.lq, self.dq = q.shape
@@ -66,12 +68,12 @@ class Call:
         if mask is None:
             return
         if tiles is None or tiles_by_key is None:
-            block_m, block_n = launch.tile_sizes(
+            block_m, block_n = lists_sizes.tile_sizes(
                 self.program.forward, self.q.device, self.q.dtype, self.dq, self.dv, self.lq
             )
-            if -(-self.lk // block_n) <= launch.FEW_TILES:
+            if -(-self.lk // block_n) <= lists_sizes.FEW_TILES:
                 return
-            values = launch.mask_values(self.forward, self.operands, self.scalars)
+            values = mask_values(self.forward, self.operands, self.scalars)
             shape = (self.batch, self.heads, self.lq, self.lk)
             made = [lists.run(self.q, *values, shape, block_m, block_n, mask, by_key=x) for x in (False, True)]
             tiles, tiles_by_key = made
@@ -140,12 +142,12 @@ class Call:
             "DV": self.dv,
             "BLOCK_DQ": wide_q,
             "BLOCK_DV": wide_v,
-            "PRECISION": launch.precision(self.q.dtype),
+            "PRECISION": precision(self.q.dtype),
             "UPCAST": self.interpreted and self.q.dtype == torch.bfloat16,
             "EXACT": self.exact,
             "EDGE_M": self.lq % sizes.block_m != 0,
             "EDGE_N": self.lk % sizes.block_n != 0,
-            "FAST": launch.speed(self.program.spec, self.q),
+            "FAST": speed(self.program.spec, self.q),
             "BLOCK_M": sizes.block_m,
             "BLOCK_N": sizes.block_n,
         }

@@ -9,8 +9,8 @@ import sympy
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, SCORES, TALL
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, constexprs, indented
-from xfcompile.kernels.attention.printer import LOG2E
 from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.printing.arithmetic import LOG2E
 
 
 def dq(w: Writer) -> str:

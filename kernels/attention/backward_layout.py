@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import backward, cache, fit, launch, template
+from xfcompile.kernels.attention import backward, cache, fit, programs, template
 from xfcompile.kernels.attention.backward import Backward
+from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.repeat import Blank, Launch
@@ -43,7 +44,7 @@ class Program:
 
     @property
     def spec(self) -> ScoreSpec:
-        return launch.program(self.forward).spec
+        return programs.program(self.forward).spec
 
     def traits(self, name: str, listed: tuple[int, int] | None) -> list[Trait]:
         """What the tiles of a kernel are chosen by. listed: the sizes of the tiles of a list."""
@@ -69,7 +70,7 @@ def prepare(forward: str, needed: tuple[int, ...]) -> Program:
 
     Raises evaluate.Unsupported where the score cannot be differentiated.
     """
-    prepared = launch.program(forward)
+    prepared = programs.program(forward)
     made = backward.generate(prepared.spec, needed)
     key = cache.key_of(made.text)
     log.info("attention backward %s: slope %s", cache.store(made.text), made.gradients.slope)
@@ -135,13 +136,13 @@ def layout_of(
 ) -> Layout:
     """What is remembered of tensors like these: of all that launches depend on, but where tensors are."""
     key = (
-        needs, block_m, block_n, launch.precision(q.dtype) if q.dtype is torch.float32 else None,
+        needs, block_m, block_n, precision(q.dtype) if q.dtype is torch.float32 else None,
         *[(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, dout, lse, *operands)],
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (tiles, tiles_by_key)],
     )  # fmt: skip
     found = program.layouts.get(key)
     if found is None:
-        if len(program.layouts) >= launch.MANY_CALLS:
+        if len(program.layouts) >= programs.MANY_CALLS:
             program.layouts.clear()
         found = program.layouts[key] = Layout(program, needs, q, k, v, lse, operands)
     return found

@@ -13,8 +13,12 @@ from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_text import KEYS, SEARCH
 from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient
-from xfcompile.kernels.attention.printer import LOG2E, NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
 from xfcompile.kernels.attention.template import returned, wrapped
+from xfcompile.kernels.printing.arithmetic import LOG2E
+from xfcompile.kernels.printing.extent import extent, guarded_loads, is_plain
+from xfcompile.kernels.printing.printer import NAMES, Printer
+from xfcompile.kernels.printing.rules import RULES
+from xfcompile.kernels.printing.term import PRODUCT, Term
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 
@@ -78,7 +82,7 @@ class Writer:
                 across = load.free_symbols & other or (side == "column" and J not in load.free_symbols)
                 if not across and (is_plain(load) or not guarded):
                     loads[load] = None
-        printer = Printer(self.spec.operands, self.scope)
+        printer = Printer(RULES, self.spec.operands, self.scope)
         lines: list[str] = []
         names: dict[sympy.Basic, Term] = {}
         for n, load in enumerate(loads):
@@ -114,7 +118,9 @@ class Writer:
     ) -> str:
         """A function of the site's own. real: as a number in fp32; tile: of the shape of s; site: whether it is given
         what rows and columns have read, as those of a position are."""
-        printer = Printer(self.spec.operands, self.scope, {**self.rows, **self.columns, **self.tiles} if site else {})
+        printer = Printer(
+            RULES, self.spec.operands, self.scope, {**self.rows, **self.columns, **self.tiles} if site else {}
+        )
         term = printer.float(expr) if real else printer.print(expr)
         self.helpers |= printer.helpers
         value = term.text
@@ -212,7 +218,7 @@ class Writer:
     def times_slope(self) -> str:
         if self.slope is None or self.slope == 1:
             return ""
-        printer = Printer(self.spec.operands, self.scope)
+        printer = Printer(RULES, self.spec.operands, self.scope)
         return f" * {printer.float(self.slope).at(7)}"
 
     def place(self, heads: str, head: str) -> str:

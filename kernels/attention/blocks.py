@@ -17,8 +17,11 @@ import torch
 from xfcompile.intervals import UNKNOWN, Bounds, certain, possible
 from xfcompile.kernels.attention.forward_text import HEAD, HELPERS
 from xfcompile.kernels.attention.lists_text import LISTS, LISTS_BY_KEY
-from xfcompile.kernels.attention.printer import NAMES, Printer, Term, guarded_loads, is_plain
 from xfcompile.kernels.attention.template import literal, wrapped
+from xfcompile.kernels.printing.extent import guarded_loads, is_plain
+from xfcompile.kernels.printing.printer import NAMES, Printer
+from xfcompile.kernels.printing.rules import RULES
+from xfcompile.kernels.printing.term import Term
 from xfcompile.score import H, I, J, Load, S
 from xfcompile.site import MaskSpec, ScoreSpec
 
@@ -227,7 +230,7 @@ def _literal(mask: MaskSpec) -> str:
 
 def _chunk(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str], str, set[str]]:
     """Many tiles at once, by interval arithmetic."""
-    printer = Printer(mask.operands, scope)
+    printer = Printer(RULES, mask.operands, scope)
     lines: list[str] = []
     ends: dict[Load, Bounds] = {}
     # A load may be out of range where its neighbours in a conjunction do not hold.
@@ -275,7 +278,7 @@ def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int)
         assert diagonal is not None
         moved = diagonal
         lines += ["distance = tl.minimum((j0 - i1)[:, None] + tl.arange(0, SPAN)[None, :], (j1 - i0)[:, None])"]
-    inner = Printer(mask.operands, {**printer.names, DISTANCE: "distance"})
+    inner = Printer(RULES, mask.operands, {**printer.names, DISTANCE: "distance"})
     term = inner.print(moved)
     printer.helpers |= inner.helpers
     value = f"tl.cast({term.text}, tl.int32)" if term.kind == "bool" else term.text
@@ -296,7 +299,7 @@ def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int)
 
 def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str], str, set[str]]:
     """One tile, element by element, unless its positions alone say that nothing is kept."""
-    printer = Printer(mask.operands, scope)
+    printer = Printer(RULES, mask.operands, scope)
     reachable = possible(mask.keep, {I: (I0, I1), J: (J0, J1)})
     if reachable.atoms(Load):
         reachable = sympy.true
@@ -313,7 +316,7 @@ def _tile(mask: MaskSpec, scope: Mapping[sympy.Symbol, str]) -> tuple[list[str],
         ]
         printer.lines.clear()
     for load in mask.even:
-        value = printer._to_float(printer.print(load)).text
+        value = printer.print(load).as_float().text
         lines += [
             *printer.lines,
             f"x = {value} + tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)",

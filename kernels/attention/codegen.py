@@ -8,7 +8,10 @@ import sympy
 
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import blocks, cache, decode, template
-from xfcompile.kernels.attention.printer import NAMES, PRODUCT, Printer, Term, extent, guarded_loads, is_plain
+from xfcompile.kernels.printing.extent import extent, guarded_loads, is_plain
+from xfcompile.kernels.printing.printer import NAMES, Printer
+from xfcompile.kernels.printing.rules import RULES
+from xfcompile.kernels.printing.term import PRODUCT, Term
 from xfcompile.score import H, I, J, Load, S, Where
 from xfcompile.site import ScoreSpec
 
@@ -174,7 +177,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
 
     # What a row has for the whole loop is read once, by the kernel itself.
     clamped = set() if template.wide(spec) else template.far_loads(spec)
-    prologue = Printer(spec.operands, scope, clamped=clamped)
+    prologue = Printer(RULES, spec.operands, scope, clamped=clamped)
     row_lines = []
     for n, load in enumerate(loads):
         term = prologue.print(load)
@@ -186,7 +189,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
     hoisted = prologue.hoisted
 
     def function(name: str, arguments: list[str], expr: sympy.Basic, hoisted: dict[sympy.Basic, Term]) -> str:
-        printer = Printer(spec.operands, scope, hoisted, clamped)
+        printer = Printer(RULES, spec.operands, scope, hoisted, clamped)
         real = name in ("sink", "row_shift") or name.endswith(("score", "core", "shift"))
         term = printer.float(expr) if real else printer.print(expr)
         helpers.update(printer.helpers)
@@ -227,7 +230,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
         return Pieces(score, (), names, forms, tuple(row_lines), tuple(functions), frozenset(helpers))
 
     score_functions("even_", even_score, even, [*site, *(x.name for x in even_names.values())])
-    corner = Printer(spec.operands, {**scope, I: "first", J: "ahead"}, clamped=clamped)
+    corner = Printer(RULES, spec.operands, {**scope, I: "first", J: "ahead"}, clamped=clamped)
     values = tuple(corner.print(load).text for load in even_names)
     helpers |= corner.helpers
     forms = template.Forms(form(usual), form(even), tuple(corner.lines), values, row_shift != 0)

@@ -25,8 +25,10 @@ from xfcompile.kernels.attention.hopper_variant import (
     place_of,
     usual,
 )
-from xfcompile.kernels.attention.printer import NAMES, Printer, Term
 from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.printing.printer import NAMES, Printer
+from xfcompile.kernels.printing.rules import RULES
+from xfcompile.kernels.printing.term import Term
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import ScoreSpec
 
@@ -475,7 +477,7 @@ def _functions(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> list[str]:
     scope = {**NAMES, **{x: x.name for x in (*spec.scalars, codegen.FIRST, codegen.UNIT, START, BIAS)}}
 
     def function(name: str, arguments: Sequence[str], value: sympy.Expr) -> str:
-        printer = Printer(spec.operands, scope, rows)
+        printer = Printer(RULES, spec.operands, scope, rows)
         text = printer.float(value).text
         lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
         signature = wrapped(f"def {name}", [*arguments, *names.inside, *names.flag_parameters], ":")

@@ -20,8 +20,9 @@ from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.gradient import Gradients
 from xfcompile.kernels.attention.hopper_variant import bias_of, place_of
-from xfcompile.kernels.attention.printer import LOG2E, extent
 from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.printing.arithmetic import LOG2E
+from xfcompile.kernels.printing.extent import extent
 from xfcompile.score import I, J, Load, S
 from xfcompile.site import Band, ScoreSpec
 

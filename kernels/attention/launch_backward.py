@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import backward_loads, dead_rows, fit, launch, launch_hopper_backward, reference
+from xfcompile.kernels.attention import backward_loads, dead_rows, fit, launch_hopper_backward, programs, reference
+from xfcompile.kernels.attention.arguments import random_of
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import Gradients, Layout, Needs, layout_of, outputs, prepare
 from xfcompile.kernels.attention.gradient import gradients
@@ -60,7 +61,7 @@ def run(
         for x in (*made[:3], *made[3]):
             x.zero_()
         return made
-    random = launch.random_of(program.spec, seed, stream)
+    random = random_of(program.spec, seed, stream)
     call = Call(program, layout, needs, dout, q, k, v, out, lse, operands, ints, floats, random)
     call.listed(tiles, tiles_by_key, block_m, block_n)
     try:
@@ -115,7 +116,7 @@ def by_definition(
     stream: int = 0,
 ) -> Gradients:
     """The gradients as the definition has them, in plain PyTorch, in fp32 at least."""
-    spec = launch.program(forward).spec
+    spec = programs.program(forward).spec
     found = gradients(spec, needs.operands)
     made = outputs(q, k, v, operands, needs)
     dtype = torch.promote_types(q.dtype, torch.float32)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import decode, fit
+from xfcompile.kernels.attention.programs import Program
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED_DECODING,
@@ -21,9 +22,6 @@ from xfcompile.kernels.attention.tiles import (
     smaller,
 )
 from xfcompile.site import ScoreSpec
-
-if TYPE_CHECKING:
-    from xfcompile.kernels.attention.launch import Program
 
 FEW_ROWS = 64
 """Query rows that share a head of k and v, up to which one tile holds them all: k and v are then read once."""

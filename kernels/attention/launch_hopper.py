@@ -5,19 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists
 from xfcompile.kernels.attention.hopper_variant import Variant
+from xfcompile.kernels.attention.programs import Program, program
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.site import ScoreSpec
-
-if TYPE_CHECKING:
-    from xfcompile.kernels.attention.launch import Program
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +32,6 @@ def why_not(prepared: Program, device: torch.device, dtype: torch.dtype, dq: int
 
 @functools.cache
 def _made_of(key: str) -> tuple[ScoreSpec, codegen.Pieces]:
-    from xfcompile.kernels.attention.launch import program
-
     spec = program(key).spec
     return spec, codegen.pieces(spec)
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, fit, hopper, hopper_backward, launch, lists
+from xfcompile.kernels.attention import cache, fit, hopper, hopper_backward, lists
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import UNKNOWN, prepare
 from xfcompile.kernels.attention.backward_writer import Writer
+from xfcompile.kernels.attention.exactness import speed
 from xfcompile.kernels.attention.hopper_variant import bias_of
 from xfcompile.kernels.attention.launch_hopper import described, multiprocessors, seen
 from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, described_for_gluon
@@ -142,7 +143,7 @@ class HopperBackward:
             "AHEAD": hopper_backward.AHEAD[columns], "LATER": hopper_backward.LATER[columns],
         }  # fmt: skip
         if w.flags:
-            constants["FAST"] = launch.speed(call.program.spec, call.q)
+            constants["FAST"] = speed(call.program.spec, call.q)
         constants |= {"DQ": call.dq, "DV": call.dv, "PRODUCER_REGISTERS": hopper_backward.PRODUCER_REGISTERS}
         numbers = [heads, heads // call.kv_heads, lq, lk, padded, *dk.stride(), *dv.stride()]
         numbers += [stride for x in call.operands for stride in x.stride()]

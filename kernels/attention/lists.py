@@ -49,7 +49,7 @@ _programs: dict[str, MaskProgram] = {}
 def prepare(mask: MaskSpec) -> str:
     """Generates the kernels of a mask and stores their source; returns the key that the op is called with.
 
-    Raises printer.Unsupported where the mask has no Triton form.
+    Raises evaluate.Unsupported where the mask has no Triton form.
     """
     mask = canonical(mask)
     source = blocks.generate(mask)

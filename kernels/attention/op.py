@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import launch, launch_backward, lists, reference
+from xfcompile.kernels.attention import forward_call, launch, launch_backward, lists, programs, reference
+from xfcompile.kernels.attention.arguments import random_of
 from xfcompile.kernels.attention.backward_layout import Gradients, Needs, outputs
-from xfcompile.kernels.attention.launch import prepare
+from xfcompile.kernels.attention.programs import prepare
 from xfcompile.kernels.attention.tiles import interpreting, supports
 from xfcompile.kernels.registration import Site, refused, register
 
@@ -69,7 +70,7 @@ def check(
         raise ValueError(f"xfcompile::attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; cast them")
     if any(x.device != q.device for x in (k, v, *operands)):
         raise ValueError("xfcompile::attention: q, k, v and operands must be on one device")
-    expected = launch.program(key).spec.operands
+    expected = programs.program(key).spec.operands
     found = [(x.dtype, x.ndim) for x in operands]
     if found != [(x.dtype, x.ndim) for x in expected]:
         raise ValueError(f"xfcompile::attention: kernel {key} loads from operands {list(expected)}, not {found}")
@@ -79,7 +80,7 @@ def check(
 
 
 def _check_tiles(q: Tensor, k: Tensor, tiles: Tensor, block_m: int, block_n: int, key: str, by_key: bool) -> None:
-    prepared = launch.program(key)
+    prepared = programs.program(key)
     if prepared.mask is None:
         raise ValueError(f"xfcompile::attention: kernel {key} takes no lists of tiles")
     if block_m < 1 or block_n < 1:
@@ -161,11 +162,11 @@ def _attention_cpu(
     if interpreting() and supports(q.device, q.dtype, q.shape[3], v.shape[3]) is None:
         more: dict[str, Any] = {"seed": seed, "stream": stream}
         return launch.run(q, k, v, operands, ints, floats, kernel, tiles, block_m, block_n, heads_first, **more)
-    spec = launch.program(kernel).spec
-    launch.random_of(spec, seed, stream)
+    spec = programs.program(kernel).spec
+    random_of(spec, seed, stream)
     dtype = torch.promote_types(q.dtype, torch.float32)
     value, logsumexp = reference.attention(spec, q, k, v, operands, ints, floats, dtype, seed, stream)
-    out, lse = launch.outputs(q, v, heads_first)
+    out, lse = forward_call.outputs(q, v, heads_first)
     return out.copy_(value), lse.copy_(logsumexp)
 
 
@@ -187,7 +188,7 @@ def _attention_fake(
 ) -> tuple[Tensor, Tensor]:
     operands, ints, floats = operands or (), ints or (), floats or ()
     check(q, k, v, operands, kernel, tiles, block_m, block_n, tiles_by_key)
-    return launch.outputs(q, v, heads_first)
+    return forward_call.outputs(q, v, heads_first)
 
 
 def _tiles_cpu(

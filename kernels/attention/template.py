@@ -39,7 +39,7 @@ class Names:
             scalars=[x.name for x in spec.scalars],
             rows=[f"row{n}" for n in range(rows)],
             # Inputs of 16 bits allow a faster tanh: the rounding of the weights to them is 10000 times its error. One
-            # instruction will do where the program itself rounds q·k to bf16, which errs by 2**-9 (`launch.speed`).
+            # instruction will do where the program itself rounds q·k to bf16, which errs by 2**-9 (`exactness.speed`).
             flags=["UNIT", "FAST"]
             if any(x is not None and x.has(sympy.tanh) for x in (spec.score, spec.keep, spec.sink))
             else ["UNIT"],

@@ -10,9 +10,9 @@ import sympy
 from xfcompile.activation import GATE, UP, Sigmoid, separate
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels import philox
-from xfcompile.kernels.attention.printer import RELATIONS
 from xfcompile.kernels.attention.template import HELPERS
 from xfcompile.kernels.gated_mlp import template
+from xfcompile.kernels.printing.conditions import RELATIONS
 from xfcompile.score import Where
 from xfcompile.written import formula_of
 

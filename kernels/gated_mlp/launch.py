@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention.launch import FirstThatRuns, precision
+from xfcompile.kernels.attention.exactness import precision
+from xfcompile.kernels.attention.fallback import FirstThatRuns
 from xfcompile.kernels.attention.repeat import Blank, Launch, aligned
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import launch_few, launch_hopper

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.attention.exactness import precision
+from xfcompile.kernels.attention.fallback import FirstThatRuns
 from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
-from xfcompile.kernels.attention.launch import FirstThatRuns, precision
 from xfcompile.kernels.attention.repeat import Described, Launch
 from xfcompile.kernels.attention.tiles import BLACKWELL, HOPPER, device_generation
 from xfcompile.kernels.gated_mlp import tiles

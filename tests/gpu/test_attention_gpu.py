@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import CASES, Case, Inputs, Sizes, call, check, inputs, named
 
-from xfcompile.kernels.attention import attention, launch, prepare, reference
+from xfcompile.kernels.attention import attention, launch_blocks, prepare, programs, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,9 +107,9 @@ def test_smaller_tiles_where_shared_memory_is_short(monkeypatch: pytest.MonkeyPa
     from xfcompile.kernels.attention.tiles import Tiles
 
     huge = Tiles(128, 128, 8, 5)
-    monkeypatch.setattr(launch, "choose", lambda *args: huge)
+    monkeypatch.setattr(launch_blocks, "choose", lambda *args: huge)
     case = named("soft_cap_causal")
-    fitting = launch.program(prepare(case.spec)).fitting
+    fitting = programs.program(prepare(case.spec)).fitting
     fitting.clear()
     check(case, on_gpu(inputs(case, torch.bfloat16, sizes=Sizes(lq=300, lk=300, dq=256, dv=256))))
     assert [tiles for tiles in fitting.values() if tiles != huge]

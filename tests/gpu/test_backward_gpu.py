@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import Case, Inputs, Sizes, inputs, named
 from backward_cases import DIFFERENTIABLE, check
 
-from xfcompile.kernels.attention import launch
+from xfcompile.kernels.attention import lists_sizes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +37,7 @@ def test_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
 def test_at_head_dims_of_models(case: Case, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
     z = case.sizes
     sizes = Sizes(2, 4, 2, max(z.lq, 300) if z.lq >= z.lk else 290, 300 if z.lq == z.lk else max(z.lk, 310), dim, dim)
     check(case, on_gpu(inputs(case, dtype, "transposed", sizes)))

@@ -10,7 +10,8 @@ from attention_cases import CASES, Case, Sizes, call, check, inputs, named
 from test_attention_gpu import HALVES, on_gpu
 from test_blocks import LISTED, LONG, MORE, made_of, verdicts
 
-from xfcompile.kernels.attention import attention, attention_tiles, launch, launch_hopper, lists, prepare
+from xfcompile.kernels.attention import attention, attention_tiles, launch_hopper, lists, prepare, programs
+from xfcompile.kernels.attention.arguments import mask_arguments
 from xfcompile.kernels.attention.blocks import EVEN, SKIP, WHOLE
 
 pytestmark = [
@@ -30,7 +31,7 @@ def wide(case: Case, dim: int, lq: int = 300, lk: int = 420) -> Sizes:
 
 
 def on_hopper(case: Case, dim: int, dtype: torch.dtype = torch.bfloat16) -> bool:
-    return launch_hopper.why_not(launch.program(prepare(case.spec)), DEVICE, dtype, dim, dim) is None
+    return launch_hopper.why_not(programs.program(prepare(case.spec)), DEVICE, dtype, dim, dim) is None
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -91,13 +92,13 @@ def test_one_list_for_both_kernels() -> None:
     case = next(case for case in MORE if case.name == "dense")
     x = on_gpu(inputs(case, torch.bfloat16, "transposed", wide(case, 64)))
     key = prepare(case.spec)
-    found = launch.mask_arguments(key, x.operands, x.ints, x.floats)
-    made = attention_tiles(x.q, *found, [*x.q.shape[:3], x.k.shape[2]], 128, 128, launch.mask_of(key))
+    found = mask_arguments(key, x.operands, x.ints, x.floats)
+    made = attention_tiles(x.q, *found, [*x.q.shape[:3], x.k.shape[2]], 128, 128, programs.mask_of(key))
     odd = torch.empty(x.k.numel() + 1, device="cuda", dtype=x.k.dtype)[1:].view(x.k.shape).copy_(x.k)
     with torch.no_grad():
         results = [attention(x.q, k, x.v, x.operands, [], [], key, made, 128, 128)[0] for k in (x.k, odd)]
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
-    assert lists.program(launch.mask_of(key) or "").single
+    assert lists.program(programs.mask_of(key) or "").single
 
 
 def test_captured_in_a_graph() -> None:

@@ -124,7 +124,7 @@ def test_captured_in_a_graph_and_replayed_with_a_longer_cache() -> None:
 def test_growing_caches_compile_once() -> None:
     case = named("bottom_right")
     key = prepare(case.spec)
-    from xfcompile.kernels.attention.launch import program
+    from xfcompile.kernels.attention.programs import program
 
     split = program(key).kernel(False, "decode_split")
     made: list[int] = []

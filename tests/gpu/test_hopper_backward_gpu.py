@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import CASES, Case, Inputs, Sizes, call, inputs, named
 from backward_cases import DIFFERENTIABLE, check, floating
 
-from xfcompile.kernels.attention import launch, launch_backward, launch_hopper_backward, prepare
+from xfcompile.kernels.attention import launch_backward, launch_hopper_backward, lists_sizes, prepare
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.score import B, H, I, J, Load
 from xfcompile.site import Band, Operand, ScoreSpec
@@ -68,7 +68,7 @@ SURE = {"plain", "causal", "bottom_right", "padding_mean", "padding_zero", "sink
 def test_without_gradients_of_what_is_added(
     case: Case, dtype: torch.dtype, dim: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
     x = on_gpu(inputs(case, dtype, "transposed", Sizes(2, 4, 2, 330, 330, dim, dim)))
     frozen(x, monkeypatch)
     check(case, x)
@@ -82,7 +82,7 @@ def test_without_gradients_of_what_is_added(
 def test_lengths_and_head_dims(
     name: str, heads: tuple[int, int], dq: int, dv: int, lq: int, lk: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
     case = named(name)
     x = on_gpu(inputs(case, torch.bfloat16, "transposed", Sizes(2, *heads, lq, lk, dq, dv)))
     check(case, x)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.attention import launch, prepare, repeat
+from xfcompile.kernels.attention import prepare, programs, repeat
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.gated_mlp import programs as gated_programs
@@ -30,7 +30,7 @@ NAMES = ["plain", "causal", "documents", "bias_bhij", "alibi", "scale_at_run_tim
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered() -> None:
-    for program in (*launch._programs.values(), *gated_programs.known.values()):
+    for program in (*programs.known.values(), *gated_programs.known.values()):
         program.calls.clear()
     bias_calls.known.clear()
 

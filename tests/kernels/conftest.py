@@ -13,10 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))  # attention_cases
 @pytest.fixture(autouse=True)
 def _forgotten_calls() -> None:
     """What a call depends on may have been changed by the test before."""
-    from xfcompile.kernels.attention import launch
+    from xfcompile.kernels.attention import programs
     from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 
-    for program in launch._programs.values():
+    for program in programs.known.values():
         program.calls.clear()
     bias_calls.known.clear()
 

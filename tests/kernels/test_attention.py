@@ -30,7 +30,8 @@ from attention_cases import (
 )
 
 from xfcompile.evaluate import Unsupported
-from xfcompile.kernels.attention import attention, cache, codegen, launch, launch_decode, prepare, reference
+from xfcompile.kernels.attention import attention, cache, codegen, launch, launch_decode, prepare, reference, tiles
+from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
@@ -128,13 +129,13 @@ def test_the_setting_of_fp32_products_is_asked_at_every_call(
 ) -> None:
     x = inputs(named("plain"), torch.float32, sizes=Sizes(heads=1, kv_heads=1, lq=2, lk=lk))
     found: list[str] = []
-    called = launch._call
+    called = launch.call_of
 
     def recording(*args: Any) -> Any:
-        found.append(launch.precision(args[1].dtype))
+        found.append(precision(args[1].dtype))
         return called(*args)
 
-    monkeypatch.setattr(launch, "_call", recording)
+    monkeypatch.setattr(launch, "call_of", recording)
     for setting in ("ieee", "tf32", "ieee"):
         fp32_products(setting)
         call(named("plain").spec, x)
@@ -193,7 +194,7 @@ def test_keys_out_of_reach_are_not_read(name: str) -> None:
     keep = reference.Evaluator(scope, x.operands, torch.float64, torch.device("cpu"))(case.spec.keep)
     assert isinstance(keep, torch.Tensor)
     keep = keep.expand(shape)[:, 0]
-    block = launch.INTERPRETED.block_n
+    block = tiles.INTERPRETED.block_n
     first_rows = keep[:, :block].any(1)  # keys that the first block may see
     last = first_rows.nonzero()[:, 1].max() if name != "padding_zero" else 2 * 53
     x.v[0, :, (last // block + 1) * block :] = math.nan

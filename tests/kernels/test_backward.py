@@ -10,7 +10,7 @@ from attention_cases import Case, Inputs, Sizes, error, inputs, named
 from backward_cases import DIFFERENTIABLE, check, exact, floating, sizes_of_terms
 from torch import Tensor
 
-from xfcompile.kernels.attention import FEW_TILES, launch, prepare, reference
+from xfcompile.kernels.attention import FEW_TILES, prepare, programs, reference
 
 
 def smaller(case: Case) -> Sizes:
@@ -48,7 +48,7 @@ def test_gradients_by_lists_of_tiles(name: str, interpreter: None) -> None:
     case = named(name)
     sizes = Sizes(heads=1, kv_heads=1, lq=40, lk=32 * FEW_TILES + 22)
     x = inputs(case, torch.float32, sizes=sizes)
-    assert launch.program(prepare(case.spec)).mask is not None
+    assert programs.program(prepare(case.spec)).mask is not None
     check(case, x)
 
 

@@ -10,7 +10,8 @@ import torch
 from attention_cases import BOOL, CASES, FLOAT, SCALE, Case, Inputs, Sizes, call, check, inputs, named, normal, uniform
 from sympy import And, Eq, Ge, Ne, Or
 
-from xfcompile.kernels.attention import attention, attention_tiles, launch, lists, prepare
+from xfcompile.kernels.attention import attention, attention_tiles, fallback, lists, lists_sizes, prepare, programs
+from xfcompile.kernels.attention.arguments import mask_arguments
 from xfcompile.kernels.attention.blocks import EVEN, HEADER, MASKED, SKIP, WHOLE, summary
 from xfcompile.score import B, H, I, J, Load
 from xfcompile.site import Operand, ScoreSpec
@@ -103,9 +104,9 @@ EXACT = {
 def made_of(case: Case, x: Inputs, block_m: int, block_n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The lists that the kernels make, and those of the definition."""
     key = prepare(case.spec)
-    found = launch.mask_arguments(key, x.operands, x.ints, x.floats)
+    found = mask_arguments(key, x.operands, x.ints, x.floats)
     shape = (*x.q.shape[:3], x.k.shape[2])
-    arguments = (x.q, *found, shape, block_m, block_n, launch.mask_of(key))
+    arguments = (x.q, *found, shape, block_m, block_n, programs.mask_of(key))
     return lists.run(*arguments), lists.tightest(*arguments)
 
 
@@ -136,7 +137,7 @@ def test_lists_leave_out_and_unmask_nothing_that_they_should_not(case: Case, blo
 
 @pytest.mark.parametrize("case", LISTED, ids=lambda case: case.name)
 def test_attention_by_lists_is_as_exact_as_eager(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
     sizes = LONG if case in MORE else None
     check(case, inputs(case, FLOAT, sizes=sizes))
 
@@ -154,8 +155,8 @@ def test_one_list_for_many_attentions(name: str) -> None:
     case = next(case for case in MORE if case.name == name)
     x = inputs(case, FLOAT, sizes=LONG)
     key = prepare(case.spec)
-    found = launch.mask_arguments(key, x.operands, x.ints, x.floats)
-    made = attention_tiles(x.q, *found, [*x.q.shape[:3], x.k.shape[2]], 64, 64, launch.mask_of(key))
+    found = mask_arguments(key, x.operands, x.ints, x.floats)
+    made = attention_tiles(x.q, *found, [*x.q.shape[:3], x.k.shape[2]], 64, 64, programs.mask_of(key))
     with torch.no_grad():
         ours = attention(x.q, x.k, x.v, x.operands, x.ints, x.floats, key, made, 64, 64)[0]
     torch.testing.assert_close(ours, call(case.spec, x)[0], equal_nan=True)
@@ -173,7 +174,7 @@ def test_masks_of_layers_with_scores_of_their_own_are_one() -> None:
     keep = Ne(Load(1, B, 0, I, J), 0)
     operands = (Operand(FLOAT, 1), Operand(BOOL, 4))
     scores = [SCALE, 2 * sympy.tanh(SCALE), SCALE + Load(0, H) * (J - I)]
-    masks = [launch.program(prepare(ScoreSpec(score, keep, operands=operands))).mask for score in scores]
+    masks = [programs.program(prepare(ScoreSpec(score, keep, operands=operands))).mask for score in scores]
     assert len(set(masks)) == 1
     assert masks[0] is not None
 
@@ -199,7 +200,7 @@ def test_what_closed_bounds_say_needs_no_list(spec: ScoreSpec, listed: bool) -> 
 def test_op_registration() -> None:
     case = named("documents")
     x = inputs(case, FLOAT)
-    prepared = launch.program(prepare(case.spec))
+    prepared = programs.program(prepare(case.spec))
     arguments = (x.q, x.operands, [], [], [2, 4, 45, 70], 32, 32, prepared.mask)
     torch.library.opcheck(
         torch.ops.xfcompile.attention_tiles.default, arguments, test_utils=("test_schema", "test_faketensor")
@@ -242,7 +243,7 @@ def test_a_kernel_that_does_not_run_is_replaced_once() -> None:
     def other() -> Callable[[int], None]:
         return lambda x: calls.append(f"other {x}")
 
-    launch_it = launch.FirstThatRuns(broken, other)
+    launch_it = fallback.FirstThatRuns(broken, other)
     launch_it(1)
     launch_it(2)
     assert calls == ["broken", "other 1", "other 2"]
@@ -255,7 +256,7 @@ def test_a_kernel_that_has_run_may_fail() -> None:
         if (error := next(runs)) is not None:
             raise error
 
-    launch_it = launch.FirstThatRuns(sometimes, lambda: pytest.fail("it has run before"))
+    launch_it = fallback.FirstThatRuns(sometimes, lambda: pytest.fail("it has run before"))
     launch_it()
     with pytest.raises(RuntimeError, match="of the device"):
         launch_it()

@@ -26,7 +26,7 @@ from decode_cases import (
 from torch import Tensor
 
 import xfcompile
-from xfcompile.kernels.attention import codegen, decode, launch, launch_decode, prepare, reference
+from xfcompile.kernels.attention import codegen, decode, launch_decode, prepare, programs, reference
 from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.kernels.attention.tiles import INTERPRETED_DECODING
 from xfcompile.score import J, S
@@ -298,7 +298,7 @@ def test_both_kernels_agree(monkeypatch: pytest.MonkeyPatch, launches: list[int]
     split = call(case.spec, x)
     assert launches
     monkeypatch.setattr(launch_decode, "wanted", lambda *args: False)
-    launch.program(prepare(case.spec)).calls.clear()
+    programs.program(prepare(case.spec)).calls.clear()
     whole = call(case.spec, x)
     assert len(launches) == 1
     torch.testing.assert_close(split, whole)

@@ -16,7 +16,17 @@ from torch import Tensor
 import xfcompile
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.attention import attention, fit, launch, launch_backward, lists, prepare, reference
+from xfcompile.kernels.attention import (
+    attention,
+    fit,
+    launch_backward,
+    launch_blocks,
+    lists,
+    prepare,
+    programs,
+    reference,
+)
+from xfcompile.kernels.attention.arguments import mask_arguments
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.tiles import Tiles
 from xfcompile.kernels.bias_act_dropout import calls as bias_calls
@@ -32,9 +42,8 @@ def _nothing_said() -> Iterator[None]:
     fit.say.cache_clear()
     yield
     fit.say.cache_clear()
-    for programs in (launch._programs, gated_programs.known):
-        for program in programs.values():
-            program.calls.clear()
+    for program in (*programs.known.values(), *gated_programs.known.values()):
+        program.calls.clear()
 
 
 def too_little(*args: Any, **kwargs: Any) -> Any:
@@ -71,7 +80,7 @@ def test_attention_whose_tiles_do_not_fit_is_its_definition(name: str, monkeypat
     x = inputs(found[0], torch.float32)
     spec = found[0].spec
     tried = []
-    monkeypatch.setattr(launch._Blocks, "__call__", lambda *a: tried.append(a) or unfit())
+    monkeypatch.setattr(launch_blocks.Blocks, "__call__", lambda *a: tried.append(a) or unfit())
 
     def run() -> tuple[Tensor, Tensor]:
         return attention(x.q, x.k, x.v, x.operands, x.ints, x.floats, prepare(spec))  # type: ignore[no-any-return]
@@ -150,9 +159,9 @@ def test_lists_by_keys_are_checked_too() -> None:
     chosen = case("documents")
     x = inputs(chosen, torch.float32)
     key = prepare(chosen.spec)
-    mask = launch.mask_of(key)
+    mask = programs.mask_of(key)
     assert mask is not None
-    values = launch.mask_arguments(key, x.operands, x.ints, x.floats)
+    values = mask_arguments(key, x.operands, x.ints, x.floats)
     shape = (*x.q.shape[:3], x.k.shape[2])
     tiles, by_key = (lists.run(x.q, *values, shape, 32, 32, mask, by_key=flag) for flag in (False, True))
 
@@ -160,7 +169,7 @@ def test_lists_by_keys_are_checked_too() -> None:
         return attention(x.q, x.k, x.v, x.operands, x.ints, x.floats, key, tiles, 32, 32, **more)
 
     run(tiles_by_key=by_key)
-    for program in launch._programs.values():
+    for program in programs.known.values():
         program.calls.clear()
     with pytest.raises(ValueError, match="by keys"):
         run(tiles_by_key=tiles.new_zeros((1, 1, 1, 4)))

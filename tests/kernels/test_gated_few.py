@@ -8,7 +8,7 @@ import pytest
 import torch
 from gated_cases import FORMULAS, Case, inputs
 
-from xfcompile.kernels.attention.launch import FirstThatRuns
+from xfcompile.kernels.attention.fallback import FirstThatRuns
 from xfcompile.kernels.gated_mlp import hopper_few, launch, launch_few, tiles
 from xfcompile.kernels.gated_mlp.operands import Dropout, Operands, operands_of, starts
 from xfcompile.kernels.gated_mlp.programs import program

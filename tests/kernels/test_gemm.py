@@ -10,7 +10,7 @@ from gated_cases import FORMULAS, Case, inputs
 
 from xfcompile import activation
 from xfcompile.activation import KEEP, X, tensor, vector
-from xfcompile.kernels.attention.launch import FirstThatRuns
+from xfcompile.kernels.attention.fallback import FirstThatRuns
 from xfcompile.kernels.bias_act_dropout import launch_hopper as linear
 from xfcompile.kernels.bias_act_dropout import text_of
 from xfcompile.kernels.gated_mlp import launch_hopper as gated_hopper

@@ -18,11 +18,13 @@ from xfcompile.kernels.attention import (
     blocks,
     fit,
     hopper_backward,
-    launch,
     launch_hopper_backward,
     lists,
+    lists_sizes,
     prepare,
+    programs,
 )
+from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.gradient import gradients, why_not
 from xfcompile.kernels.attention.repeat import Launch
@@ -85,8 +87,8 @@ def test_kernels_are_given_what_they_take(case: Case, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Launch, "__call__", launched)
     monkeypatch.setattr(launch_hopper_backward, "_why_not_these", lambda call: None)
-    monkeypatch.setattr(launch, "FEW_TILES", 0)
-    monkeypatch.setattr(launch, "tile_sizes", lambda *about: (128, KEYS))
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "tile_sizes", lambda *about: (128, KEYS))
     monkeypatch.setattr(lists, "run", lists.tightest)
     z = case.sizes
     x = inputs(case, torch.bfloat16, "contiguous", Sizes(2, 4, 2, z.lq, z.lk, 64, 64))
@@ -186,12 +188,12 @@ LISTED = ["chunks", "padding_mean", "padding_zero", "some_rows_mean", "nothing_k
 def test_each_tile_that_keeps_something_is_visited_once(case: Case, lengths: tuple[int, int]) -> None:
     lq, lk = lengths
     x = inputs(case, torch.float32, "contiguous", Sizes(2, 2, 2, lq, lk, 64, 64))
-    prepared = launch.program(prepare(case.spec))
+    prepared = programs.program(prepare(case.spec))
     spec = prepared.spec
     scalars = dict(zip((s.name for s in spec.scalars), (*x.ints, *x.floats), strict=True))
     listed = None
     if prepared.mask is not None:
-        values = launch.mask_values(prepared, x.operands, prepared.numbers(x.ints, x.floats))
+        values = mask_values(prepared, x.operands, prepared.numbers(x.ints, x.floats))
         listed = lists.tightest(x.q, *values, (2, 2, lq, lk), 128, KEYS, prepared.mask, by_key=True)
     scope = functions(Case(case.name, spec), listed)
     keep = kept(spec, x, (2, 2, lq, lk))

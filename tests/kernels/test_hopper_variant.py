@@ -14,7 +14,17 @@ import torch
 from attention_cases import CASES, SCALE, Case, Sizes, inputs, named, normal
 from torch import Tensor
 
-from xfcompile.kernels.attention import codegen, hopper, hopper_variant, launch, launch_hopper, lists, prepare
+from xfcompile.kernels.attention import (
+    codegen,
+    forward_call,
+    hopper,
+    hopper_variant,
+    launch_hopper,
+    lists,
+    prepare,
+    programs,
+)
+from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.hopper_variant import USUAL, Variant
 from xfcompile.kernels.attention.repeat import Launch
@@ -147,14 +157,14 @@ def test_the_kernel_is_given_what_it_takes(case: Case, monkeypatch: pytest.Monke
     monkeypatch.setattr(launch_hopper, "multiprocessors", lambda device: 9)
     sizes = Sizes(2, 4, 2, 700, case.sizes.lk if case is not BIASED else 72, 128, 128)
     x = inputs(case, torch.bfloat16, "contiguous", sizes)
-    prepared = launch.program(prepare(case.spec))
+    prepared = programs.program(prepare(case.spec))
     flags = {name: 1 for name in prepared.kernel(False).arg_names if name in ("UNIT", "FAST")}
     strides = [stride for operand in x.operands for stride in operand.stride()]
     kernel = launch_hopper.Hopper(prepared, x.q, x.k, x.v, strides, flags, False, x.operands)
-    out, lse = launch.outputs(x.q, x.v)
+    out, lse = forward_call.outputs(x.q, x.v)
     tiles = None
     if prepared.mask is not None:
-        arguments = launch.mask_values(prepared, x.operands, [*x.ints, *x.floats])
+        arguments = mask_values(prepared, x.operands, [*x.ints, *x.floats])
         shape = (*x.q.shape[:3], x.k.shape[2])
         tiles = lists.tightest(x.q, *arguments, shape, hopper.ROWS, hopper.KEYS, prepared.mask)
     kernel(x.q, x.k, x.v, out, lse, x.operands, [*x.ints, *x.floats], tiles)

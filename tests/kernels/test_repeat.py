@@ -19,7 +19,7 @@ from triton.backends.nvidia import driver
 
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.attention import backward_layout, launch, lists, prepare, repeat
+from xfcompile.kernels.attention import backward_layout, lists, lists_sizes, prepare, programs, repeat
 from xfcompile.kernels.attention.repeat import MANY_DESCRIPTORS, Described, Launch, encode_once
 from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 from xfcompile.kernels.bias_act_dropout import calls as bias_calls
@@ -238,7 +238,7 @@ def repeating(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def forget() -> None:
-    for program in (*launch._programs.values(), *gated_programs.known.values()):
+    for program in (*programs.known.values(), *gated_programs.known.values()):
         program.calls.clear()
     for masks in lists._programs.values():
         masks.launches.clear()
@@ -303,7 +303,7 @@ OTHERS = [("causal", False), ("scale_at_run_time", False), ("plain", True)]
 def test_attention(name: str, few: bool, repeating: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from xfcompile.kernels.attention import launch_decode
 
-    monkeypatch.setattr(launch, "FEW_TILES", 0)  # lists of tiles are made
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)  # lists of tiles are made
     monkeypatch.setattr(launch_decode, "MANY_KEYS", 1)
     case = named(name)
     sizes = dataclasses.replace(SMALL, lq=2) if few else SMALL
@@ -324,7 +324,7 @@ def test_scalars_are_those_of_the_call(repeating: None) -> None:
     "name", ["bias_bhij", *[pytest.param(x, marks=pytest.mark.slow) for x in ("causal", "documents")]]
 )
 def test_gradients_of_attention(name: str, repeating: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
     case = named(name)
     made = variants(case, SMALL)
     needed = tuple(floating(made[0]))

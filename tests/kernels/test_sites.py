@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xfcompile import activation
 from xfcompile.activation import X
-from xfcompile.kernels.attention import fit, launch, launch_backward, lists, prepare
+from xfcompile.kernels.attention import fit, forward_call, launch, launch_backward, lists, prepare, programs
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.bias_act_dropout import op as bias_op
@@ -90,7 +90,7 @@ def test_a_kernel_that_fails_later_gives_way(asked: list[str], monkeypatch: pyte
         raise fit.NoTilesFit("too little memory")
 
     site.found = fails
-    exact = launch._by_definition(CASE.spec, False)(other.q, other.k, other.v, other.operands, [], None)
+    exact = forward_call.by_definition(CASE.spec, False)(other.q, other.k, other.v, other.operands, [], None)
     for _ in range(2):
         assert all(map(torch.equal, forward(other, site), exact))
     assert len(told) == 1
@@ -116,7 +116,7 @@ def test_gradients_ask_once(asked: list[str]) -> None:
 
 
 def test_lists_ask_once(interpreter: None) -> None:
-    key = launch.mask_of(prepare(named("documents").spec))
+    key = programs.mask_of(prepare(named("documents").spec))
     assert key is not None
     shape, site = [1, 1, 70, 70], Site()
     like, first = torch.empty(1, 1, 70, 16), torch.arange(70)[None] // 30

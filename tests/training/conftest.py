@@ -30,9 +30,9 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 
 def _forget() -> None:
     """What a call of the op depends on may have been changed by the test before."""
-    from xfcompile.kernels.attention import launch
+    from xfcompile.kernels.attention import programs
 
-    for program in launch._programs.values():
+    for program in programs.known.values():
         program.calls.clear()
 
 
