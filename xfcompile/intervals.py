@@ -94,7 +94,7 @@ class _Ranges:
 
     def settles(self, p: Any) -> bool:
         """Whether a predicate is the same within the whole box."""
-        exact = self.load is not None and all(self.load(x) == (x, x) for x in p.atoms(Load))
+        exact = self.load is not None and all(self.load(x) == (x, x) for x in sorted(p.atoms(Load), key=str))
         return not p.free_symbols & self.box.keys() and (exact or not p.atoms(Load))
 
     def of(self, x: sympy.Expr) -> Bounds:

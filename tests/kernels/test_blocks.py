@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import sympy
@@ -260,3 +264,22 @@ def test_a_kernel_that_has_run_may_fail() -> None:
     launch_it()
     with pytest.raises(RuntimeError, match="of the device"):
         launch_it()
+
+
+def test_the_text_is_the_same_in_every_process() -> None:
+    """It is what kernels are found again by: nothing of it may go by an order that a process draws."""
+    program = (
+        "from attention_cases import named; from xfcompile.kernels.attention import blocks, codegen\n"
+        "for name in ('documents', 'near_in_documents', 'negative_indices'):\n"
+        "    found = blocks.summary(codegen.canonical(named(name).spec))\n"
+        "    print(blocks.generate(found.mask))"
+    )
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    made = [
+        subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": folders},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("0", "2")
+    ]  # fmt: skip
+    assert made[0] == made[1] and "def tile_verdicts" in made[0]
