@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -49,3 +50,9 @@ def hardware_of(device: torch.device) -> str:
     if not torch.cuda.is_available():
         return SM_90
     return hardware(torch.cuda.get_device_capability(device)[0], torch.version.hip is not None)
+
+
+@functools.cache
+def multiprocessors(index: int | None) -> int:
+    """How many a GPU has."""
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import sympy
 import torch
 
+from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import codegen, template
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.forward_text import HELPERS
@@ -85,18 +86,7 @@ PREAMBLE = '''\
 {meaning}
 """
 
-import triton
-import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-
+{imports}
 
 @triton.jit
 def clamp(bound, end):
@@ -459,7 +449,13 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     helpers = [HELPERS[name] for name in sorted(pieces.helpers)]
     functions = [*pieces.functions, *_functions(spec, pieces, variant)]
     kernel = _kernel(spec, pieces, variant)
-    parts = [PREAMBLE.format(meaning=template.meaning(spec)), *helpers, *functions, FIXED, kernel]
+    parts = [
+        PREAMBLE.format(meaning=template.meaning(spec), imports=gluon.IMPORTS),
+        *helpers,
+        *functions,
+        FIXED,
+        kernel,
+    ]
     if needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)

@@ -2,7 +2,7 @@
 
 One kernel computes dq, dk and dv of a tile of scores that is computed once, with five products of matrices instead of
 the seven that kernels of their own take: the order of FlashAttention-3 (Shah et al., 2024). A program owns keys; what
-it adds to dq, which others add to as well, goes to memory in fp32 by atomic additions, whose order is not the same
+it adds to dq, which others add to as well, is added up in memory, in fp32, by TMA, in an order that is not the same
 every time. The site's own functions are those of the other backward, which Gluon compiles as its own.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import sympy
 import torch
 
+from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import hopper, template
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.forward_text import HELPERS
@@ -38,11 +39,11 @@ AHEAD = {64: True, 128: False}
 LATER = {64: True, 128: False}
 """Whether what a tile adds to dq is handed to TMA behind the next tile's fence rather than one of its own, which takes
 a second buffer: 2.99 ms and not 3.10 at head dims of 64, and 2.93 and not 2.49 at 128 (an H200, B4 H32 S4096 D64 and
-B4 H16 S4096 D128, bf16, no mask)."""
+B4 H16 S4096 D128, bf16, no mask; examples/results/hopper_backward_h200.json)."""
 
 NARROW = 512
 """Fewer keys of a window are too few: of 256 it took 0.14 ms and the other kernels 0.16, of 1024 0.50 and 0.69, of 4096
-1.12 and 1.86 (an H200, B1 H16 D128, S4096 and twice S8192)."""
+1.12 and 1.86 (an H200, B1 H16 D128, S4096 and twice S8192; examples/bench_windows.py and results as above)."""
 
 WARPS = 8
 PRODUCER_REGISTERS = 24
@@ -96,19 +97,8 @@ PREAMBLE = '''\
 slope  {slope}
 """
 
-import triton
-import triton.language as tl
-from triton._C.libtriton import ir
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
+{imports}from triton._C.libtriton import ir
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
 
 
 @builtin
@@ -386,7 +376,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
 
 def module(w: Writer) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
-    head = PREAMBLE.format(meaning=template.meaning(w.spec), slope=w.found.slope)
+    head = PREAMBLE.format(meaning=template.meaning(w.spec), slope=w.found.slope, imports=gluon.IMPORTS)
     head += f"\nLOG2E = tl.constexpr({float(LOG2E)!r})\n"
     functions = w.functions()
     return "\n\n".join([head, *(HELPERS[name] for name in sorted(w.helpers)), *functions, _kernels(w)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from xfcompile.kernels.attention.tiles import (
     device_generation,
     smaller,
 )
+from xfcompile.measured import multiprocessors
 from xfcompile.site import ScoreSpec
 
 FEW_ROWS = 64
@@ -61,11 +61,10 @@ def splits(q: Tensor, k: Tensor, tiles: Tiles, multiprocessors: int) -> int:
     return max(1, -(-keys // decode.MOST_TILES), min(PROGRAMS * multiprocessors // programs, keys, MOST_SPLITS))
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return INTERPRETED_MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return multiprocessors(device.index)
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists
 from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.kernels.attention.programs import Program, program
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
+from xfcompile.measured import multiprocessors
 from xfcompile.site import ScoreSpec
-
-log = logging.getLogger(__name__)
 
 FEW_QUERIES = 64
 """Fewer than this, and most rows of a program are computed for nothing."""
@@ -49,13 +48,7 @@ def usual(key: str, dtype: torch.dtype, dq: int) -> Variant:
 
 @functools.cache
 def _why_no_module(key: str, variant: Variant) -> str | None:
-    """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
-    try:
-        _module(key, variant)
-    except Exception as error:
-        log.debug("no kernel for Hopper: %s", error)
-        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
-    return None
+    return gluon.why_missing(lambda: _module(key, variant))
 
 
 @functools.cache
@@ -95,11 +88,6 @@ def described(x: Tensor) -> bool:
     return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.data_ptr() % 16 == 0
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 class Hopper:
     """Launches of the kernel with tensors of one layout."""
 
@@ -136,7 +124,7 @@ class Hopper:
         if variant.persistent:
             # Those of equal sizes: where tiles are listed, of one sequence.
             pieces = total if prepared.mask is None else heads * blocks
-            programs = multiprocessors(q.device) if pieces > multiprocessors(q.device) else total
+            programs = multiprocessors(q.device.index) if pieces > multiprocessors(q.device.index) else total
         self.launch = Launch(module.attention_forward, programs, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
         if hopper.needs_mean(prepared.spec):

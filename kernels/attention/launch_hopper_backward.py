@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import cache, fit, hopper, hopper_backward, lists
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import UNKNOWN, prepare
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.exactness import speed
 from xfcompile.kernels.attention.hopper_variant import bias_of
-from xfcompile.kernels.attention.launch_hopper import described, multiprocessors, seen
+from xfcompile.kernels.attention.launch_hopper import described, seen
 from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, described_for_gluon
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation
+from xfcompile.measured import multiprocessors
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +37,7 @@ def _why_not(forward: str, needed: tuple[int, ...], dtype: torch.dtype, dq: int,
 
 @functools.cache
 def _why_no_module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """This Triton may have no Gluon, or another one: it is experimental, and what it defines changes."""
-    try:
-        _module(forward, needed, dtype)
-    except Exception as error:
-        log.debug("no backward for Hopper: %s", error)
-        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
-    return None
+    return gluon.why_missing(lambda: _module(forward, needed, dtype))
 
 
 @functools.cache
@@ -88,7 +84,7 @@ def _why_not_these(call: Call) -> str | None:
         return "not all gradients are wanted"
     if call.lq < FEW_QUERIES:
         return "few queries"
-    if _programs(call) < multiprocessors(device):
+    if _programs(call) < multiprocessors(device.index):
         return "multiprocessors would have nothing to do, which the others' smaller tiles give it to"
     if call.random:
         return "weights are dropped out"

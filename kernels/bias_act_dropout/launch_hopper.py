@@ -14,7 +14,8 @@ from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.kernels.bias_act_dropout.formula import parse
 from xfcompile.kernels.gemm import hopper, tiles
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.launch import Gemm, missing, multiprocessors, why_not
+from xfcompile.kernels.gemm.launch import Gemm, missing, why_not
+from xfcompile.measured import multiprocessors
 
 log = logging.getLogger(__name__)
 

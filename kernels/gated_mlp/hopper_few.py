@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import textwrap
 
-from xfcompile.kernels import pointwise
+from xfcompile.kernels import gluon, pointwise
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
 
@@ -23,18 +23,7 @@ HEAD = '''\
 result  {value}
 """
 
-import triton
-import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-'''
+{imports}'''
 
 KERNEL = '''\
 # Features of gate, and of up, that a warpgroup multiplies.
@@ -45,16 +34,6 @@ FEATURES = gl.constexpr({features})
 def with_bias(x, bias_ptr, n, stride, features):
     bias = gl.load(bias_ptr + n.to(gl.int64) * stride, mask=n < features, other=0.0)
     return x + bias.to(gl.float32)[:, None]
-
-
-@gluon.jit
-def halves(x):
-    """The left and the right half of a block [N, M]. Nothing moves: they are other registers of the same threads."""
-    N: gl.constexpr = x.shape[0]
-    M: gl.constexpr = x.shape[1] // 2
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, M, 16])
-    left, right = x.reshape([N, 2, M]).permute((0, 2, 1)).split()
-    return gl.convert_layout(left, MMA, assert_trivial=True), gl.convert_layout(right, MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -226,7 +205,8 @@ def module(epilogue: Epilogue) -> str:
     kernel = KERNEL.format(
         features=FEATURES, unspecialized=UNSPECIALIZED, specialized=textwrap.indent(_specialized(), "    ")
     )
-    parts = [HEAD.format(value=epilogue.value), *pointwise.functions(helpers), value, kernel]
+    head = HEAD.format(value=epilogue.value, imports=gluon.IMPORTS)
+    parts = [head, hopper.HALVES, *pointwise.functions(helpers), value, kernel]
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 

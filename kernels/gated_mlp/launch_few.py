@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import sympy
 from torch import Tensor
 
-from xfcompile.evaluate import Unsupported
+from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.repeat import Described, Launch, described_for_gluon
 from xfcompile.kernels.gated_mlp import hopper_few, tiles
 from xfcompile.kernels.gated_mlp.operands import Operands
 from xfcompile.kernels.gated_mlp.tiles import Stream
 from xfcompile.kernels.gemm import hopper
-from xfcompile.kernels.gemm.launch import described, multiprocessors
-
-log = logging.getLogger(__name__)
+from xfcompile.kernels.gemm.launch import described
+from xfcompile.measured import multiprocessors
 
 PREFIX = "gated_few_"
 DEPTH = 64
@@ -41,17 +39,7 @@ def kernel(formula: sympy.Expr) -> Any:
 @functools.cache
 def missing(formula: sympy.Expr) -> str | None:
     """Why there is no kernel of a formula here; None if there is one."""
-    reason = hopper.why_not(hopper.gated(formula))
-    if reason is not None:
-        return reason
-    try:
-        kernel(formula)
-    except Unsupported as error:
-        return str(error)
-    except Exception as error:  # Gluon is experimental, and what it defines changes
-        log.debug("no gated MLP of few rows for Hopper: %s", error)
-        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
-    return None
+    return hopper.why_not(hopper.gated(formula)) or gluon.why_missing(lambda: kernel(formula))
 
 
 def declines(formula: sympy.Expr, operands: Operands, out: Tensor, drops: bool) -> str | None:

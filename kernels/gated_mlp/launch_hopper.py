@@ -11,7 +11,8 @@ from torch import Tensor
 from xfcompile.kernels.gated_mlp.operands import Operands
 from xfcompile.kernels.gemm import hopper, tiles
 from xfcompile.kernels.gemm.hopper import Epilogue
-from xfcompile.kernels.gemm.launch import Gemm, missing, multiprocessors, why_not
+from xfcompile.kernels.gemm.launch import Gemm, missing, why_not
+from xfcompile.measured import multiprocessors
 
 
 def epilogue(formula: sympy.Expr, save: bool, drops: bool = False) -> Epilogue:

@@ -18,7 +18,7 @@ from xfcompile.kernels.gated_mlp import tiles
 from xfcompile.kernels.gated_mlp.operands import Dropout, Operands, starts
 from xfcompile.kernels.gated_mlp.programs import Program
 from xfcompile.kernels.gated_mlp.tiles import Tiles
-from xfcompile.kernels.gemm.launch import multiprocessors
+from xfcompile.measured import multiprocessors
 from xfcompile.site import Layout
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import sympy
 
 from xfcompile.activation import GATE, KEEP, UP, X, separate, tensor, vector, with_distributions
-from xfcompile.kernels import pointwise
+from xfcompile.kernels import gluon, pointwise
 from xfcompile.kernels.attention.template import wrapped
 
 
@@ -74,17 +74,17 @@ HEAD = '''\
 result  {value}
 """
 
-import triton
-import triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+{imports}'''
+
+HALVES = '''\
+@gluon.jit
+def halves(x):
+    """The left and the right half of a block [M, N]. Nothing moves: they are other registers of the same threads."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1] // 2
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
+    left, right = x.reshape([M, 2, N]).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, MMA, assert_trivial=True), gl.convert_layout(right, MMA, assert_trivial=True)
 '''
 
 FIXED = '''\
@@ -100,16 +100,6 @@ def place(tile, tiles_m, tiles_n, GROUP: gl.constexpr):
     height = gl.minimum(tiles_m - first, GROUP)
     inside = tile % (GROUP * tiles_n)
     return first + inside % height, inside // height
-
-
-@gluon.jit
-def halves(x):
-    """The left and the right half of a block [M, N]. Nothing moves: they are other registers of the same threads."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1] // 2
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, 16])
-    left, right = x.reshape([M, 2, N]).permute((0, 2, 1)).split()
-    return gl.convert_layout(left, MMA, assert_trivial=True), gl.convert_layout(right, MMA, assert_trivial=True)
 
 
 @gluon.jit
@@ -371,7 +361,8 @@ def module(epilogue: Epilogue) -> str:
     """The whole text, of an epilogue that `why_not` has nothing against."""
     value, helpers = value_text(epilogue)
     parts = [
-        HEAD.format(value=epilogue.value),
+        HEAD.format(value=epilogue.value, imports=gluon.IMPORTS),
+        HALVES,
         *pointwise.functions(helpers),
         value,
         FIXED,

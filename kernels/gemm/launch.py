@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xfcompile.evaluate import Unsupported
+from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import cache
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
 from xfcompile.kernels.gemm.tiles import BLOCK_M, FEWEST_ROWS, ROWS, Tile
-
-log = logging.getLogger(__name__)
 
 PREFIX = "gemm_"
 
@@ -37,17 +34,7 @@ def kernel(epilogue: Epilogue) -> Any:
 @functools.cache
 def missing(epilogue: Epilogue) -> str | None:
     """Why there is no kernel of an epilogue here; None if there is one."""
-    reason = hopper.why_not(epilogue)
-    if reason is not None:
-        return reason
-    try:
-        kernel(epilogue)
-    except Unsupported as error:
-        return str(error)
-    except Exception as error:  # Gluon is experimental, and what it defines changes
-        log.debug("no product for Hopper: %s", error)
-        return f"this version of Triton has no such Gluon ({type(error).__name__}: {error})"
-    return None
+    return hopper.why_not(epilogue) or gluon.why_missing(lambda: kernel(epilogue))
 
 
 def why_not(matrices: Sequence[Tensor], vectors: Sequence[Tensor | None]) -> str | None:
@@ -77,11 +64,6 @@ def described(x: Tensor) -> bool:
         and strides[0] % 8 == 0
         and x.data_ptr() % 16 == 0
     )
-
-
-@functools.cache
-def multiprocessors(index: int | None) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 class Gemm:
