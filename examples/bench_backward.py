@@ -4,7 +4,8 @@
 
 Needs a CUDA GPU. Programs are compiled as a user's are and made to take our kernels; times are a profiler's, in ms, of
 each kernel of a backward alone, in bf16, the median of a few. In a first pass the kernels are compiled by so many
-processes, in a second one they are timed.
+processes, in a second one they are timed. Beside them stands the one kernel for Hopper that computes all three
+gradients, with what runs before and after it, where it is launched.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ from rich.table import Table
 from xfcompile.bench import attention, columns
 from xfcompile.bench.programs import Sizes, programs, tensors
 from xfcompile.bench.surroundings import surroundings
-from xfcompile.kernels.attention import backward_call, backward_layout, fit, launch_backward
+from xfcompile.kernels.attention import backward_call, backward_layout, fit, launch_backward, launch_hopper_backward
 from xfcompile.kernels.attention.tiles import Tiles
+
+ONE, ONE_RUNS = "dq, dk and dv", ("prepare_rows", "attention_backward", "finish_dq")
+"""The kernel for Hopper that computes all three, and what is launched for it."""
 
 SIZES = (Sizes(4, 32, 4096, 64), Sizes(4, 16, 4096, 128))
 KERNELS = {
     "no mask": ("dq", "dkdv"), "soft-cap, causal": ("dq", "dkdv"), "dense bias": ("dq", "dkdv", "load"),
-    "T5 bias": ("load",), "documents": ("dq", "dkdv"), "sliding window": ("dq", "dkdv"),
+    "T5 bias": ("load",), "documents": ("dq", "dkdv"), "sliding window": ("dq", "dkdv"), "ALiBi": ("dq", "dkdv"),
+    "key padding": ("dq", "dkdv"),
 }  # fmt: skip
 """Of programs, those that are timed."""
 
@@ -57,6 +62,8 @@ CANDIDATES = {
     ),
 }  # fmt: skip
 RUNS = len(CANDIDATES["dq"])
+DEFAULT, ALL_AT_ONCE = -1, -2
+"""In place of a candidate's number: the tiles that are usual; and the kernel for Hopper."""
 REPEATS = 3
 
 
@@ -86,6 +93,12 @@ class Trial:
         def definition(*about: Any) -> Any:
             raise RuntimeError("no tiles fit")
 
+        one = launch_hopper_backward.run
+
+        def all_at_once(*about: Any) -> bool:
+            return self.number == ALL_AT_ONCE and one(*about)
+
+        launch_hopper_backward.run = all_at_once
         backward_call.choose_backward = choose  # type: ignore[assignment]
         launch_backward.by_definition = definition  # type: ignore[assignment]
         fit.launch = launch  # type: ignore[assignment]
@@ -109,10 +122,13 @@ def times(call: Callable[[], Any]) -> dict[str, float]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for event in profile.events() or ():
-        if event.name.startswith("attention_backward_"):
+        if event.name.startswith("attention_backward_") or event.name in ONE_RUNS:
             name = event.name.removeprefix("attention_backward_").rstrip("0123456789")
             found.setdefault(name, []).append(event.device_time / 1e3)
-    return {name: statistics.median(each) for name, each in found.items()}
+    each = {name: statistics.median(times) for name, times in found.items()}
+    if "attention_backward" in each:
+        each[ONE] = sum(each.pop(name) for name in ONE_RUNS)
+    return each
 
 
 def measured(name: str, sizes: Sizes, trial: Trial, call: Callable[[], Any], timed: bool) -> list[dict[str, Any]]:
@@ -126,8 +142,8 @@ def measured(name: str, sizes: Sizes, trial: Trial, call: Callable[[], Any], tim
     except Exception as error:
         return [{**about, "failed": f"{type(error).__name__}: {error}"[:120]}]
     return [
-        {**about, "kernel": kernel, "tiles": asdict(trial.used[kernel]), "ms": found[kernel]}
-        for kernel in KERNELS[name]
+        {**about, "kernel": kernel, "tiles": None if kernel == ONE else asdict(trial.used[kernel]), "ms": found[kernel]}
+        for kernel in ((ONE,) if trial.number == ALL_AT_ONCE else KERNELS[name])
         if kernel in found
     ]
 
@@ -142,7 +158,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this measures GPUs and none was found")
     chosen = options.only or list(KERNELS)
-    jobs = [(sizes, name, n) for sizes in SIZES for name in chosen for n in range(-1, RUNS)]
+    jobs = [(sizes, name, n) for sizes in SIZES for name in chosen for n in range(ALL_AT_ONCE, RUNS)]
     if options.processes > 1 and not options.part:
         more = [word for name in chosen for word in ("--only", name)]
         command = [sys.executable, __file__, *more, "--part"]
@@ -177,7 +193,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             mine = [r for r in rows if (r["dim"], r.get("kernel")) == (sizes.dim, kernel)]
             names = list(dict.fromkeys(r["program"] for r in mine))
             table = Table("tiles", *names, title=f"{kernel}, D{sizes.dim}: ms, and what fitted where the tiles did not")
-            for number in range(-1, RUNS):
+            for number in range(DEFAULT, RUNS):
                 wanted = "the default" if number < 0 else _words(CANDIDATES[kernel][number])
                 cells = []
                 for name in names:
@@ -185,6 +201,11 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                     words = _words(Tiles(**of[0]["tiles"])) if of else ""
                     cells.append(f"{of[0]['ms']:.3f}{'' if words == wanted else f' ({words})'}" if of else "-")
                 table.add_row(wanted, *cells)
+            console.print(table)
+        mine = [r for r in rows if (r["dim"], r.get("kernel")) == (sizes.dim, ONE)]
+        if mine:
+            table = Table(*(r["program"] for r in mine), title=f"{ONE} by one kernel, D{sizes.dim}: ms")
+            table.add_row(*(f"{r['ms']:.3f}" for r in mine))
             console.print(table)
 
 
