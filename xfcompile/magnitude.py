@@ -59,20 +59,20 @@ def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = 
     """
     if expr is None:
         return False
-    found = set(numerals(expr))
+    found = set(_numerals(expr))
     if any(abs(x) >= ABSORBING and (x.is_finite or not finite) for x in found if not isinstance(x, Load)):
         return True
     values = (loads[x.operand] for x in found if isinstance(x, Load))
     return any(may_absorb(v, strict=strict) for v in values if not (finite and v.dtype == torch.float16))
 
 
-def numerals(expr: sympy.Basic) -> Iterator[sympy.Expr]:
+def _numerals(expr: sympy.Basic) -> Iterator[sympy.Expr]:
     """The numbers and the loads that a formula computes with, and not those that it only compares."""
     if isinstance(expr, Load) or expr.is_Number:
         yield expr
     elif not isinstance(expr, sympy.logic.boolalg.Boolean) or isinstance(expr, sympy.Symbol):
         for arg in expr.args[1:] if isinstance(expr, Where) else expr.args:
-            yield from numerals(arg)
+            yield from _numerals(arg)
 
 
 def is_coarse(value: Value, dtype: torch.dtype) -> bool:

@@ -386,11 +386,6 @@ def stages(w: Writer, columns: int) -> int:
     return (STAGES_WITH_BIAS if w.tiles else STAGES)[columns]
 
 
-def each_head(w: Writer) -> bool:
-    """Whether each query head visits tiles of its own."""
-    return w.listed
-
-
 def _kernels(w: Writer) -> str:
     listed = ["list_ptr", "list_b", "list_h"] if w.listed else []
     own = [*w.pointers, *w.strides, *w.scalars]

@@ -135,7 +135,7 @@ class HopperBackward:
         )  # fmt: skip
         constants: dict[str, Any] = {
             "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.stages(w, columns),
-            "LISTED_ROWS": tall, "EACH_HEAD": hopper_backward.each_head(w),
+            "LISTED_ROWS": tall, "EACH_HEAD": w.listed,
             "AHEAD": hopper_backward.AHEAD[columns], "LATER": hopper_backward.LATER[columns],
         }  # fmt: skip
         if w.flags:
