@@ -437,12 +437,6 @@ for n in gl.static_range({number}):
 BIAS = sympy.Symbol("bias", real=True)
 """A bias of each score."""
 
-# Of rows whose maximum is that far from 0 a score is equal to it, or lower by more than leaves any weight: a fraction
-# of the difference does as well, and the products stay finite.
-WITH_BIAS = """\
-power = tl.where(tl.abs(m_safe) > 1e30, POWER / 4, POWER)
-p = tl.exp2(s * power[:, None] - (m_safe * power)[:, None])"""
-
 
 def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
@@ -749,8 +743,9 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     if variant.bounded:
         weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
     if variant.tiles:
-        *maximum, _ = template.softmax(template.Form(), site, highest=highest)
-        scores, weights = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"], [*maximum, WITH_BIAS]
+        # Scores may be far from 0: their difference is taken first, and is 0 where they are equal.
+        weights = template.softmax(template.Form(), site, highest=highest)
+        scores = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"]
     usual = "\n".join([*scores, *masks, *weights])
     if forms.even is None:
         return "\n".join([*lines, usual])
