@@ -19,7 +19,7 @@ from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
-from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
+from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
 
 MANY = 4096
 """How many queries there are taken to be where that is not known."""
@@ -346,7 +346,7 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
     spec = ScoreSpec(
         score=renumber(score),
         keep=renumber(site.keep),
-        dead=site.dead if site.dead != "unknown" else "zero",
+        dead=_rows_without_keys(site),
         operands=(
             *(Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used),
             *(Operand(torch.float32, 0) for _ in reals),
@@ -362,6 +362,14 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
         leaks=candidate.training and site.leaks,
     )
     return spec, operands, ints
+
+
+def _rows_without_keys(site: AttentionSite) -> Dead:
+    """What a kernel gives rows without keys. Where every row is proved to see one it does not look for any: the mean of
+    all values would take a launch forward and, of dv, a few backward."""
+    if site.alive and site.dead == "mean":
+        return "nan"
+    return "zero" if site.dead == "unknown" else site.dead
 
 
 def _as_tensor(emitter: Emitter, site: AttentionSite, number: sympy.Symbol) -> fx.Node:
