@@ -203,6 +203,8 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "all weights are dropped out"
     if site.dropout and device == "cpu":
         return "SDPA drops no weights out on CPUs"
+    if site.dropout and site.dead == "mean" and not site.alive:
+        return "the weights of rows that may see no key are dropped out too"
     if bias_grad and device == "cpu":
         return "a term of the score needs a gradient, which SDPA on CPUs has only unfused"
     keys = sympy.sympify(site.keys)
@@ -246,8 +248,6 @@ def _why_no_kernel(
         return f"a rate of dropout of {site.dropout:g} is finer than our kernel's random numbers"
     if site.dropout == 1:
         return "all weights are dropped out"
-    if site.dropout and site.dead == "mean" and not site.alive:
-        return "the weights of rows that may see no key are dropped out too"
     device = site.root.meta.device
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"
@@ -278,14 +278,15 @@ def _why_no_backward(site: AttentionSite, score: sympy.Expr, words: Told | None,
 
 def _leaks_simply(site: AttentionSite, words: Told | None, bias_grad: bool) -> bool:
     """Whether what rows without keys send to their scores is linear in q and in k: the score is a multiple of q·k and
-    all keys are masked by one number, beside which none of it is left. Then it is made of a few small products.
+    all keys are masked by one number, beside which none of it is left. Weights are equal then, and their gradients
+    those of v's mean.
 
     words: the site in SDPA's, which knows no sinks."""
     if words is None or words.rest != 0 or words.coefficient.atoms(Load):
         return False
     numbers = not words.coefficient.free_symbols & {B, H, I, J}
     as_one = site.dead == "mean" and site.one_fill and site.full is None
-    return numbers and as_one and not site.dropout and not bias_grad
+    return numbers and as_one and not bias_grad
 
 
 def _kernel_dtype(site: AttentionSite) -> torch.dtype:

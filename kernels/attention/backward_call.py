@@ -133,7 +133,7 @@ class Call:
             programs = self.batch * heads * -(-length // (sizes.block_n if name == "dkdv" else sizes.block_m))
             return self.made(name, programs, numbers, constants, sizes, tensors)
 
-        self._fitting(name, with_tiles, tensors, free)
+        self.fitting(name, with_tiles, tensors, free)
 
     def constants(self, sizes: Tiles) -> dict[str, Any]:
         wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted)
@@ -168,7 +168,7 @@ class Call:
         compiled = self.program.compiled.setdefault(kind, {})
         return Launch(kernel, programs, numbers, ordered, options, made=compiled)
 
-    def _fitting(
+    def fitting(
         self, name: str, make: Callable[[Tiles], Launch], tensors: Sequence[Tensor], free: Sequence[Any]
     ) -> None:
         """Launches with the tiles that were found to fit, and remembers that launch; at first, finds them by

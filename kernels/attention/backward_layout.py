@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xfcompile.kernels.attention import backward, cache, fit, programs, template
 from xfcompile.kernels.attention.backward import Backward
+from xfcompile.kernels.attention.backward_dead import MARKED
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
@@ -170,6 +171,7 @@ class Layout:
         self.pair = Blank((*lse.shape, 2), lse.dtype, lse.device)
         self.inverse = Blank(lse.shape, lse.dtype, lse.device)
         self.row = Blank(q.shape[:3], torch.float32, q.device)
+        self.marks = Blank((*q.shape[:2], -(-q.shape[2] // MARKED)), torch.int32, q.device)
         self.column = Blank((*q.shape[:2], k.shape[2]), torch.float32, q.device)
         found = program.made.gradients
         self.rows = [n for n, _ in found.of("rows")]
