@@ -67,7 +67,11 @@ CACHES = {
 """What a step of decoding may keep: the kernels for few query rows are compiled for these."""
 
 PADDED = ScoreSpec(S / 8, sympy.Ne(Load(0, B, J), 0), "mean", (Operand(torch.bool, 2),), leaks=True)
-LEAKING = {"added padding": PADDED, "added padding, dropout": replace(PADDED, dropout=0.1)}
+LEAKING = {
+    "added padding": PADDED,
+    "added padding, dropout": replace(PADDED, dropout=0.1),
+    "added padding, soft-cap": replace(PADDED, score=50 * sympy.tanh(S / 400)),
+}
 """Rows without keys that send gradients to q, k and v."""
 
 

@@ -23,12 +23,12 @@ def add(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     of_rows = [call.lse, marks, delta]
     flags = {"NEED_DX": changed, "NEED_DQ": leaks and needs.q, "MARKED": MARKED}
     made = [dq if needs.q else call.q]
-    _launch(call, ROWS, [call.k, call.v, call.dout], of_rows, made, flags, call.batch * call.heads, call.lq)
+    _launch(call, ROWS, [call.q, call.k, call.v, call.dout], of_rows, made, flags, call.batch * call.heads, call.lq)
     if not (needs.v or (leaks and needs.k)):
         return
     flags = {"NEED_DK": leaks and needs.k, "NEED_DV": needs.v, "MARKED": MARKED, "CHUNK": CHUNK}
     made = [dk if needs.k else call.k, dv if needs.v else call.v]
-    _launch(call, KEYS, [call.q, call.v, call.dout], of_rows, made, flags, call.batch * call.kv_heads, call.lk)
+    _launch(call, KEYS, [call.q, call.k, call.v, call.dout], of_rows, made, flags, call.batch * call.kv_heads, call.lk)
 
 
 def _launch(

@@ -26,8 +26,8 @@ def test_gradients_are_as_exact_as_eager(case: Case, interpreter: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["causal", "window", "documents", "padding_mean", "some_rows_leak", "some_rows_nan", "far_keys", "bias_hij",
-     "bias_bj", "alibi", "soft_cap_causal", "sink_dead_rows", "t5"],
+    ["causal", "window", "documents", "padding_mean", "some_rows_leak", "some_rows_leak_capped", "some_rows_nan",
+     "far_keys", "bias_hij", "bias_bj", "alibi", "soft_cap_causal", "sink_dead_rows", "t5"],
 )  # fmt: skip
 def test_gradients_in_half_precision(name: str, dtype: torch.dtype, interpreter: None) -> None:
     check(named(name), inputs(named(name), dtype, sizes=smaller(named(name))))
@@ -52,7 +52,7 @@ def test_gradients_by_lists_of_tiles(name: str, interpreter: None) -> None:
     check(case, x)
 
 
-@pytest.mark.parametrize("name", ["padding_mean", "some_rows_leak"])
+@pytest.mark.parametrize("name", ["padding_mean", "some_rows_leak", "some_rows_leak_and_slope"])
 def test_rows_without_keys_among_many(name: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """More marks than a program looks at together, and query heads that share keys."""
     monkeypatch.setattr(dead_rows, "CHUNK", 4)

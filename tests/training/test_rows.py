@@ -200,8 +200,8 @@ def shifted(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, shift: Tensor) -> Ten
     return (scores(q, k) + shift[:, None] + torch.where(keep[:, None, None, :], 0.0, LEAST)).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("program", [capped, masked_twice, scaled_by_row, biased], ids=lambda f: f.__name__)
-def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("program", [masked_twice, biased], ids=lambda f: f.__name__)
+def test_rows_whose_masks_were_added_to_more_than_a_score(route: str, program: Callable[..., Tensor]) -> None:
     inputs = [*qkv(batch=3), padding()]
     if program is biased:
         inputs.append(numbers(2, 19, 23, seed=4))
@@ -214,25 +214,25 @@ def test_rows_whose_masks_were_added_to_more_than_a_product(route: str, program:
 
 
 @pytest.mark.parametrize(
-    "program, more",
+    "program, more, expected",
     [
-        (masked_after, []),
-        (sloped, []),
-        (tempered, [torch.tensor(1.5)]),
-        (sinking, [torch.tensor([0.3, -0.2], requires_grad=True)]),
-        (shifted, [torch.linspace(-1, 1, 19).requires_grad_()]),
+        (capped, [], "triton"),
+        (scaled_by_row, [], "triton"),
+        (masked_after, [], "inductor"),
+        (sloped, [], "triton"),
+        (tempered, [torch.tensor(1.5)], "triton"),
+        (sinking, [torch.tensor([0.3, -0.2], requires_grad=True)], "triton"),
+        (shifted, [torch.linspace(-1, 1, 19).requires_grad_()], "inductor"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_gradients_of_rows_whose_masks_were_added(
-    program: Callable[..., Tensor], more: list[Tensor], interpreter: None
+    program: Callable[..., Tensor], more: list[Tensor], expected: str, interpreter: None
 ) -> None:
-    """Whatever runs them."""
     inputs = [*qkv(batch=3), padding(), *more]
-    report = xfcompile.Report()
-    ours = step(compiled(program, "kernel", report), inputs)
-    assert [site.matched for site in report.sites] == [True]
-    judge(step(program, doubled(inputs)), step(program, inputs), ours, EPS)
+    sent = step(program, inputs)["gradient 0"][1].abs().max().item()
+    assert sent > 1e-4 or program is sinking, "rows without keys send something, unless there is a sink"
+    check(program, inputs, "kernel", expected)
 
 
 # -- weights that something else needs -------------------------------------------------------------------------------
