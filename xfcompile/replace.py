@@ -263,8 +263,9 @@ def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype)
     more: dict[str, Any] = {"heads_first": True} if _heads_first(candidate) else {}
     if site.dropout:
         more["seed"], more["stream"] = emitter.seed(site.root.meta.device)
-    if candidate.training and tiles:
-        more["tiles_by_key"] = _tiles(emitter, candidate, dtype, q, loaded, key, by_key=True)[0]
+    by_key = _tiles(emitter, candidate, dtype, q, loaded, key, by_key=True) if candidate.training else ()
+    if by_key:
+        more["tiles_by_key"] = by_key[0]
     made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **more)
     return emitter.call(operator.getitem, made, 0)
 
@@ -292,8 +293,8 @@ def _tiles(
     block_m, block_n = tile_sizes(key, device, dtype, *dims, many)
     keys = sympy.sympify(site.keys)
     if keys.is_Integer and keys <= FEW_TILES * block_n:
-        # A backward does without lists then, and would be given them.
-        if candidate.training or not always_listed(key, device, dtype, *dims):
+        # A backward does without lists then: it is given none where there are none by keys.
+        if by_key or not always_listed(key, device, dtype, *dims):
             return ()
     operands, ints, floats = mask_arguments(key, *loaded)
     batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else sympy.S.One
