@@ -69,11 +69,24 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
     if not spec.score.has(S):
         return "scores without q·k"
     w = writer(spec, found, dtype)
-    if w.slope is None:
-        return "a slope of its own for each score takes registers that are not left"
+    if w.bend is not None and not is_bounded(w.bend, spec.scalars):
+        return "a score's own slope that may not be finite, or is not s's"
     if extent(w.score) != {I, J}:
         return "a score that is one for many"
     return None
+
+
+def is_bounded(slope: sympy.Basic, scalars: Sequence[sympy.Symbol]) -> bool:
+    """Whether an expression in s is finite for every number that s may be, also an infinite one: weights of 0 are
+    multiplied by it, at an edge and where masked, and have to stay 0. And whether it has s in it."""
+    if isinstance(slope, sympy.tanh):
+        (x,) = slope.args
+        return x.free_symbols <= {S, *scalars} and S not in x.diff(S).free_symbols  # a x + b, which is not NaN
+    if isinstance(slope, sympy.Pow):
+        return bool(slope.exp.is_Integer and slope.exp > 0) and is_bounded(slope.base, scalars)
+    if isinstance(slope, (sympy.Add, sympy.Mul)):
+        return all(x.is_number or is_bounded(x, scalars) for x in slope.args)
+    return False
 
 
 def _width(band: Band) -> float:
@@ -248,6 +261,7 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
         x = gl.where({seen}, x, float("-inf"))
     p = gl.exp2({exponent})
     a = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_MMA, 2))
+{bend}
     dv_ = warpgroup_mma(a, dout, dv, is_async=True)
     delta = delta_smem.index(at).load(S_MMA)
     if AHEAD:
@@ -480,6 +494,7 @@ def _kernels(w: Writer) -> str:
         seen=keep,
         score="exact_score" if w.exact else "score",
         exponent=exponent,
+        bend="" if w.bend is None else f"    p *= bend(s, {w.site})",
         load_more=_indented("\n".join(load_more), 3),
         row_bytes=row_bytes,
         more_smem=_indented("\n".join(more_smem)),
@@ -526,14 +541,12 @@ def _bounds(w: Writer) -> str:
     if band.lower is not None:
         lines[2] = f"high = (first_row_lower(last, {rest}) + ROWS - 1) // ROWS"
     lines += ["n = gl.maximum(high - x0, 0)", "x0 = gl.minimum(x0, rows - 1)"]
-    if not band.exact:
-        lines += ["x1 = n", "x2 = 0", "x3 = 0", "masked = n"]
+    upper = f"gl.minimum((first_row_upper(last, {rest}) + ROWS - 1) // ROWS - x0, n)"
+    if _in_order(w):
+        lines += ["x1 = 0", "x2 = 0", "x3 = 0", f"masked = {upper if band.exact else 'n'}"]
     else:
-        lines += ["x1 = 0", "x3 = high"]
-        if band.upper is not None:
-            lines[-2] = f"x1 = gl.minimum((first_row_upper(last, {rest}) + ROWS - 1) // ROWS - x0, n)"
-        if band.lower is not None:
-            lines[-1] = f"x3 = gl.minimum(gl.maximum(first_row_lower(first, {rest}) // ROWS, x0 + x1), high)"
+        lines += [f"x1 = {'0' if band.upper is None else upper}"]
+        lines += [f"x3 = gl.minimum(gl.maximum(first_row_lower(first, {rest}) // ROWS, x0 + x1), high)"]
         lines += ["masked = gl.maximum(x1, 0) + gl.maximum(high - x3, 0)", "x2 = masked"]
     return "\n".join([*lines, *ragged, *some])
 
@@ -549,9 +562,14 @@ def _tile(w: Writer) -> str:
                 "start = (gl.load(list_ptr + x0 + at, mask=x3 > 0, other=0) * PARTS + part) * ROWS",
             ]
         )
-    if w.spec.keep == sympy.true or not w.spec.band.exact:
+    if _in_order(w):
         return "start = (x0 + t) * ROWS"
     return "start = gl.where(t < x1, x0 + t, gl.where(t < x2, x3 + t - x1, x0 + x1 + t - x2)) * ROWS"
+
+
+def _in_order(w: Writer) -> bool:
+    """Whether masked tiles, which come first, are the first ones."""
+    return w.spec.keep == sympy.true or not w.spec.band.exact or w.spec.band.lower is None
 
 
 def _indented(text: str, depth: int = 1) -> str:
