@@ -261,8 +261,8 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
         x = gl.where({seen}, x, float("-inf"))
     p = gl.exp2({exponent})
     a = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, O_MMA, 2))
-{bend}
     dv_ = warpgroup_mma(a, dout, dv, is_async=True)
+{bend}
     delta = delta_smem.index(at).load(S_MMA)
     if AHEAD:
         after = (step + 1) % STAGES
