@@ -163,7 +163,7 @@ class Call:
     ) -> Launch:
         kernel = self.program.kernel(_source(name), self.interpreted)
         ordered = {x: constants[x] for x in kernel.arg_names if x in constants}
-        options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+        options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages, **alike(self.program.made.exact)}
         kind = (name, *ordered.items(), sizes, self.q.device, *[x.dtype for x in tensors])
         compiled = self.program.compiled.setdefault(kind, {})
         return Launch(kernel, programs, numbers, ordered, options, made=compiled)
@@ -204,6 +204,13 @@ class Call:
         return reference.evaluator(
             self.program.spec, shape, self.operands, self.ints, self.floats, torch.float32, device
         )
+
+
+def alike(exact: bool) -> dict[str, bool]:
+    """Options of kernels that compute scores that another one has found the maximum of. Where these may be far away
+    (exact), a product and a sum that one kernel fuses and the other does not are apart by so much that a weight of 1
+    becomes 0 or infinite: then none does."""
+    return {"enable_fp_fusion": False} if exact else {}
 
 
 def _source(name: str) -> str:

@@ -7,6 +7,7 @@ those of the Triton kernel, which Gluon compiles as its own.
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -434,14 +435,22 @@ for n in gl.static_range({number}):
     mbarrier.init(bias_empty.index(n), count=1)""",
 }
 
+WITH_COLUMNS = """\
+added = column_shift({shift})
+top = gl.max(s, 1)
+here = top * ({scale} * UNIT) + added
+m_new = tl.maximum(m, here)
+# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.
+m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+# Of a row that is so far from 0 a product that is fused with its sum differs from `here`, which is rounded, by more
+# than any weight. A power of two rounds nothing, and leaves the same keys: others are lower by 8 at least.
+far = (tl.abs(here) > 2.0**26) & (tl.abs(here) < float("inf"))
+factor = tl.where(far, {power_of_two}, {scale} * UNIT * POWER)
+offset = tl.where(far, (here - m_safe) * POWER - top * {power_of_two}, (added - m_safe) * POWER)
+p = tl.exp2(s * factor[:, None] + offset[:, None])"""
+
 BIAS = sympy.Symbol("bias", real=True)
 """A bias of each score."""
-
-# Of rows whose maximum is that far from 0 a score is equal to it, or lower by more than leaves any weight: a fraction
-# of the difference does as well, and the products stay finite.
-WITH_BIAS = """\
-power = tl.where(tl.abs(m_safe) > 1e30, POWER / 4, POWER)
-p = tl.exp2(s * power[:, None] - (m_safe * power)[:, None])"""
 
 
 def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
@@ -744,13 +753,15 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     weights = template.softmax(forms.usual, site, highest=highest)
     if variant.columns:
         shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
-        form = template.Form(_columns(spec, pieces).scale, shifted=True)
-        scores, weights = [], template.softmax(form, shift, "column_", highest=highest)
+        scale = _columns(spec, pieces).scale
+        nearest = 2.0 ** math.ceil(math.log2(scale * template.LOG2E))
+        scores, weights = [], WITH_COLUMNS.format(shift=shift, scale=repr(scale), power_of_two=nearest).split("\n")
     if variant.bounded:
         weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
     if variant.tiles:
-        *maximum, _ = template.softmax(template.Form(), site, highest=highest)
-        scores, weights = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"], [*maximum, WITH_BIAS]
+        # Scores may be far from 0: their difference is taken first, and is 0 where they are equal.
+        weights = template.softmax(template.Form(), site, highest=highest)
+        scores = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"]
     usual = "\n".join([*scores, *masks, *weights])
     if forms.even is None:
         return "\n".join([*lines, usual])

@@ -458,7 +458,7 @@ def _kernels(w: Writer) -> str:
     load_more: list[str] = []
     row_bytes, exponent, read_bias = "8", "x - top", ""
     if w.exact:
-        exponent = "(x - top) * LOG2E + shift_smem.index(at).load(S_MMA)"
+        exponent = "gl.fma(x - top, LOG2E, shift_smem.index(at).load(S_MMA))"
         more_smem.append("shift_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)")
         load_more.append(
             "tma.async_copy_global_to_shared(shift_desc, [b * heads + h, start], bar, shift_smem.index(at))"

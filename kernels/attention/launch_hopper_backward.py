@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import cache, fit, hopper, hopper_backward, lists
-from xfcompile.kernels.attention.backward_call import Call
+from xfcompile.kernels.attention.backward_call import Call, alike
 from xfcompile.kernels.attention.backward_layout import UNKNOWN, prepare
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.exactness import speed
@@ -153,8 +153,9 @@ class HopperBackward:
         ]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
         self.main = Launch(
-            module.attention_backward, _programs(call), numbers, constants, {"num_warps": hopper_backward.WARPS}, tiles
-        )
+            module.attention_backward, _programs(call), numbers, constants,
+            {"num_warps": hopper_backward.WARPS, **alike(self.exact)}, tiles,
+        )  # fmt: skip
 
     def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         if self.paired:

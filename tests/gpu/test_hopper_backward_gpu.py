@@ -75,6 +75,22 @@ def test_without_gradients_of_what_is_added(
     assert ran[0] or case.name not in SURE
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("size", [1e7, 1e12, 3e30])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_slopes_that_leave_one_key_each(
+    sign: int, size: float, dim: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels that round such a score differently are apart by more than any weight."""
+    slopes = sign * size * torch.tensor([1.0, 1.1, 1.3, 1.7])
+    spec = ScoreSpec(SCALE + Load(0, H) * (J - I), operands=(Operand(torch.float32, 1),), far=True)
+    case = Case("slopes", spec, lambda z: [slopes])
+    x = on_gpu(inputs(case, torch.bfloat16, "transposed", Sizes(2, 4, 2, 1000, 1000, dim, dim)))
+    frozen(x, monkeypatch)
+    check(case, x)
+    assert ran == [True]
+
+
 @pytest.mark.parametrize(("lq", "lk"), [(257, 64), (256, 1000), (1000, 129), (640, 640)])
 @pytest.mark.parametrize(("dq", "dv"), [(40, 64), (64, 64), (72, 128), (128, 96)])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])

@@ -88,7 +88,7 @@ def planned(
     return found
 
 
-X, W, WIDE = (4096, 512), (1024, 512), (2048, 512)
+X, MANY, W, WIDE = (4096, 512), (16384, 512), (1024, 512), (2048, 512)
 ROUTES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dict[str, Any], str]] = {
     "swiglu": (swiglu, (X, W, W), {}, "triton"),
     "rows of a batch": (swiglu, ((2, 512, 512), W, W), {}, "triton"),
@@ -133,7 +133,7 @@ def test_training_is_left_to_inductor_but_for_dropout() -> None:
     assert gated == {"inductor"}
     assert linear == {"inductor", "triton"}
     assert all(
-        kind == "activated, dropped"
+        kind in ("activated, dropped", "added, dropped")
         for (_, kind, _), fact in bias_act_dropout.USUAL.items()
         if fact.value.route == "triton"
     )
@@ -215,6 +215,14 @@ def dropped_alone(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.dropout(L(x, w, b), 0.1)
 
 
+def added_to_dropped(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    return r + F.dropout(L(x, w, b), 0.1)
+
+
+def two_added_to_dropped(x: Tensor, w: Tensor, b: Tensor, r: Tensor, z: Tensor) -> Tensor:
+    return r + F.dropout(L(x, w, b), 0.1) + z
+
+
 def dropped_and_added(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
     return F.dropout(F.gelu(L(x, w, b)), 0.1) + r
 
@@ -226,8 +234,13 @@ DROPPED: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...], dic
     "few features": (dropped, (X, (504, 512), (504,)), {}, "inductor"),
     "rows that change": (dropped, (X, W, (1024,)), {"dynamic": [(0, 0)]}, "inductor"),
     "fp32": (dropped, (X, W, (1024,)), {"dtype": torch.float32}, "inductor"),
-    "nothing is activated": (dropped_alone, (X, W, (1024,)), {}, "inductor"),
+    "nothing is activated": (dropped_alone, (MANY, W, (1024,)), {}, "inductor"),
     "a residual": (dropped_and_added, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
+    "a residual of many rows": (dropped_and_added, (MANY, W, (1024,), (16384, 1024)), {}, "inductor"),
+    "added to a residual": (added_to_dropped, (MANY, W, (1024,), (16384, 1024)), {}, "triton"),
+    "few rows added": (added_to_dropped, (X, W, (1024,), (4096, 1024)), {}, "inductor"),
+    "rows added to one": (added_to_dropped, (MANY, W, (1024,), (1, 1024)), {}, "inductor"),
+    "added twice": (two_added_to_dropped, (MANY, W, (1024,), (16384, 1024), (16384, 1024)), {}, "inductor"),
 }
 
 
@@ -236,7 +249,8 @@ def test_the_usual_route_in_training(name: str, monkeypatch: pytest.MonkeyPatch)
     """Nothing needs a gradient here, for which fake tensors would want a GPU: the table says the same without one."""
     fn, shapes, about, route = DROPPED[name]
     table = bias_act_dropout.USUAL
-    monkeypatch.setitem(table, ("sm_90", "activated, dropped", False), table["sm_90", "activated, dropped", True])
+    for kind in ("activated, dropped", "added, dropped"):
+        monkeypatch.setitem(table, ("sm_90", kind, False), table["sm_90", kind, True])
     found = planned(fn, *shapes, **{"dtype": torch.bfloat16, **about})
     assert [r for r, _ in found] == [route], found
 

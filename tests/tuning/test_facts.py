@@ -74,7 +74,7 @@ def test_hardware_that_is_not_here_was_not_measured() -> None:
 def test_each_gpu_has_a_route_for_each_class_of_sites(kind: str) -> None:
     assert {c for k, c in plan.ROUTES if k == kind} == set(plan.CLASSES)
     assert len([k for k in gated_routes.USUAL if k[0] == kind]) == 14
-    assert len([k for k in bias_family.USUAL if k[0] == kind]) == 8
+    assert len([k for k in bias_family.USUAL if k[0] == kind]) == 10
 
 
 @pytest.mark.parametrize("kind", GPUS)

@@ -46,6 +46,13 @@ _MEASURED = Measured(
     "examples/results/bias_act_dropout_h200.json",
 )
 
+_BLOCKS = Measured(
+    "python -m xfcompile bench bias-act-dropout",
+    "2026-11-29",
+    "H200, torch 2.11, triton 3.6",
+    "examples/benchmarks/bias_act_dropout_h200.json",
+)
+
 _KERNELS = Measured(
     "examples/bench_kernels.py", "2026-11-28", "H200, torch 2.11, triton 3.6", "examples/results/kernels_h200.json"
 )
@@ -55,6 +62,8 @@ _HOPPER: dict[tuple[str, bool], Fact[Usual]] = {
     ("activated, dropped", False): Fact(Usual("inductor"), _MEASURED),
     ("activated", True): Fact(Usual("inductor"), _MEASURED),
     ("activated", False): Fact(Usual("epilogue", 4096), tiles.MEASURED),
+    ("added, dropped", True): Fact(Usual("triton", 16384), _BLOCKS),
+    ("added, dropped", False): Fact(Usual("inductor"), _MEASURED),
     ("added", True): Fact(Usual("inductor"), _MEASURED),
     ("added", False): Fact(Usual("inductor"), _MEASURED),
     ("no product", True): Fact(Usual("inductor"), _MEASURED),
@@ -71,12 +80,11 @@ beside it: another route has its place here only where a whole block is faster w
 
 
 def shape_class(site: BiasActDropoutSite) -> str:
-    """activated: a linear with an activation, with dropout or without. added: without one, with a residual or not."""
+    """activated: a linear with an activation. added: without one, with a residual or not. dropped: with dropout."""
     if site.product is None:
         return "no product"
-    if X not in sympy.diff(site.formula, X).free_symbols:
-        return "added"
-    return "activated, dropped" if site.dropout else "activated"
+    activated = X in sympy.diff(site.formula, X).free_symbols
+    return ("activated" if activated else "added") + (", dropped" if site.dropout else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,8 +197,11 @@ def _why_not_after(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
         return "sizes that are not known at compile time"
     if site.features < tiles.SHORTEST:
         return f"not measured with fewer than {tiles.SHORTEST} features"
-    if site.tensors:
+    added = shape_class(site) == "added, dropped"
+    if site.tensors and not added:
         return "Inductor computes what is added together with what follows"
+    if added and len(site.tensors) != 1:
+        return "not measured but with one residual"
     if {site.dtype, site.root.dtype} not in ({torch.float16}, {torch.bfloat16}):
         return "not measured with numbers of other than 16 bits"
     return None
