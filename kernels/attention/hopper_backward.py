@@ -70,7 +70,7 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
         return "scores without q·k"
     w = writer(spec, found, dtype)
     if w.bend is not None and not is_bounded(w.bend, spec.scalars):
-        return "a score's own slope that may not be finite, or is not s's"
+        return "a slope that may not be finite where a weight is 0"
     if extent(w.score) != {I, J}:
         return "a score that is one for many"
     return None
