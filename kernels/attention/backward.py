@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import sympy
-
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_dkdv import dkdv

@@ -494,6 +494,7 @@ def _kernels(w: Writer) -> str:
         seen=keep,
         score="exact_score" if w.exact else "score",
         exponent=exponent,
+        # By now dv's product has the weights in 16 bits; later on s and its function's value would take registers.
         bend="" if w.bend is None else f"    p *= bend(s, {w.site})",
         load_more=_indented("\n".join(load_more), 3),
         row_bytes=row_bytes,

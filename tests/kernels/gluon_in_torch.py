@@ -1,8 +1,8 @@
 """Runs kernels of a text in Gluon by torch, on CPUs: Triton's interpreter knows no Gluon.
 
 The text is Python, whose functions are given torch's in Gluon's place. The warps of a program that load and those that
-compute are two threads, which wait for each other at the program's own barriers. So the text's arithmetic is seen, which
-tiles it visits, and which barriers wait for how many bytes; not its layouts, nor what happens at a later time than it says.
+compute are two threads, which wait for each other at the program's own barriers. So the text's arithmetic is seen,
+which tiles it visits, and which barriers wait for how many bytes; not its layouts, nor what happens later than it says.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Barrier:
         self.parts: dict[int, Barrier] = {}
 
     @staticmethod
-    def MBarrierLayout() -> None:  # noqa: N802
+    def MBarrierLayout() -> None:
         return None
 
     def index(self, n: int) -> Barrier:
@@ -214,9 +214,7 @@ def _specialize(parts: Sequence[tuple[Callable[..., None], Sequence[Any]]], warp
 # -- arithmetic ----------------------------------------------------------------------------------------------------
 
 
-def _multiply(
-    a: Tensor | Shared, b: Shared, total: Tensor, use_acc: bool = True, is_async: bool = False
-) -> Tensor:
+def _multiply(a: Tensor | Shared, b: Shared, total: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
     left = a.x if isinstance(a, Shared) else a
     assert left.dtype == b.dtype
     product = left.float() @ b.x.float()
@@ -238,7 +236,9 @@ def _where(condition: bool | Tensor, a: Any, b: Any) -> Any:
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) else torch.tensor(x).to(dtype).item()
+    if isinstance(x, Tensor):
+        return x.to(dtype)
+    return float(x) if dtype.is_floating_point else int(x)
 
 
 def _language(program: int) -> SimpleNamespace:

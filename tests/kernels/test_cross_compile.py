@@ -150,6 +150,7 @@ def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> 
     measured = {("hopper", "dense bias", 128), ("hopper", "ALiBi", 128), ("hopper_backward", "ALiBi", 128)}
     measured |= {("hopper_backward", "key padding", dim) for dim in (64, 128)}
     measured.add(("hopper_backward", "documents", 128))  # it is not launched there: their lists are of smaller tiles
+    measured.add(("hopper_backward", "soft-cap, causal", 128))  # 14 of 536 instructions of its loop, as of "causal"
     others = [r for r in results if r["program"] != "T5 bias" and (r["kernel"], r["program"], r["dim"]) not in measured]
     assert [(r["kernel"], r["program"], r["dim"], r["spills"]) for r in others if r["spills"] > 64] == []
 

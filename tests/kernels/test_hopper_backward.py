@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,9 +97,7 @@ def test_a_slope_for_each_head_may_be_infinite() -> None:
 
 
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
-def test_kernels_are_given_what_they_take(
-    case: Case, interpreter: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_are_given_what_they_take(case: Case, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each argument by its place: tensors, numbers and what is free, then the constants by their names."""
     seen: list[str] = []
 
@@ -205,46 +202,6 @@ def test_sums_in_any_order_are_not_for_those_who_ask_for_the_same_numbers(
 # -- which tiles ---------------------------------------------------------------------------------------------------
 
 
-class Numbers(types.SimpleNamespace):
-    """What the text's functions on whole numbers need of `triton.language` and Gluon's, for one number at a time."""
-
-    constexpr = int
-    int64 = int32 = int
-
-    @staticmethod
-    def where(condition: bool, a: int, b: int) -> int:
-        return a if condition else b
-
-    minimum, maximum = staticmethod(min), staticmethod(max)
-
-    @staticmethod
-    def cast(x: Any, dtype: type) -> int:
-        return int(x)
-
-
-class Number(int):
-    def to(self, dtype: type) -> int:
-        return int(self)
-
-
-def functions(case: Case, listed: Tensor | None) -> dict[str, Any]:
-    """`bounds` and `tile` of the text, as Python computes them."""
-    spec = case.spec
-    text = hopper_backward.module(written(spec))
-    wanted = ("lower", "upper", "first_row_lower", "first_row_upper", "bounds", "tile")
-    parts = [part for part in text.split("\n\n\n") if part.split("def ")[-1].split("(")[0].strip() in wanted]
-    source = "\n\n\n".join(parts) or ""
-    numbers = Numbers()
-    if listed is not None:
-        flat = listed.flatten().tolist()
-        numbers.load = lambda at, mask=True, other=0: flat[at] if mask else other
-    scope: dict[str, Any] = {"gl": numbers, "tl": numbers, "list_ptr": 0}
-    for decorator in ("@triton.jit", "@gluon.jit"):
-        source = source.replace(decorator, "")
-    exec(source.replace(".to(gl.int64)", ""), scope)
-    return scope
-
-
 BANDS = ["plain", "causal", "causal_more_rows", "bottom_right", "dead_blocks_mean"]
 LISTED = ["chunks", "padding_mean", "padding_zero", "some_rows_mean", "nothing_kept"]
 
@@ -261,10 +218,10 @@ def test_each_tile_that_keeps_something_is_visited_once(case: Case, lengths: tup
     if prepared.mask is not None:
         values = mask_values(prepared, x.operands, prepared.numbers(x.ints, x.floats))
         listed = lists.tightest(x.q, *values, (2, 2, lq, lk), 128, KEYS, prepared.mask, by_key=True)
-    scope = functions(Case(case.name, spec), listed)
+    scope = gluon_in_torch.scope(hopper_backward.module(written(spec)), 0)
     keep = kept(spec, x, (2, 2, lq, lk))
     step = lists.steps(listed)
-    more = [] if listed is None else [0, *step]
+    more = [] if listed is None else [gluon_in_torch.Pointer.to(listed), *step]
     for b in range(2):
         for block in range(-(-lk // KEYS)):
             n, masked, *which = scope["bounds"](b, 1, block, lq, lk, *scalars.values(), *more, ROWS, KEYS, 128)
