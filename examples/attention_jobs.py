@@ -216,7 +216,7 @@ def type_of(name: str, dtype: torch.dtype, spec: ScoreSpec) -> str:
     """Of a kernel's argument, by its name."""
     if name in ("lse_ptr", "acc_ptr", "m_ptr", "l_ptr"):
         return "*fp32"
-    if name == "list_ptr":
+    if name in ("list_ptr", "counter_ptr"):
         return "*i32"
     if match := re.fullmatch(r"t(\d+)_ptr", name):
         return f"*{NAMES[spec.operands[int(match[1])].dtype]}"

@@ -165,10 +165,11 @@ KERNEL = '''\
     V_BYTES: gl.constexpr = KEYS * v_smem.shape[4] * 2
     step = 0
     turn = 0
-    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+    {pieces_produced}
         b, h, block = locate(work, blocks, heads, total)
         first = block * ROWS
         n, masked, evens_at, x0, x1, x2 = {call_bounds}
+        {publish}
         for w in gl.static_range({groups}):
             mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
             mbarrier.expect(q_full.index(w), M * q_smem.shape[4] * 2)
@@ -190,6 +191,8 @@ KERNEL = '''\
             {produce_bias}
             before = start
             step += 1
+        {follow}
+    {publish_end}
 
 
 @gluon.jit
@@ -252,7 +255,7 @@ KERNEL = '''\
     q = q_smem.index(w).reshape([M, D])
     step = 0
     turn = 0
-    for work in range(gl.program_id(0), total, gl.num_programs(0)):
+    {pieces_consumed}
         b, h, block = locate(work, blocks, heads, total)
         n, masked, evens_at, x0, x1, x2 = {call_bounds}
         first = block * ROWS + w * M
@@ -266,7 +269,7 @@ KERNEL = '''\
         # The first tile has no weights behind it. It may be masked or not: this suits both.
         start = {call_tile_first}
         {kept}
-        mbarrier.wait(q_full.index(w), turn & 1)
+        {wait_for_queries}
         mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
         k = k_smem.index(step % STAGES).reshape([KEYS, D]).permute((1, 0))
         {take_turn}
@@ -311,6 +314,7 @@ KERNEL = '''\
         else:
             out_ptrs = out_ptr + ((b.to(gl.int64) * lq + first) * heads + h) * DV + rows * (heads * DV)
         gl.store(out_ptrs + cols, out, mask=(first + rows < lq) & (cols < DV))
+        {follow_consumed}
 
 
 @gluon.jit(do_not_specialize={unspecialized})
@@ -328,6 +332,7 @@ KERNEL = '''\
     q_full = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [{groups}, 1], mbarrier.MBarrierLayout())
     {turns}
+    {queue}
     {places}
     {bias_memory}
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -389,6 +394,34 @@ TURNS = {
     "turns_init": "mbarrier.init(turns.index(w), count=1)",
 }
 
+NEXT = """\
+mbarrier.wait(q_full.index(w), turn & 1)
+work = gl.max(queue.index(turn & 1).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)"""
+
+# Programs take the piece of work that is next when they are done with one: given as many each beforehand, some would
+# get the largest. Which it is comes with its queries, as that there is none any more does. To hand out its bounds too,
+# and to read lists a step ahead, gained nothing.
+QUEUE = {
+    "pieces_produced": "work = gl.program_id(0)\nwhile work < total:",
+    "publish": "queue.index(turn & 1).store(gl.full([1], work, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))",
+    "follow": 'work = gl.atomic_add(counter_ptr, 1, sem="relaxed") + gl.num_programs(0)',
+    "publish_end": """\
+queue.index(turn & 1).store(gl.full([1], total, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+for w in gl.static_range({groups}):
+    mbarrier.wait(q_empty.index(w), (turn & 1) ^ 1)
+    mbarrier.arrive(q_full.index(w), count=1)""",
+    "pieces_consumed": f"{NEXT}\nwhile work < total:",
+    "wait_for_queries": "",
+    "follow_consumed": NEXT,
+    "queue": "queue = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))",
+}
+
+IN_TURN = {
+    "pieces_produced": "for work in range(gl.program_id(0), total, gl.num_programs(0)):",
+    "pieces_consumed": "for work in range(gl.program_id(0), total, gl.num_programs(0)):",
+    "wait_for_queries": "mbarrier.wait(q_full.index(w), turn & 1)",
+}
+
 FACTORS = """\
 # What a key's place is multiplied by, as three numbers of 16 bits.
 factor = column_factor({arguments})
@@ -435,6 +468,12 @@ for n in gl.static_range({number}):
     mbarrier.init(bias_empty.index(n), count=1)""",
 }
 
+# Where scores may be far from 0 a product that is fused with a sum differs from one that is rounded by more than any
+# weight. A power of two rounds nothing, and leaves the same keys weights: others are lower by 8 at least.
+EXPONENT = """\
+far = tl.abs(factor) * {scale} * lk > 2.0**26
+exponent = tl.where(far, {power_of_two}, {scale} * {log2e})"""
+
 WITH_COLUMNS = """\
 added = column_shift({shift})
 top = gl.max(s, 1)
@@ -442,12 +481,8 @@ here = top * ({scale} * UNIT) + added
 m_new = tl.maximum(m, here)
 # A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.
 m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-# Of a row that is so far from 0 a product that is fused with its sum differs from `here`, which is rounded, by more
-# than any weight. A power of two rounds nothing, and leaves the same keys: others are lower by 8 at least.
-far = (tl.abs(here) > 2.0**26) & (tl.abs(here) < float("inf"))
-factor = tl.where(far, {power_of_two}, {scale} * UNIT * POWER)
-offset = tl.where(far, (here - m_safe) * POWER - top * {power_of_two}, (added - m_safe) * POWER)
-p = tl.exp2(s * factor[:, None] + offset[:, None])"""
+offset = (here - m_safe) * POWER - tl.maximum(top, -1e38) * exponent
+p = tl.exp2(s * exponent + offset[:, None])"""
 
 BIAS = sympy.Symbol("bias", real=True)
 """A bias of each score."""
@@ -525,6 +560,8 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     where = ["b", "h", "i", "offs_n", "start", "lk"]
     more = ["EVEN"] if names.evens else []
     turns = ["turns"] if variant.turns else []
+    queue = ["queue"] if variant.queued else []
+    counter = ["counter_ptr"] if variant.queued else []
     places = ["places"] if variant.columns else []
     memory = ["bias_smem", "bias_full", "bias_empty"] if variant.tiles else []
     bias_desc, bias = (["bias_desc"], ["bias"]) if variant.tiles else ([], [])
@@ -540,18 +577,19 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
 
     bounds = ["b", "h", "block", "lq", "lk", *names.scalars, *listed]
     tile = ["t", *tiling, *listed[:1]]
-    softmax = ["s", "m", *where, *names.inside, *names.evens, *bias, *kept]
+    exponent = ["exponent"] if variant.columns else []
+    softmax = ["s", "m", *where, *names.inside, *names.evens, *bias, *kept, *exponent]
     advance = [
         "t", "step", "p", "acc", "alpha", "m", "l", "q", *smem[1:], "full", "empty", *tiling, "b", "h", "i", "offs_n",
-        "lk", *names.inside, *listed[:1], *turns, *(["factors", *places] if places else []), *memory,
+        "lk", *names.inside, *listed[:1], *turns, *(["factors", *exponent, *places] if places else []), *memory,
         *(["bias_step"] if memory else []), *(["w"] if turns or memory else []),
     ]  # fmt: skip
     if "first" not in advance:
         advance.append("first")
-    consume = [*smem, *barriers, *turns, *places, *memory, *sizes, "out_ptr", "lse_ptr", *own]
+    consume = [*smem, *barriers, *turns, *queue, *places, *memory, *sizes, "out_ptr", "lse_ptr", *own]
     described = ["q_desc", "k_desc", "v_desc", *bias_desc]
-    produce = [*described, *smem, *barriers, *memory, *sizes, "group", *names.scalars, *listed]
-    pointers = [*described, "out_ptr", "lse_ptr", *names.pointers, *listed[:1]]
+    produce = [*described, *smem, *barriers, *queue, *memory, *sizes, "group", *counter, *names.scalars, *listed]
+    pointers = [*described, "out_ptr", "lse_ptr", *counter, *names.pointers, *listed[:1]]
     kernel = [*pointers, *sizes, "group", *names.strides, *names.scalars, *listed[1:]]
 
     def softmaxed(given: dict[str, str], masked: str, even: str, depth: int) -> str:
@@ -600,6 +638,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         "produce": define("produce", produce, constants),
         "call_bounds": call("bounds", [*bounds, "ROWS", "KEYS"], 2),
         "call_tile_produced": call("tile", ["gl.minimum(t, n - 1)", *tile[1:], "KEYS"], 3),
+        "call_tile_first": call("tile", ["0", *tile[1:], "KEYS"], 2),
         "softmax": define("softmax", softmax, [*flags, "MASKED", *more]),
         "softmax_body": _softmax(spec, pieces, variant),
         "power": template.POWER,
@@ -613,7 +652,6 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         "consume": define("consume", ["w", *consume], [*constants, *flags, "DV", "HEADS_FIRST"]),
         "rows": "\n".join(pieces.row_lines),
         "initial": initial,
-        "call_tile_first": call("tile", ["0", *tile[1:], "KEYS"], 2),
         "call_softmax_first": softmaxed(dict.fromkeys(evens, "0.0"), "True", "False", 2),
         "loops": "\n".join(loops),
         "sink": sink,
@@ -632,6 +670,8 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     texts |= dict.fromkeys(("leave_first", "take_turn", "give_turn", "turns", "turns_init"), "")
     texts |= dict.fromkeys(("factors", "places", "add_columns", "kept"), "")
     texts |= dict.fromkeys(("produce_bias", "read_bias", "read_bias_first", "bias_memory", "bias_init"), "")
+    texts |= dict.fromkeys(QUEUE, "")
+    texts |= {name: text.format(groups=groups) for name, text in QUEUE.items()} if variant.queued else IN_TURN
     if early:
         site = ", ".join(["b", "h", "i", "gl.minimum(start + offs_n, lk - 1)", *names.inside, *flags])
         texts["kept"] = f"kept = keep({site}) & (start + offs_n < lk)  # which nothing has to wait for"
@@ -639,7 +679,11 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         texts |= {name: text.format(groups=groups) for name, text in TURNS.items()}
         texts |= {"leave_first": texts["leave"], "leave": ""}
     if variant.columns:
-        texts |= {"factors": FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))}
+        factors = FACTORS.format(arguments=", ".join(["0", "b", "h", *names.inside, *flags]))
+        scale = _columns(spec, pieces).scale
+        nearest = 2.0 ** math.ceil(math.log2(scale * template.LOG2E))
+        of_scores = EXPONENT.format(scale=repr(scale), power_of_two=nearest, log2e=template.LOG2E)
+        texts["factors"] = f"{factors}\n{of_scores}"
         texts |= {"places": PLACES, "add_columns": ADD_COLUMNS}
     if variant.bounded:
         texts |= {"initial": f"gl.full([M], {REFERENCE}, gl.float32, S_ROW)", "alpha": "alpha = m  # not used"}
@@ -753,9 +797,8 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     weights = template.softmax(forms.usual, site, highest=highest)
     if variant.columns:
         shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
-        scale = _columns(spec, pieces).scale
-        nearest = 2.0 ** math.ceil(math.log2(scale * template.LOG2E))
-        scores, weights = [], WITH_COLUMNS.format(shift=shift, scale=repr(scale), power_of_two=nearest).split("\n")
+        scale = repr(_columns(spec, pieces).scale)
+        scores, weights = [], WITH_COLUMNS.format(shift=shift, scale=scale).split("\n")
     if variant.bounded:
         weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
     if variant.tiles:
