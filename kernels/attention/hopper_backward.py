@@ -41,9 +41,10 @@ LATER = {64: True, 128: False}
 a second buffer: 2.99 ms and not 3.10 at head dims of 64, and 2.93 and not 2.49 at 128 (an H200, B4 H32 S4096 D64 and
 B4 H16 S4096 D128, bf16, no mask; examples/results/hopper_backward_h200.json)."""
 
-NARROW = 512
-"""Fewer keys of a window are too few: of 256 it took 0.14 ms and the other kernels 0.16, of 1024 0.50 and 0.69, of 4096
-1.12 and 1.86 (an H200, B1 H16 D128, S4096 and twice S8192; examples/bench_windows.py and results as above)."""
+NARROW = {64: 512, 128: 256}
+"""Fewer keys of a window are too few, or not measured: of 256 it took 0.14 ms and the other kernels 0.16, of 1024 0.50
+and 0.69, of 4096 1.12 and 1.86 (an H200, B1 H16 D128, S4096 and twice S8192; examples/bench_windows.py and results as
+above)."""
 
 WARPS = 8
 PRODUCER_REGISTERS = 24
@@ -62,7 +63,7 @@ def why_not(spec: ScoreSpec, found: Gradients, dtype: torch.dtype, dq: int, dv: 
         return "it drops no weights out"
     if found.of("rows", "columns"):
         return "what is added has a gradient that is a sum over keys or queries"
-    if _width(spec.band) < NARROW:
+    if _width(spec.band) < NARROW[hopper.columns(dq)]:
         return "a narrow band is visited in smaller tiles"
     if any(load.free_symbols >= {I, J} for load in spec.score.atoms(Load) - {bias_of(spec, dtype)}):
         return "loads of each score are waited for"

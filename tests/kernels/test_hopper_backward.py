@@ -67,7 +67,8 @@ def test_what_it_takes() -> None:
     )
     assert reason(named("sink"), needed=(0,)) is None
     assert reason(named("window")) == "a narrow band is visited in smaller tiles"
-    assert reason(window(511)) is not None and reason(window(512)) is None
+    for dim, width in hopper_backward.NARROW.items():
+        assert reason(window(width - 1), dim=dim) is not None and reason(window(width), dim=dim) is None
     assert reason(named("functions")) == "a slope that may not be finite where a weight is 0"
 
 
