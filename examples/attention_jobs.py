@@ -234,7 +234,7 @@ def type_of(name: str, dtype: torch.dtype, spec: ScoreSpec) -> str:
     """Of a kernel's argument, by its name."""
     if name in ("lse_ptr", "acc_ptr", "m_ptr", "l_ptr"):
         return "*fp32"
-    if name in ("list_ptr", "mark_ptr"):
+    if name in ("list_ptr", "mark_ptr", "counter_ptr"):
         return "*i32"
     if name == "seed_ptr":
         return "*i64"

@@ -33,7 +33,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from xfcompile.bench.programs import CAP, Program, Sizes, programs, tensors
+from xfcompile.bench.programs import CAP, WINDOW, Program, Sizes, programs, tensors
 from xfcompile.kernels.attention import forward_call, hopper, launch, launch_hopper, lists, prepare, template
 from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.exactness import speed
@@ -48,10 +48,14 @@ SAMPLES, CALLS = 7, 4
 HEADS = ((0, 0), (1, 5), (3, -1))
 """Batches and heads that are compared."""
 
-NAMES = ("no mask", "key padding", "ALiBi", "soft-cap", "causal from a buffer", "T5 bias", "dense bias")
+NAMES = (
+    "no mask", "causal", "prefix LM", "key padding", "ALiBi", "soft-cap", "soft-cap, causal", "causal from a buffer",
+    "T5 bias", "dense bias",
+)  # fmt: skip
 
+BOUNDED = ("causal", "prefix LM", "soft-cap, causal")
 LISTED = ("key padding", "causal from a buffer", "T5 bias")
-FEATURES = {"ALiBi": "columns", "soft-cap": "bounded", "dense bias": "tiles"}
+FEATURES = {"ALiBi": "columns", "soft-cap": "bounded", "soft-cap, causal": "bounded", "dense bias": "tiles"}
 """What the score of a program allows."""
 
 
@@ -59,13 +63,14 @@ def variants(name: str, dim: int) -> dict[str, Variant]:
     """By their fields, those that a program is timed with."""
     feature = FEATURES.get(name)
     # Lists are of 128 rows, and of 128 columns three warpgroups have too few registers.
-    groups = (2,) if dim == 128 or name in LISTED else (2, 3)
+    groups = (2,) if dim == 128 or name in (*LISTED, *BOUNDED) else (2, 3)
     flags = (False, True)
     made: dict[str, Variant] = {}
-    for has, warpgroups, turns, persistent in itertools.product(flags if feature else (False,), groups, flags, flags):
+    orders = ("", "queued") if name in BOUNDED else ("", "persistent", "queued")
+    for has, warpgroups, turns, order in itertools.product(flags if feature else (False,), groups, flags, orders):
         if name == "dense bias" and not has:
             continue
-        named = {"turns": turns, "persistent": persistent, **({feature: True} if feature and has else {})}
+        named = {"turns": turns, **({order: True} if order else {}), **({feature: True} if feature and has else {})}
         words = [str(warpgroups), *(word for word, value in named.items() if value)]
         made[" ".join(words)] = Variant(stages(dim, warpgroups, named), warpgroups, **named)
     return made
@@ -115,7 +120,7 @@ def expected(
         s = s + x[b, 0]
     elif name == "ALiBi":
         s = s + x[h] * (j - i)
-    elif name == "soft-cap":
+    elif name in ("soft-cap", "soft-cap, causal"):
         s = CAP * torch.tanh(s / CAP)
     elif name == "causal from a buffer":
         s = s.masked_fill(x[0, 0] == 0, -math.inf)
@@ -123,6 +128,8 @@ def expected(
         s = s + x[h][j - i + length - 1]
     elif name == "dense bias":
         s = s + x[0, h]
+    if name in BOUNDED:
+        s = s.masked_fill((j > i) & (j >= WINDOW if name == "prefix LM" else True), -math.inf)
     return s.softmax(-1) @ v[b, h].double(), s.logsumexp(-1)
 
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import sympy
-
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_dead import dead
@@ -34,13 +32,13 @@ from xfcompile.site import ScoreSpec
 class Backward:
     """A generated backward: its text, what it differentiates, and what of the scores its kernels are given.
 
-    slope: the factor of dq and dk that is the same for all scores, None where the text has it for each.
+    linear: whether the derivative by s is the same for all scores.
     listed: whether the kernels take lists of tiles. exact: whether they are `EXACT` whatever the dtype.
     """
 
     text: str
     gradients: Gradients
-    slope: sympy.Expr | None
+    linear: bool
     listed: bool
     exact: bool
 
@@ -72,4 +70,4 @@ def _module(w: Writer, needed: tuple[int, ...]) -> Backward:
             *kernels,
         ]
     )
-    return Backward(text, w.found, w.slope, w.listed, w.exact)
+    return Backward(text, w.found, w.bend is None, w.listed, w.exact)

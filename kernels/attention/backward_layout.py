@@ -57,7 +57,7 @@ class Program:
             found.append("listed")
         if template.dense_loads(self.spec):
             found.append("dense")
-        return [*found, "linear" if self.made.slope is not None else "other"]
+        return [*found, "linear" if self.made.linear else "other"]
 
     def kernel(self, name: str, interpreted: bool) -> Any:
         return getattr(_module(self.forward, self.needed, interpreted), f"attention_backward_{name}")

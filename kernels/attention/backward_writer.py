@@ -48,14 +48,16 @@ class Writer:
     """Writes the module of one spec: what its parts share is found once.
 
     tiles: loads that the site's own functions are given, in fp32, as tile0, tile1 ...
+    slope, bend: the derivative of a score by s as a number that is the same for all, by which dq and dk are multiplied
+    in the end, and what is each score's own, None where nothing is.
     """
 
     def __init__(self, spec: ScoreSpec, found: Gradients, tiles: Sequence[Load] = ()) -> None:
         self.spec = spec
         self.found = found
         self.tiles: dict[sympy.Basic, Term] = {load: Term(f"tile{n}", "float") for n, load in enumerate(tiles)}
-        constant = not found.slope.free_symbols - set(spec.scalars) and not found.slope.has(Load)
-        self.slope = found.slope if constant else None
+        self.slope, own = found.apart(spec.scalars)
+        self.bend = None if own == 1 else own
         self.exact = spec.far or template.wide(spec)
         self.score = spec.score if self.exact else times(LOG2E, spec.score)
         self.listed = template.listed(spec)
@@ -66,8 +68,8 @@ class Writer:
         self.random = ["seed", "layer", "stream"] if spec.dropout else []
         self.helpers: set[str] = set()
         expressions = [self.score, spec.keep, *(x.derivative for x in found.loads if x.kind != "sink")]
-        if self.slope is None:
-            expressions.append(found.slope)
+        if self.bend is not None:
+            expressions.append(self.bend)
         tanh = any(x is not None and x.has(sympy.tanh) for x in (*expressions, spec.sink))
         self.flags = ["FAST"] if tanh else []
         self.rows, self.row_lines = self._hoisted("row", expressions)
@@ -140,8 +142,8 @@ class Writer:
             made.append(self._function("sink", own, spec.sink, real=True, site=False))
         if spec.keep != sympy.true:
             made.append(self._function("keep", site, spec.keep, real=False))
-        if self.slope is None:
-            made.append(self._function("slope", ["s", *site], self.found.slope, real=True, tile=True))
+        if self.bend is not None:
+            made.append(self._function("bend", ["s", *site], self.bend, real=True, tile=True))
         for n, x in self.found.of("rows", "columns", "dense", "diagonal"):
             if x.derivative != 1:
                 made.append(self._function(f"by_load{n}", ["s", *site], x.derivative, real=True, tile=True))
@@ -199,7 +201,7 @@ class Writer:
         return lines
 
     def ds(self, edge: str) -> list[str]:
-        return ["ds = dx"] if self.slope is not None else self.times("ds", f"slope(s, {self.site})", edge)
+        return ["ds = dx"] if self.bend is None else self.times("ds", f"bend(s, {self.site})", edge)
 
     def dropped(self, name: str, across: bool = False) -> list[str]:
         """Drops out what the forward did, of weights or of their gradients, and makes the others larger by as much."""
@@ -216,7 +218,7 @@ class Writer:
         return ["kept = p", *self.dropped("kept", across)]
 
     def times_slope(self) -> str:
-        if self.slope is None or self.slope == 1:
+        if self.slope == 1:
             return ""
         printer = Printer(RULES, self.spec.operands, self.scope)
         return f" * {printer.float(self.slope).at(7)}"

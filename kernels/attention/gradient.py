@@ -39,6 +39,16 @@ class Gradients:
     slope: sympy.Expr
     loads: tuple[LoadGradient, ...]
 
+    def apart(self, scalars: Sequence[sympy.Symbol]) -> tuple[sympy.Expr, sympy.Expr]:
+        """The slope as a number that is the same for all scores times what is each score's own: 1 if nothing is."""
+        others = [*(self.slope.free_symbols - set(scalars)), *self.slope.atoms(Load)]
+        if not others:
+            return self.slope, sympy.S.One
+        if len(others) > 1 or others[0] != S:  # such terms are found again by how they are written
+            return sympy.S.One, self.slope
+        same, own = sympy.factor_terms(self.slope).as_independent(S, as_Add=False)
+        return same, own
+
     def of(self, *kinds: Kind) -> list[tuple[int, LoadGradient]]:
         """The loads of some kinds, with their numbers."""
         return [(n, x) for n, x in enumerate(self.loads) if x.kind in kinds]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,12 +104,15 @@ class Hopper:
         operands: Sequence[Tensor] = (),
         variant: Variant | None = None,
     ) -> None:
-        self.variant = variant = variant or usual(prepared.key, q.dtype, q.shape[3])
+        variant = variant or usual(prepared.key, q.dtype, q.shape[3])
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
-        module = _module(prepared.key, variant)
         blocks = -(-lq // variant.rows)
         total = batch * heads * blocks
+        if total <= multiprocessors(q.device.index):  # each program has one piece of work
+            variant = replace(variant, queued=False)
+        self.variant = variant
+        module = _module(prepared.key, variant)
         columns = hopper.columns(dq)
         constants: dict[str, Any] = {"ROWS": variant.rows, "KEYS": hopper.KEYS, "STAGES": variant.stages}
         constants |= {**flags, "DV": dv, "HEADS_FIRST": heads_first, "REGISTERS": variant.registers}
@@ -121,7 +125,9 @@ class Hopper:
             described.append(described_for_gluon(seen(operands[self.bias], lq, lk), [1, 1, rows, hopper.KEYS]))
             constants["UNIT"] = 1.0  # scores are as the program has them
         programs = total
-        if variant.persistent:
+        if variant.queued:
+            programs = multiprocessors(q.device.index)
+        elif variant.persistent:
             # Those of equal sizes: where tiles are listed, of one sequence.
             pieces = total if prepared.mask is None else heads * blocks
             programs = multiprocessors(q.device.index) if pieces > multiprocessors(q.device.index) else total
@@ -147,7 +153,8 @@ class Hopper:
         tiles: Tensor | None,
     ) -> None:
         bias = [] if self.bias is None else [operands[self.bias]]
-        tensors, free = [q, k, v, *bias, out, lse, *operands], scalars
+        counter = [q.new_zeros((1,), dtype=torch.int32)] if self.variant.queued else []
+        tensors, free = [q, k, v, *bias, out, lse, *counter, *operands], scalars
         if tiles is not None:
             tensors.append(tiles)
             free = [*free, *lists.steps(tiles)]

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from attention_cases import CASES, Case, Inputs, Sizes, call, inputs, named
-from backward_cases import DIFFERENTIABLE, check, floating
+from backward_cases import CAPPED, DIFFERENTIABLE, check, floating
 
 from xfcompile.kernels.attention import launch_backward, launch_hopper_backward, lists_sizes, prepare
 from xfcompile.kernels.attention.backward_layout import Needs
@@ -58,13 +58,14 @@ def frozen(x: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("backward_cases.floating", lambda x: [])
 
 
-SURE = {"plain", "causal", "bottom_right", "padding_mean", "padding_zero", "sink"}
+SURE = {"plain", "causal", "bottom_right", "padding_mean", "padding_zero", "sink", "soft_cap", "soft_cap_causal"}
+SURE |= {case.name for case in CAPPED}
 """Cases that this kernel has to take."""
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*DIFFERENTIABLE, *CAPPED], ids=lambda case: case.name)
 def test_without_gradients_of_what_is_added(
     case: Case, dtype: torch.dtype, dim: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +95,7 @@ def test_slopes_that_leave_one_key_each(
 @pytest.mark.parametrize(("lq", "lk"), [(257, 64), (256, 1000), (1000, 129), (640, 640)])
 @pytest.mark.parametrize(("dq", "dv"), [(40, 64), (64, 64), (72, 128), (128, 96)])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("name", ["plain", "bottom_right", "padding_mean", "sink"])
+@pytest.mark.parametrize("name", ["plain", "bottom_right", "padding_mean", "sink", "soft_cap_causal"])
 def test_lengths_and_head_dims(
     name: str, heads: tuple[int, int], dq: int, dv: int, lq: int, lk: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,8 +106,7 @@ def test_lengths_and_head_dims(
     assert ran == [True]
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("width", [512, 600, 700])
+@pytest.mark.parametrize(("width", "dim"), [(512, 64), (700, 64), (256, 128), (300, 128), (700, 128)])
 def test_wide_windows(width: int, dim: int, ran: Ran) -> None:
     band = Band(I - width + 1, I + 1, exact=True)
     case = Case("window", ScoreSpec(SCALE, sympy.And(J <= I, I - width < J), band=band))
@@ -168,4 +168,4 @@ def test_strides_that_tma_does_not_take_are_left_to_the_others(
     assert ran == [False]
 
 
-assert {case.name for case in CASES} >= SURE and floating is not None
+assert {case.name for case in (*CASES, *CAPPED)} >= SURE and floating is not None

@@ -5,15 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import sympy
 import torch
-from attention_cases import CASES, Case, Inputs, call, error
+from attention_cases import CASES, FLOAT, SCALE, Case, Inputs, X, call, error, left_padding, minus_infinity
 from torch import Tensor
 
 from xfcompile.kernels.attention import launch_backward, prepare, reference
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.gradient import gradients, why_not
+from xfcompile.score import B, J, Load
+from xfcompile.site import Operand, ScoreSpec
 
 DIFFERENTIABLE = [case for case in CASES if why_not(case.spec) is None]
+
+_CAP = 2 * sympy.tanh(SCALE / 2)
+_PADDING = (Operand(FLOAT, 2),)
+CAPPED = [
+    Case("capped beside padding", ScoreSpec(_CAP + Load(0, B, J), operands=_PADDING), minus_infinity),
+    Case("capped beside far keys", ScoreSpec(_CAP + Load(0, B, J), operands=_PADDING, far=True), left_padding),
+    Case("capped at run time", ScoreSpec(X * sympy.tanh(SCALE / X), scalars=(X,)), floats=(1.5,)),
+    Case("capped after rounding", ScoreSpec(_CAP, coarse=True)),
+]
+"""Scores each of which has a slope of its own, beside those of `CASES`."""
 
 
 def floating(x: Inputs) -> list[int]:

@@ -151,12 +151,13 @@ def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> 
     assert len(programs) == 10 and not programs & {"sliding window", "documents"}
     assert ("dense bias", 128) in hopper and ("dense bias", 64) not in hopper
     backward = {r["program"] for r in results if r["kernel"] == "hopper_backward"}
-    assert len(backward) == 8 and not backward & {"sliding window", "T5 bias", "soft-cap", "soft-cap, causal"}
+    assert len(backward) == 10 and not backward & {"sliding window", "T5 bias"}
     # The bias of each distance is gathered for few tiles only, those near the diagonal.
     # What an accumulator of 128 columns leaves few registers for was measured as it is.
     measured = {("hopper", "dense bias", 128), ("hopper", "ALiBi", 128), ("hopper_backward", "ALiBi", 128)}
     measured |= {("hopper_backward", "key padding", dim) for dim in (64, 128)}
     measured.add(("hopper_backward", "documents", 128))  # it is not launched there: their lists are of smaller tiles
+    measured.add(("hopper_backward", "soft-cap, causal", 128))  # 14 of 536 instructions of its loop, as of "causal"
     others = [r for r in results if r["program"] != "T5 bias" and (r["kernel"], r["program"], r["dim"]) not in measured]
     assert [(r["kernel"], r["program"], r["dim"], r["spills"]) for r in others if r["spills"] > 64] == []
 

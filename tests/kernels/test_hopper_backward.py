@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Sequence
 from typing import Any
 
+import gluon_in_torch
 import pytest
 import sympy
 import torch
 from attention_cases import CASES, Case, Inputs, Sizes, inputs, named
-from backward_cases import check, floating
+from backward_cases import CAPPED, check, floating
 from torch import Tensor
 
 from xfcompile.kernels.attention import (
@@ -28,8 +28,8 @@ from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.gradient import gradients, why_not
 from xfcompile.kernels.attention.repeat import Launch
-from xfcompile.score import I, J
-from xfcompile.site import Band, ScoreSpec
+from xfcompile.score import I, J, Load, S, Where
+from xfcompile.site import Band, Operand, ScoreSpec
 
 SCALE = named("plain").spec.score
 ROWS, KEYS = hopper_backward.ROWS, hopper_backward.KEYS
@@ -55,6 +55,8 @@ TAKEN = [case for case in CASES if why_not(case.spec) is None and reason(case) i
 def test_what_it_takes() -> None:
     names = {case.name for case in TAKEN}
     assert {"plain", "causal", "padding_mean", "sink", "additive_padding", "far_number"} <= names
+    assert {"soft_cap", "soft_cap_causal"} <= names
+    assert [reason(case) for case in CAPPED] == [None] * len(CAPPED)
     assert "bias_hij" not in names and "t5" not in names and "no_dot_product" not in names
     assert reason(named("plain"), torch.float32) == "it multiplies numbers of 16 bits"
     assert reason(named("plain"), dim=36) == "head dims"
@@ -65,12 +67,38 @@ def test_what_it_takes() -> None:
     )
     assert reason(named("sink"), needed=(0,)) is None
     assert reason(named("window")) == "a narrow band is visited in smaller tiles"
-    assert reason(window(511)) is not None and reason(window(512)) is None
-    assert reason(named("soft_cap")) == "a slope of its own for each score takes registers that are not left"
+    for dim, width in hopper_backward.NARROW.items():
+        assert reason(window(width - 1), dim=dim) is not None and reason(window(width), dim=dim) is None
+    assert reason(named("functions")) == "a slope that may not be finite where a weight is 0"
+
+
+@pytest.mark.parametrize(
+    ("slope", "bounded"),
+    [
+        (1 - sympy.tanh(S / 50) ** 2, True),
+        (sympy.tanh(3 - S) - sympy.tanh(S) ** 3 / 2, True),
+        (S, False),
+        (S * sympy.tanh(S), False),
+        (1 / (1 + S**2), False),  # which is, but as a quotient of infinities it is NaN
+        (1 / sympy.tanh(S), False),
+        (sympy.tanh(S**2 - S), False),  # NaN of infinity
+        (sympy.tanh(S / (I - J)), False),  # NaN of 0 by 0
+        (sympy.tanh(S * Load(0, J)), False),
+        (sympy.exp(-(S**2)), False),
+        (Where(S > 1, S, 0), False),
+    ],
+)
+def test_slopes_by_which_weights_of_0_stay_0(slope: sympy.Expr, bounded: bool) -> None:
+    assert hopper_backward.is_bounded(slope, ()) == bounded
+
+
+def test_a_slope_for_each_head_may_be_infinite() -> None:
+    spec = ScoreSpec(S * Load(0, 0), operands=(Operand(torch.float32, 1),))
+    assert reason(Case("a scale that is learned", spec)) == "a slope that may not be finite where a weight is 0"
 
 
 @pytest.mark.parametrize("case", TAKEN, ids=lambda case: case.name)
-def test_kernels_are_given_what_they_take(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_given_what_they_take(case: Case, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each argument by its place: tensors, numbers and what is free, then the constants by their names."""
     seen: list[str] = []
 
@@ -111,6 +139,42 @@ def backward(case: Case, x: Inputs) -> None:
     launch_backward.run(out, x.q, x.k, x.v, out, lse, x.operands, x.ints, x.floats, prepare(case.spec), needs)
 
 
+OTHERS = ["plain", "bottom_right_dead_rows", "padding_mean", "documents", "sink", "alibi", "far_keys", "negative_scale"]
+
+
+@pytest.mark.parametrize(
+    ("case", "dim"),
+    [
+        *[(named(name), 64) for name in OTHERS],
+        *[(named("soft_cap"), 64), (named("soft_cap"), 128), (named("soft_cap_causal"), 96)],
+        *[(case, 48) for case in CAPPED],
+    ],
+    ids=lambda x: getattr(x, "name", x),
+)
+def test_the_text_says_what_gradients_are(
+    case: Case, dim: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ragged blocks and tiles, for heads that share keys."""
+    ran = []
+    launch = Launch.__call__
+
+    def launched(self: Launch, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> None:
+        if "hopper" not in self.kernel.fn.__module__:
+            launch(self, tensors, free)
+            return
+        ran.append(self.kernel.__name__)
+        gluon_in_torch.run(self, tensors, free)
+
+    monkeypatch.setattr(Launch, "__call__", launched)
+    monkeypatch.setattr(launch_hopper_backward, "_why_not_these", lambda call: None)
+    monkeypatch.setattr("backward_cases.floating", floating if case.spec.sink is not None else lambda x: [])
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    monkeypatch.setattr(lists_sizes, "tile_sizes", lambda *about: (128, KEYS))
+    monkeypatch.setattr(lists, "run", lists.tightest)
+    check(case, inputs(case, torch.float16, "contiguous", Sizes(2, 2, 1, 150, 200, dim, dim)))
+    assert ran == ["prepare_rows", "attention_backward", "finish_dq"]
+
+
 def test_where_it_does_not_run_the_other_kernels_do(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     case = named("causal")
     tried = []
@@ -140,46 +204,6 @@ def test_sums_in_any_order_are_not_for_those_who_ask_for_the_same_numbers(
 # -- which tiles ---------------------------------------------------------------------------------------------------
 
 
-class Numbers(types.SimpleNamespace):
-    """What the text's functions on whole numbers need of `triton.language` and Gluon's, for one number at a time."""
-
-    constexpr = int
-    int64 = int32 = int
-
-    @staticmethod
-    def where(condition: bool, a: int, b: int) -> int:
-        return a if condition else b
-
-    minimum, maximum = staticmethod(min), staticmethod(max)
-
-    @staticmethod
-    def cast(x: Any, dtype: type) -> int:
-        return int(x)
-
-
-class Number(int):
-    def to(self, dtype: type) -> int:
-        return int(self)
-
-
-def functions(case: Case, listed: Tensor | None) -> dict[str, Any]:
-    """`bounds` and `tile` of the text, as Python computes them."""
-    spec = case.spec
-    text = hopper_backward.module(written(spec))
-    wanted = ("lower", "upper", "first_row_lower", "first_row_upper", "bounds", "tile")
-    parts = [part for part in text.split("\n\n\n") if part.split("def ")[-1].split("(")[0].strip() in wanted]
-    source = "\n\n\n".join(parts) or ""
-    numbers = Numbers()
-    if listed is not None:
-        flat = listed.flatten().tolist()
-        numbers.load = lambda at, mask=True, other=0: flat[at] if mask else other
-    scope: dict[str, Any] = {"gl": numbers, "tl": numbers, "list_ptr": 0}
-    for decorator in ("@triton.jit", "@gluon.jit"):
-        source = source.replace(decorator, "")
-    exec(source.replace(".to(gl.int64)", ""), scope)
-    return scope
-
-
 BANDS = ["plain", "causal", "causal_more_rows", "bottom_right", "dead_blocks_mean"]
 LISTED = ["chunks", "padding_mean", "padding_zero", "some_rows_mean", "nothing_kept"]
 
@@ -196,10 +220,10 @@ def test_each_tile_that_keeps_something_is_visited_once(case: Case, lengths: tup
     if prepared.mask is not None:
         values = mask_values(prepared, x.operands, prepared.numbers(x.ints, x.floats))
         listed = lists.tightest(x.q, *values, (2, 2, lq, lk), 128, KEYS, prepared.mask, by_key=True)
-    scope = functions(Case(case.name, spec), listed)
+    scope = gluon_in_torch.scope(hopper_backward.module(written(spec)), 0)
     keep = kept(spec, x, (2, 2, lq, lk))
     step = lists.steps(listed)
-    more = [] if listed is None else [0, *step]
+    more = [] if listed is None else [gluon_in_torch.Pointer.to(listed), *step]
     for b in range(2):
         for block in range(-(-lk // KEYS)):
             n, masked, *which = scope["bounds"](b, 1, block, lq, lk, *scalars.values(), *more, ROWS, KEYS, 128)

@@ -115,7 +115,9 @@ def test_what_a_block_of_rows_visits() -> None:
 
 def test_persistent_programs_have_pieces_of_equal_sizes_and_lists_are_of_one_size() -> None:
     for (kind, seen, width), fact in USUAL.items():
-        assert fact.value.persistent == (seen in ("all", "some")), (kind, seen, width)
+        one_size = seen in ("all", "some")
+        assert fact.value.persistent + fact.value.queued == 1 or not one_size, (kind, seen, width)
+        assert not fact.value.persistent or one_size, (kind, seen, width)
         assert fact.value.rows == hopper.ROWS or seen == "all", (kind, seen, width)
         assert kind == "other" or getattr(fact.value, kind), (kind, seen, width)
 
@@ -129,7 +131,7 @@ def test_every_text_is_python(case: Case) -> None:
     spec, pieces = made(case.spec)
     for dim in hopper.HEAD_DIMS:
         usual = hopper_variant.usual(spec, pieces, torch.bfloat16, dim)
-        for variant in (usual, replace(usual, turns=True, warpgroups=3)):
+        for variant in (usual, replace(usual, turns=True, warpgroups=3), replace(usual, queued=True)):
             text = hopper.module(spec, pieces, variant)
             ast.parse(text)
             assert "{" not in text.replace("mov.b32 {$0, $1}", "").split("@gluon.jit", 1)[1]
@@ -169,7 +171,19 @@ def test_the_kernel_is_given_what_it_takes(case: Case, monkeypatch: pytest.Monke
         tiles = lists.tightest(x.q, *arguments, shape, hopper.ROWS, hopper.KEYS, prepared.mask)
     kernel(x.q, x.k, x.v, out, lse, x.operands, [*x.ints, *x.floats], tiles)
     blocks = 2 * 4 * -(-700 // hopper.ROWS)
-    assert seen[0] == ("attention_forward", (9 if kernel.variant.persistent else blocks, 1, 1))
+    variant = kernel.variant
+    assert seen[0] == ("attention_forward", (9 if variant.persistent or variant.queued else blocks, 1, 1))
+
+
+def test_few_pieces_of_work_are_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = named("soft_cap_causal")
+    prepared = programs.program(prepare(case.spec))
+    x = inputs(case, torch.bfloat16, "contiguous", Sizes(2, 4, 2, 700, 700, 128, 128))
+    for multiprocessors, queued in ((47, True), (48, False)):
+        monkeypatch.setattr(launch_hopper, "multiprocessors", lambda device, n=multiprocessors: n)
+        kernel = launch_hopper.Hopper(prepared, x.q, x.k, x.v, [], {"UNIT": 1.0, "FAST": 1}, False)
+        assert kernel.variant.queued == queued
+        assert kernel.launch.grid == (47 if queued else 48, 1, 1)
 
 
 def test_tiles_of_a_bias_are_read_as_the_variant_says() -> None:

@@ -1,4 +1,8 @@
-"""Twelve attention programs in plain PyTorch, forward and with their backward, at three lengths."""
+"""Twelve attention programs in plain PyTorch, forward and with their backward, at three lengths.
+
+From projections to the next one: queries, keys and values are laid out as projections leave them, and what comes out
+is [batch, length, heads times head dim], as the next one takes it. A result that is laid out otherwise is copied there.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +53,11 @@ def prepare(row: Row, place: Place) -> Work:
     leaves = [*range(len(x) if program.learned else 3)] if train else []
     for n in leaves:
         x[n].requires_grad_()
-    dout = torch.randn_like(x[0])
+    dout = _for_projection(torch.randn_like(x[0]))
     axes = ("bhsd", "bhsd", "bhsd", *program.axes)
+
+    def heads_of(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (sizes.heads, sizes.dim)).transpose(1, 2)
 
     def narrow(t: Tensor, names: str) -> Tensor:
         """The part that the first heads have in a tensor."""
@@ -62,31 +69,31 @@ def prepare(row: Row, place: Place) -> Work:
             return [program.plain(*given)]
         for n in leaves:
             given[n] = given[n].clone().requires_grad_()
-        return torch.autograd.grad(program.plain(*given), [given[n] for n in leaves], change(narrow(dout, "bhsd")))
+        out = program.plain(*given)
+        return torch.autograd.grad(out, [given[n] for n in leaves], change(narrow(heads_of(dout), "bhsd")))
 
     def seen(outcome: Any) -> Sequence[Tensor]:
         if not train:
-            return [narrow(outcome, "bhsd")]
+            return [narrow(heads_of(outcome), "bhsd")]
         return [narrow(t, axes[n]) for t, n in zip(outcome, leaves, strict=True)]
 
     def way(column: str) -> Call:
         forward = _forward(column, program, x)
         if not train:
             return forward
-        laid: list[
-            Tensor
-        ] = []  # as what comes back to a column's own result is: one laid out otherwise is copied first
 
         def both() -> Sequence[Tensor]:
-            out = forward()
-            if not laid:
-                laid.append(torch.empty_like(out).copy_(dout))
-            return torch.autograd.grad(out, [x[n] for n in leaves], laid[0])
+            return torch.autograd.grad(forward(), [x[n] for n in leaves], dout)
 
         return c.within(column, both) if column in c.SDPAS else both
 
     exact = Check(lambda: reference(_wide), lambda: reference(lambda t: t), seen)
     return Work(way, exact, grad=train)
+
+
+def _for_projection(t: Tensor) -> Tensor:
+    """From [batch, heads, length, head dim] to [batch, length, features], a view where a result is laid out as that."""
+    return t.transpose(1, 2).flatten(2)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -98,7 +105,7 @@ def _forward(column: str, program: Program, x: list[Tensor]) -> Call:
         return _sdpa(column, program, x)
     if column == c.FLEX:
         return _flex(program, x)
-    fn = c.compiled(program.plain, column, FAMILY, dynamic=False)
+    fn = c.compiled(lambda *x: _for_projection(program.plain(*x)), column, FAMILY, dynamic=False)
     return lambda: fn(*x)
 
 
@@ -108,9 +115,9 @@ def _sdpa(column: str, program: Program, x: list[Tensor]) -> Call:
         raise Skip("SDPA has no words for it")
     said = program.sdpa
     if program.learned and torch.is_grad_enabled():  # the mask is made in the call: it has a gradient
-        return c.within(column, lambda: F.scaled_dot_product_attention(q, k, v, **said(q, *rest)))
+        return c.within(column, lambda: _for_projection(F.scaled_dot_product_attention(q, k, v, **said(q, *rest))))
     words = said(q, *rest)
-    return c.within(column, lambda: F.scaled_dot_product_attention(q, k, v, **words))
+    return c.within(column, lambda: _for_projection(F.scaled_dot_product_attention(q, k, v, **words)))
 
 
 def _flex(program: Program, x: list[Tensor]) -> Call:
@@ -121,8 +128,12 @@ def _flex(program: Program, x: list[Tensor]) -> Call:
     n, batch = q.shape[2], q.shape[0]
     block_mask = None if mask is None else create_block_mask(mask, batch, None, n, n, device=q.device.type)
     scale = 1.0 if program.name == "T5 bias" else None
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, score_mod=score, block_mask=block_mask, scale=scale)
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _for_projection(flex_attention(q, k, v, score_mod=score, block_mask=block_mask, scale=scale))
+
+    compiled = torch.compile(fn, dynamic=False)
+    return lambda: compiled(q, k, v)
 
 
 BENCHMARK = Benchmark(
