@@ -54,12 +54,12 @@ def _rows(w: Writer) -> str:
         nothing = "tl.full([BLOCK_DV], 0.0, tl.float32)"
         mean = "tl.reduce(dout.to(tl.float32) * total[None, :], 1, tl.standard._sum_combine)"
         terms = [*values, "total += tl.reduce(v.to(tl.float32), 0, tl.standard._sum_combine)"]
-    if w.slope is None:
+    if w.bend is not None:
         own = ["q = tl.load(q_ptr + rows * stride_qm + offs_dq * stride_qd, mask=dead & (offs_dq < DQ), other=0.0)"]
         own += ["if UPCAST:", "    q = q.to(tl.float32)", *w.row_lines]
         dx = [SCORES.format("q, tl.trans(k)", "[M, N]"), "j = tl.minimum(offs_n, lk - 1)", *w.column_lines]
-        dx.append(f"dx = dx * slope(s, {w.site})")
-        sums, last = ["dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)"], "dq"
+        dx.append(f"dx = dx * bend(s, {w.site})")
+        sums, last = ["dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)"], f"dq{w.times_slope()}"
         before: list[str] = []
     else:
         own, dx, last = [], [], f"(dq - rest[:, None] * mean[None, :]){w.times_slope()}"
@@ -112,8 +112,8 @@ def _keys(w: Writer) -> str:
             "dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)",
         ]
     own: list[str] = []
-    slope: list[str] = []
-    if w.slope is None and spec.leaks:
+    bend: list[str] = []
+    if w.bend is not None and spec.leaks:
         own = [
             "j = keys",
             "k = tl.load(k_ptr + wide_b * stride_kb + wide_h * stride_kh + wide_j * stride_kn + offs_dq * stride_kd,",
@@ -121,8 +121,8 @@ def _keys(w: Writer) -> str:
             "if UPCAST:",
             "    k = k.to(tl.float32)",
         ]
-        slope = [SCORES.format("k, tl.trans(q)", "[N, M]"), "i = tl.minimum(offs_m, lq - 1)[None, :]", *w.row_lines]
-        slope += [f"dx = dx * slope(s, {w.site})"]
+        bend = [SCORES.format("k, tl.trans(q)", "[N, M]"), "i = tl.minimum(offs_m, lq - 1)[None, :]", *w.row_lines]
+        bend += [f"dx = dx * bend(s, {w.site})"]
     leaks = [
         "if NEED_DK:",
         "    q = tl.load(q_head + rows * stride_qm + offs_dq * stride_qd, mask=dead & (offs_dq < DQ), other=0.0)",
@@ -132,12 +132,12 @@ def _keys(w: Writer) -> str:
         "    dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # [N, M]",
         *(f"    {line}" for line in w.dropped("dp", across=True)),
         "    dx = (dp - delta[None, :]) * share",
-        *(f"    {line}" for line in slope),
+        *(f"    {line}" for line in bend),
         "    dx = tl.where(none[None, :], dx, 0.0)",
         "    dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)",
     ]
     scale = f" * {philox.scale(spec.dropout)!r}" if spec.dropout else ""
-    each = [*(w.column_lines if slope else []), *(template.RANDOM if w.random else [])]
+    each = [*(w.column_lines if bend else []), *(template.RANDOM if w.random else [])]
     return KEYS_KERNEL.format(
         options=w.options(lists=False),
         signature=w.signature(
