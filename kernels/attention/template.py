@@ -322,7 +322,7 @@ def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM)
         *added,
         f"m_new = tl.maximum(m, {above})",
         *safe,
-        "if POWER > 2.0:  # not rounded before the maximum is off",
+        "if UNIT == 1:  # not rounded before the maximum is off",
         f"    p = tl.exp2((s * {scale} + ({below})[:, None]) * POWER)  # [M, N]",
         "else:",
         f"    p = tl.exp2(s * ({form.scale!r} * UNIT * POWER) + (({below}) * POWER)[:, None])",
