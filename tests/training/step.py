@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +119,27 @@ def check(
     assert routes == [expected or ROUTE[route]] * sites, [(x.route, x.reason) for x in report.sites]
     judge(step(program, doubled(inputs)), step(program, inputs), ours, torch.finfo(inputs[0].dtype).eps, terms)
     return report
+
+
+def check_on_average(
+    program: Program, draws: Sequence[Sequence[Tensor]], route: str, expected: str | None = None
+) -> None:
+    """As `check`, of the geometric means of errors: where a result is what large terms leave of each other, its error
+    in one draw says as little as eager's does."""
+    report = xfcompile.Report()
+    ours = compiled(program, route, report)
+    errors: dict[str, list[tuple[float, float, float]]] = {}
+    for n, inputs in enumerate(draws):
+        exact, eager = step(program, doubled(inputs), n), step(program, inputs, n)
+        mine = step(ours, inputs, n)
+        for name, right in exact.items():
+            scale = _largest(right)
+            errors.setdefault(name, []).append((_error(mine[name], right), _error(eager[name], right), scale))
+    assert [site.route for site in report.sites if site.matched] == [expected or ROUTE[route]]
+    eps = torch.finfo(draws[0][0].dtype).eps
+    for name, found in errors.items():
+        own, theirs, scale = (statistics.geometric_mean([x + 1e-30 for x in each]) for each in zip(*found, strict=True))
+        assert own <= 2 * theirs + 4 * eps * scale, f"{name}: {own:.3g}, eager's {theirs:.3g} of {scale:.3g}"
 
 
 @dataclass
