@@ -219,7 +219,7 @@ def test_each_tile_that_keeps_something_is_visited_once(case: Case, lengths: tup
     if prepared.mask is not None:
         values = mask_values(prepared, x.operands, prepared.numbers(x.ints, x.floats))
         listed = lists.tightest(x.q, *values, (2, 2, lq, lk), 128, KEYS, prepared.mask, by_key=True)
-    scope = gluon_in_torch.scope(hopper_backward.module(written(spec)), 0)
+    scope = gluon_in_torch.scope(hopper_backward.module(written(spec)))
     keep = kept(spec, x, (2, 2, lq, lk))
     step = lists.steps(listed)
     more = [] if listed is None else [gluon_in_torch.Pointer.to(listed), *step]
