@@ -372,9 +372,9 @@ def _assembly(text: str, constraints: str, given: Sequence[Tensor], dtype: Any, 
 
 
 def _of(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """A function of tensors and numbers; of Python's integers, as one."""
+    """A function of tensors and numbers; of Python's integers, as one. NaN stays, for it stands for anything."""
 
-    def call(*given: Any) -> Any:
+    def call(*given: Any, propagate_nan: object = None) -> Any:
         found = function(*map(torch.as_tensor, given))
         return found if found.is_floating_point() or any(isinstance(x, Tensor) for x in given) else found.item()
 
@@ -411,6 +411,7 @@ def _language(program: int, programs: int, parts: list[Callable[[], None]]) -> S
         **{name: getattr(torch, name) for name in dtypes},
         **{name: _of(getattr(torch, name)) for name in functions},
         NVMMASharedLayout=shared_layout,
+        PropagateNan=SimpleNamespace(ALL=None),
         constexpr=lambda x: x,
         program_id=lambda axis: program,
         num_programs=lambda axis: programs,

@@ -51,7 +51,7 @@ class _Turns:
         self.where, self.order = where, order
         self.locks = [threading.Semaphore(0) for _ in range(parts)]
         self.until: dict[int, Callable[[], bool]] = {number: lambda: True for number in range(parts)}
-        self.lines: dict[int, str] = {}
+        self.frames: dict[int, FrameType] = {}
         self.error: Exception | None = None
 
     def part(self, number: int, function: Callable[[], None]) -> None:
@@ -71,23 +71,20 @@ class _Turns:
         """Whoever comes next."""
         ready = sorted(number for number, so in self.until.items() if self.error is not None or so())
         if not ready and self.until:
-            waiting = "; ".join(self.lines[number] for number in sorted(self.until))
+            waiting = "; ".join(f"{number} in {self._line(self.frames[number])}" for number in sorted(self.until))
             self.error = Deadlock(f"all that is left waits: {waiting}")
             ready = sorted(self.until)
         if ready:
             self.locks[self.order.choice(ready)].release()
 
     def wait(self, number: int, until: Callable[[], bool]) -> None:
-        self.until[number] = until
-        if not until():
-            self.lines[number] = f"{number} in {self._line()}"
+        self.until[number], self.frames[number] = until, sys._getframe(1)
         self.start()
         self.locks[number].acquire()
         if self.error is not None:
             raise _Stopped
 
-    def _line(self) -> str:
-        frame: FrameType | None = sys._getframe(1)
+    def _line(self, frame: FrameType | None) -> str:
         while frame is not None and frame.f_code.co_filename != self.where:
             frame = frame.f_back
         if frame is None:

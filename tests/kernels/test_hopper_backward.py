@@ -31,6 +31,8 @@ from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import Band, Operand, ScoreSpec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCALE = named("plain").spec.score
 ROWS, KEYS = hopper_backward.ROWS, hopper_backward.KEYS
 
