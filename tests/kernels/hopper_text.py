@@ -1,4 +1,4 @@
-"""The attention kernel for Hopper as it is launched, its text run by torch."""
+"""The attention kernels for Hopper as they are launched, their text run by torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import torch
 from attention_cases import Inputs
 from torch import Tensor
 
-from xfcompile.kernels.attention import cache, forward_call, hopper, launch_hopper, lists, prepare, programs
+from xfcompile.kernels.attention import (
+    cache,
+    forward_call,
+    hopper,
+    hopper_backward,
+    launch_hopper,
+    launch_hopper_backward,
+    lists,
+    lists_sizes,
+    prepare,
+    programs,
+)
 from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.exactness import speed
 from xfcompile.kernels.attention.hopper_variant import Variant
@@ -58,7 +69,36 @@ def attention(
 
 
 def _changed_module(changed: tuple[str, str], key: str, variant: Variant) -> Any:
-    text = hopper.module(*launch_hopper._made_of(key), variant)
+    return _with(changed, hopper.module(*launch_hopper._made_of(key), variant))
+
+
+def backward(patch: pytest.MonkeyPatch, changed: tuple[str, str] | None = None) -> list[str]:
+    """From now on all backwards are by the kernels for Hopper, in torch. Returns the names of those that ran."""
+    ran: list[str] = []
+    launch = Launch.__call__
+
+    def launched(self: Launch, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> None:
+        if "hopper" not in self.kernel.fn.__module__:
+            launch(self, tensors, free)
+            return
+        ran.append(self.kernel.__name__)
+        gluon_in_torch.run(self, tensors, free)
+
+    def module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> Any:
+        assert changed is not None
+        return _with(changed, hopper_backward.module(launch_hopper_backward._writer(forward, needed, dtype)))
+
+    patch.setattr(Launch, "__call__", launched)
+    patch.setattr(launch_hopper_backward, "_why_not_these", lambda call: None)
+    if changed is not None:
+        patch.setattr(launch_hopper_backward, "_module", module)
+    patch.setattr(lists_sizes, "FEW_TILES", 0)
+    patch.setattr(lists_sizes, "tile_sizes", lambda *about: (hopper.ROWS, hopper_backward.KEYS))
+    patch.setattr(lists, "run", lists.tightest)
+    return ran
+
+
+def _with(changed: tuple[str, str], text: str) -> Any:
     assert changed[0] in text
     text = text.replace(*changed)
-    return cache.load(cache.store(text), f"changed_{cache.key_of(text)}")
+    return cache.load(cache.store(text), f"changed_hopper_{cache.key_of(text)}")
