@@ -36,13 +36,14 @@ def run(launch: Launch, tensors: Sequence[Tensor], free: Sequence[Any] = (), see
     kernel = launch.kernel
     path = kernel.fn.__code__.co_filename
     text = Path(path).read_text()
+    given = [*launch.numbers, *(torch.tensor(x) if isinstance(x, float) else x for x in free)]
     constants = {name: launch.constants[name] for name in kernel.arg_names if name in launch.constants}
     programs = launch.grid[0]
     for first in range(0, programs, AT_ONCE):
         parts: list[Callable[[], None]] = []
         for program in range(first, min(first + AT_ONCE, programs)):
             made = scope(text, program, programs, parts, path)
-            made[kernel.__name__](*described, *pointers, *launch.numbers, *free, **constants)
+            made[kernel.__name__](*described, *pointers, *given, **constants)
         in_turns.run(parts, path, seed + first)
 
 
@@ -72,7 +73,14 @@ def scope(
         "remainder": lambda a, b: a % b,
         "rounded_to_bfloat16": lambda x: x.bfloat16().float(),
     }
+    for name in {"column_factor"} & found.keys():
+        found[name] = _tensor_of(found[name])
     return found
+
+
+def _tensor_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Also where it returns a number of the text."""
+    return lambda *given: torch.as_tensor(function(*given))
 
 
 SPELLINGS = {

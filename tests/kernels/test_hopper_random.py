@@ -10,7 +10,7 @@ import hopper_text
 import pytest
 import sympy
 import torch
-from attention_cases import FLOAT, LK, LQ, Case, N, Sizes, check, inputs, normal, uniform
+from attention_cases import FLOAT, LK, LQ, Case, N, Sizes, X, check, inputs, normal, uniform
 from backward_cases import check as check_gradients
 from hopper_cases import is_taken, usual
 from sympy import Eq, Ne, Rational
@@ -37,6 +37,7 @@ class Draw:
         self.made: list[Made] = []
         self.scalars: list[sympy.Symbol] = []
         self.ints: list[Callable[[Sizes], int]] = []
+        self.floats: list[float] = []
         self.far = self.infinite = False
 
     def load(self, dtype: torch.dtype, made: Made, *at: sympy.Expr) -> sympy.Expr:
@@ -50,13 +51,20 @@ class Draw:
             self.ints.append(value)
         return x
 
+    def real(self, x: sympy.Symbol, value: float) -> sympy.Symbol:
+        self.floats.append(value)
+        self.scalars.append(x)
+        return x
+
     def score(self) -> sympy.Expr:
         scale = self.random.choice([Rational(1, 8), Rational(3, 10), Rational(1, 100), Rational(-1, 5)])
         score = S * scale
         cap = self.random.choice([None, None, 2, 30, 50, 60])
         if cap is not None:
             score = cap * sympy.tanh(score / cap)
-        added = self.random.choice(["nothing", "nothing", "slope", "place", "distance", "keys", "far keys", "rows"])
+        added = self.random.choice(
+            ["nothing", "nothing", "slope", "place", "distance", "number", "keys", "far keys", "rows"]
+        )
         if added in ("slope", "place", "distance"):
             # Of far distances two may be the same, and what decides between them is rounded off.
             size = self.random.choice([0.01, 1.0, 1.0, 10.0, *([1e7, 1e30] if added != "distance" else [])])
@@ -64,6 +72,9 @@ class Draw:
             sign = self.random.choice([-1, 1])
             factor = self.load(FLOAT, lambda z: sign * size * (1 + uniform(z.heads)), H)
             score += factor * {"slope": J - I, "place": J, "distance": sympy.Abs(I - J)}[added]
+        elif added == "number":
+            slope = self.random.choice([Rational(1, 10), sympy.Integer(-2), None])
+            score += (self.real(X, -0.3) if slope is None else slope) * (J - I)
         elif added == "rows":
             score += self.load(FLOAT, lambda z: 3 * normal(z.heads, z.lq), H, I)
         elif added != "nothing":
@@ -122,7 +133,9 @@ class Draw:
             score, keep, dead, tuple(self.operands), tuple(self.scalars),
             sink=sink, band=band, far=self.far,
         )  # fmt: skip
-        return Case("drawn", spec, lambda z: [f(z) for f in self.made], lambda z: [f(z) for f in self.ints])
+        return Case(
+            "drawn", spec, lambda z: [f(z) for f in self.made], lambda z: [f(z) for f in self.ints], tuple(self.floats)
+        )
 
     def sizes(self, dim: int) -> Sizes:
         kv_heads, group = self.random.choice([(1, 1), (1, 2), (2, 1), (1, 3)])
