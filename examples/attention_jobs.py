@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -15,6 +16,7 @@ from triton.compiler import ASTSource
 
 from xfcompile.bench.programs import Sizes, programs
 from xfcompile.kernels.attention import (
+    backward_dead,
     backward_layout,
     blocks,
     cache,
@@ -45,6 +47,7 @@ NAMES = {
 BACKWARD = ("dq", "dkdv")
 LOAD = "load0"
 """The backward's kernel of the first tensor that a score loads."""
+DEAD = ("dead_rows", "dead_keys")
 
 LENGTH = 4096
 """Of the programs that are compiled."""
@@ -63,6 +66,14 @@ CACHES = {
 }
 """What a step of decoding may keep: the kernels for few query rows are compiled for these."""
 
+PADDED = ScoreSpec(S / 8, sympy.Ne(Load(0, B, J), 0), "mean", (Operand(torch.bool, 2),), leaks=True)
+LEAKING = {
+    "added padding": PADDED,
+    "added padding, dropout": replace(PADDED, dropout=0.1),
+    "added padding, soft-cap": replace(PADDED, score=50 * sympy.tanh(S / 400)),
+}
+"""Rows without keys that send gradients to q, k and v."""
+
 
 def compile_attention(
     program: str, kernel: str, dtype: torch.dtype, dim: int, target: GPUTarget, rows: int
@@ -72,7 +83,7 @@ def compile_attention(
     if kernel == "tile_verdicts":
         return compile_lists(spec_of(program, kernel, dtype, dim), target), Tiles(LISTED, LISTED, 4, 1)
     kind = kind_of(target)
-    if kernel in (*BACKWARD, LOAD):
+    if kernel in (*BACKWARD, LOAD, *DEAD):
         backward = backward_of(program, kernel, dtype, dim)
         tiles = choose_backward(kernel, kind, dtype, dim, dim, backward.traits(kernel, None))
         return compile_backward(backward, kernel, dtype, dim, target, tiles), tiles
@@ -94,6 +105,8 @@ def compile_attention(
 def spec_of(program: str, kernel: str, dtype: torch.dtype, dim: int) -> ScoreSpec:
     if program == "causal from a buffer" and kernel == "tile_verdicts":
         return ScoreSpec(S, sympy.Ne(Load(0, 0, 0, I, J), 0), "nan", (Operand(torch.float32, 4),))
+    if program in LEAKING:
+        return LEAKING[program]
     return next(p for p in programs(dtype) if p.name == program).spec(Sizes(4, 32, LENGTH, dim))
 
 
@@ -161,6 +174,7 @@ def compile_backward(
         "BLOCK_N": tiles.block_n, "PRECISION": "ieee", "UPCAST": False, "EXACT": dtype == torch.float32,
         "FAST": 2 if backward.spec.coarse and target.backend == "cuda" else int(dtype.itemsize == 2),
         "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "ALWAYS": False, "EDGE_M": False, "EDGE_N": False,
+        "CHUNK": backward_dead.CHUNK, "MARKED": backward_dead.MARKED,
         **dict.fromkeys(("NEED_DQ", "NEED_DK", "NEED_DV", "NEED_DX"), True),
         **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_([a-z]d|ln)", name)},
         **{f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(backward.spec.operands)},
@@ -169,7 +183,11 @@ def compile_backward(
     any_number = {"group", "heads", "batch", "list_b", "list_h", *(x.name for x in backward.spec.scalars)}
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
-        kind = "*fp32" if name in ("pair_ptr", "inverse_ptr", "dload_ptr") else type_of(name, dtype, backward.spec)
+        kind = (
+            "*fp32"
+            if name in ("pair_ptr", "inverse_ptr", "delta_ptr", "dload_ptr")
+            else type_of(name, dtype, backward.spec)
+        )
         signature[name] = "constexpr" if name in constants else kind
         if name not in constants and name not in any_number:
             attributes[(position,)] = [["tt.divisibility", 16]]
@@ -216,8 +234,10 @@ def type_of(name: str, dtype: torch.dtype, spec: ScoreSpec) -> str:
     """Of a kernel's argument, by its name."""
     if name in ("lse_ptr", "acc_ptr", "m_ptr", "l_ptr"):
         return "*fp32"
-    if name in ("list_ptr", "counter_ptr"):
+    if name in ("list_ptr", "mark_ptr", "counter_ptr"):
         return "*i32"
+    if name == "seed_ptr":
+        return "*i64"
     if match := re.fullmatch(r"t(\d+)_ptr", name):
         return f"*{NAMES[spec.operands[int(match[1])].dtype]}"
     if name.endswith("_ptr"):

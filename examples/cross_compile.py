@@ -16,7 +16,7 @@ import gemm_jobs
 import hopper_attention_jobs
 import torch
 import triton
-from attention_jobs import BACKWARD, CACHES, LOAD, NAMES
+from attention_jobs import BACKWARD, CACHES, DEAD, LEAKING, LOAD, NAMES
 from resources import loads, resources
 from rich.console import Console
 from rich.progress import track
@@ -94,6 +94,8 @@ def jobs(all_programs: bool) -> Iterator[Job]:
             for kernel in BACKWARD:
                 yield Job("soft-cap, causal", torch.bfloat16, dim, target, kernel)
             yield Job("dense bias", torch.bfloat16, dim, target, LOAD)
+        for kernel in DEAD if all_programs or target in ("sm_90", "gfx942") else ():
+            yield Job("added padding, dropout", torch.bfloat16, 64, target, kernel)
         for dim in (64, 128):
             for program in ("plain", "growing cache", "mask of a cache"):
                 yield Job(program, torch.bfloat16, dim, target, "decode_split")
@@ -113,6 +115,10 @@ def jobs(all_programs: bool) -> Iterator[Job]:
                     yield Job(program.name, torch.bfloat16, 128, target, kernel)
         for dim in (64, 128):
             yield Job("T5 bias", torch.bfloat16, dim, target, LOAD)
+        for kernel in ("attention_forward", *DEAD):
+            for name in LEAKING:
+                yield Job(name, torch.bfloat16, 128, target, kernel)
+                yield Job(name, torch.float32, 64, target, kernel)
         yield Job("causal", torch.float16, 256, target)
         yield Job("causal", torch.float32, 64, target)
         yield Job("causal", torch.float32, 128, target)

@@ -316,6 +316,8 @@ def _site(
         masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
     added_in = score_dtype if call is None else torch.float32  # SDPA's kernels add masks to what they accumulate
     rounding = added_in if _rounds(masked.score, predicate, loads, added_in, ranges) else None
+    # Beside a sink the weights of a row without keys are 0, and so are their gradients.
+    bare = not alive and sink is None
     bounds = band(predicate) if predicate != sympy.true else Band()
     had = describe(predicate, ranges)
     told = masked.fills or any(v.op == "where" or (v.op == "add" and not _number(v["other"])) for v in interior)
@@ -347,7 +349,7 @@ def _site(
         full=full,
         floor=max(finite) if full is not None else None,
         rounding=rounding,
-        leaks=not alive and any(added and fill.is_finite for fill, added in masked.fills),
+        leaks=bare and any(added and fill.is_finite for fill, added in masked.fills),
         one_fill=len(masked.fills) == 1 and masked.fills[0][1] and keep == sympy.true,
         call=call,
     )

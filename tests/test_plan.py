@@ -61,11 +61,13 @@ def test_a_bias_that_is_larger_than_what_it_is_made_of_is_not_made_on_cpus() -> 
     assert objection(64, bias_grad=False, device="cpu", words=words, lead=(B, H)) is None
 
 
-def test_our_kernel_drops_no_weights_of_rows_without_keys_out() -> None:
+def test_sdpa_drops_no_weights_of_rows_without_keys_out() -> None:
+    """It gives them none, and the mean of all values is put there; our kernel drops them out."""
+    rows = {"dropout": 0.25, "dead": "mean", "bias_grad": False}
+    assert "dropped out too" in (objection(144, alive=False, **rows) or "")
+    assert objection(144, alive=True, **rows) is None
     root = SimpleNamespace(meta=SimpleNamespace(device=torch.device("cpu")))
     site = SimpleNamespace(dropout=0.25, dead="mean", alive=False, root=root)
-    assert "dropped out too" in plan._why_no_kernel(site, S, None, False, False)
-    site.alive = True
     assert "interpreted" in plan._why_no_kernel(site, S, None, False, False)
 
 

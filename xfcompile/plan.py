@@ -15,7 +15,7 @@ from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
 from xfcompile.meaning import Tensor
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.score import B, H, J, Load, S
 from xfcompile.site import AttentionSite, Placed
 
 HALF = (torch.float16, torch.bfloat16)
@@ -203,6 +203,8 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "all weights are dropped out"
     if site.dropout and device == "cpu":
         return "SDPA drops no weights out on CPUs"
+    if site.dropout and site.dead == "mean" and not site.alive:
+        return "the weights of rows that may see no key are dropped out too"
     if bias_grad and device == "cpu":
         return "a term of the score needs a gradient, which SDPA on CPUs has only unfused"
     keys = sympy.sympify(site.keys)
@@ -239,15 +241,13 @@ def _why_no_kernel(
     site: AttentionSite, score: sympy.Expr, words: Told | None, training: bool, bias_grad: bool
 ) -> str | None:
     if training:
-        reason = _why_no_backward(site, score, words, bias_grad)
+        reason = _why_no_backward(site, score, bias_grad)
         if reason is not None:
             return reason
     if site.dropout and not philox.fine_enough(site.dropout):
         return f"a rate of dropout of {site.dropout:g} is finer than our kernel's random numbers"
     if site.dropout == 1:
         return "all weights are dropped out"
-    if site.dropout and site.dead == "mean" and not site.alive:
-        return "the weights of rows that may see no key are dropped out too"
     device = site.root.meta.device
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"
@@ -264,8 +264,8 @@ def _why_no_kernel(
     return supports(device, _kernel_dtype(site), int(site.head_dim), int(site.value_dim))
 
 
-def _why_no_backward(site: AttentionSite, score: sympy.Expr, words: Told | None, bias_grad: bool) -> str | None:
-    if site.leaks and not _leaks_simply(site, words, bias_grad):
+def _why_no_backward(site: AttentionSite, score: sympy.Expr, bias_grad: bool) -> str | None:
+    if site.leaks and not _leaks_simply(site, bias_grad):
         return "rows that may see no key send gradients through their added masks, which no fused kernel does"
     if site.full is not None or (site.rounding is not None and not site.leaks):
         return "nothing may be left of a row's scores beside its masks, whose gradients no fused kernel has"
@@ -276,16 +276,10 @@ def _why_no_backward(site: AttentionSite, score: sympy.Expr, words: Told | None,
     return why_no_gradient(score, site.sink)
 
 
-def _leaks_simply(site: AttentionSite, words: Told | None, bias_grad: bool) -> bool:
-    """Whether what rows without keys send to their scores is linear in q and in k: the score is a multiple of q·k and
-    all keys are masked by one number, beside which none of it is left. Then it is made of a few small products.
-
-    words: the site in SDPA's, which knows no sinks."""
-    if words is None or words.rest != 0 or words.coefficient.atoms(Load):
-        return False
-    numbers = not words.coefficient.free_symbols & {B, H, I, J}
-    as_one = site.dead == "mean" and site.one_fill and site.full is None
-    return numbers and as_one and not site.dropout and not bias_grad
+def _leaks_simply(site: AttentionSite, bias_grad: bool) -> bool:
+    """Whether what rows without keys send to their scores is no more than those of equal weights would have: all keys
+    are masked by one number that is added, beside which nothing is left of a score."""
+    return site.dead == "mean" and site.one_fill and site.full is None and not bias_grad
 
 
 def _kernel_dtype(site: AttentionSite) -> torch.dtype:

@@ -19,7 +19,7 @@ from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
-from xfcompile.site import AttentionSite, Miss, Operand, ScoreSpec
+from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
 
 MANY = 4096
 """How many queries there are taken to be where that is not known."""
@@ -263,8 +263,9 @@ def _triton(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype)
     more: dict[str, Any] = {"heads_first": True} if _heads_first(candidate) else {}
     if site.dropout:
         more["seed"], more["stream"] = emitter.seed(site.root.meta.device)
-    if candidate.training and tiles:
-        more["tiles_by_key"] = _tiles(emitter, candidate, dtype, q, loaded, key, by_key=True)[0]
+    by_key = _tiles(emitter, candidate, dtype, q, loaded, key, by_key=True) if candidate.training else ()
+    if by_key:
+        more["tiles_by_key"] = by_key[0]
     made = emitter.call(torch.ops.xfcompile.attention.default, q, k, v, operands, ints, [], key, *tiles, **more)
     return emitter.call(operator.getitem, made, 0)
 
@@ -292,8 +293,8 @@ def _tiles(
     block_m, block_n = tile_sizes(key, device, dtype, *dims, many)
     keys = sympy.sympify(site.keys)
     if keys.is_Integer and keys <= FEW_TILES * block_n:
-        # A backward does without lists then, and would be given them.
-        if candidate.training or not always_listed(key, device, dtype, *dims):
+        # A backward does without lists then: it is given none where there are none by keys.
+        if by_key or not always_listed(key, device, dtype, *dims):
             return ()
     operands, ints, floats = mask_arguments(key, *loaded)
     batch = sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0] if site.lead else sympy.S.One
@@ -346,7 +347,7 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
     spec = ScoreSpec(
         score=renumber(score),
         keep=renumber(site.keep),
-        dead=site.dead if site.dead != "unknown" else "zero",
+        dead=_rows_without_keys(site),
         operands=(
             *(Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used),
             *(Operand(torch.float32, 0) for _ in reals),
@@ -362,6 +363,14 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
         leaks=candidate.training and site.leaks,
     )
     return spec, operands, ints
+
+
+def _rows_without_keys(site: AttentionSite) -> Dead:
+    """What a kernel gives rows without keys. Where every row is proved to see one it does not look for any: the mean of
+    all values would take a launch forward and, of dv, a few backward."""
+    if site.alive and site.dead == "mean":
+        return "nan"
+    return "zero" if site.dead == "unknown" else site.dead
 
 
 def _as_tensor(emitter: Emitter, site: AttentionSite, number: sympy.Symbol) -> fx.Node:

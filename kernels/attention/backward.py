@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention.backward_dead import dead
 from xfcompile.kernels.attention.backward_dkdv import dkdv
 from xfcompile.kernels.attention.backward_dload import dload
 from xfcompile.kernels.attention.backward_dq import dq
@@ -53,7 +54,7 @@ def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
 
 def _module(w: Writer, needed: tuple[int, ...]) -> Backward:
     functions = w.functions()
-    kernels = [dq(w), dkdv(w), *(dload(w, n, x) for n, x in w.found.of("dense", "diagonal"))]
+    kernels = [dq(w), dkdv(w), *dead(w), *(dload(w, n, x) for n, x in w.found.of("dense", "diagonal"))]
     fields = template.fields(w.spec) | {"needed": needed}
     lines = [template.meaning(w.spec), f"slope  {w.found.slope}"]
     lines += [f"d/d{x.load}  {x.derivative}, {x.kind}" for x in w.found.loads]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator
-from xfcompile.kernels.attention import fit, lists, lists_sizes, programs, reference
+from xfcompile.kernels.attention import fit, lists, programs, reference
 from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.backward_layout import Layout, Needs, Program
 from xfcompile.kernels.attention.exactness import precision, speed
@@ -64,19 +64,14 @@ class Call:
 
     def listed(self, tiles: Tensor | None, tiles_by_key: Tensor | None, block_m: int, block_n: int) -> None:
         """Takes the lists of tiles, or makes them where they are worth their while."""
-        mask = self.forward.mask
-        if mask is None:
-            return
+        own = self.layout.lists
         if tiles is None or tiles_by_key is None:
-            block_m, block_n = lists_sizes.tile_sizes(
-                self.program.forward, self.q.device, self.q.dtype, self.dq, self.dv, self.lq
-            )
-            if -(-self.lk // block_n) <= lists_sizes.FEW_TILES:
+            if own is None:
                 return
+            block_m, block_n = own.block_m, own.block_n
             values = mask_values(self.forward, self.operands, self.scalars)
-            shape = (self.batch, self.heads, self.lq, self.lk)
-            made = [lists.run(self.q, *values, shape, block_m, block_n, mask, by_key=x) for x in (False, True)]
-            tiles, tiles_by_key = made
+            about = (*values, (self.batch, self.heads, self.lq, self.lk), block_m, block_n, own.mask)
+            tiles, tiles_by_key = (lists.run(self.q, *about, bool(n), own.sites[n]) for n in (0, 1))
         self.lists, self.sizes = (tiles, tiles_by_key), (block_m, block_n)
 
     def launch(self, name: str, tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
@@ -133,7 +128,7 @@ class Call:
             programs = self.batch * heads * -(-length // (sizes.block_n if name == "dkdv" else sizes.block_m))
             return self.made(name, programs, numbers, constants, sizes, tensors)
 
-        self._fitting(name, with_tiles, tensors, free)
+        self.fitting(name, with_tiles, tensors, free)
 
     def constants(self, sizes: Tiles) -> dict[str, Any]:
         wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted)
@@ -168,7 +163,7 @@ class Call:
         compiled = self.program.compiled.setdefault(kind, {})
         return Launch(kernel, programs, numbers, ordered, options, made=compiled)
 
-    def _fitting(
+    def fitting(
         self, name: str, make: Callable[[Tiles], Launch], tensors: Sequence[Tensor], free: Sequence[Any]
     ) -> None:
         """Launches with the tiles that were found to fit, and remembers that launch; at first, finds them by

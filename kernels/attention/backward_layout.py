@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import backward, cache, fit, programs, template
+from xfcompile.kernels.attention import backward, cache, fit, lists_sizes, programs, template
 from xfcompile.kernels.attention.backward import Backward
+from xfcompile.kernels.attention.backward_dead import MARKED
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import Tiles, Trait
+from xfcompile.kernels.registration import Site
 from xfcompile.score import POSITION
 from xfcompile.site import ScoreSpec
 
@@ -38,13 +40,10 @@ class Program:
     forward: str
     needed: tuple[int, ...]
     made: Backward
+    spec: ScoreSpec
     fitting: dict[Any, Tiles | fit.Unavailable] = field(default_factory=dict)
     layouts: dict[object, Layout] = field(default_factory=dict)
     compiled: dict[object, dict[object, Any]] = field(default_factory=dict)
-
-    @property
-    def spec(self) -> ScoreSpec:
-        return programs.program(self.forward).spec
 
     def traits(self, name: str, listed: tuple[int, int] | None) -> list[Trait]:
         """What the tiles of a kernel are chosen by. listed: the sizes of the tiles of a list."""
@@ -74,7 +73,7 @@ def prepare(forward: str, needed: tuple[int, ...]) -> Program:
     made = backward.generate(prepared.spec, needed)
     key = cache.key_of(made.text)
     log.info("attention backward %s: slope %s", cache.store(made.text), made.gradients.slope)
-    return Program(key, forward, needed, made)
+    return Program(key, forward, needed, made, prepared.spec)
 
 
 @functools.cache
@@ -155,7 +154,7 @@ class Layout:
     """What a backward's calls with tensors of one layout have in common, found out at the first of them.
 
     launches: of its kernels by their names, with tiles that fit. hopper: a `HopperBackward`, None where that is not for
-    these tensors, or UNKNOWN. totals: of a kernel for a load the memory that it
+    these tensors, or UNKNOWN. lists: that it makes. totals: of a kernel for a load the memory that it
     writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
     """
 
@@ -170,6 +169,7 @@ class Layout:
         self.pair = Blank((*lse.shape, 2), lse.dtype, lse.device)
         self.inverse = Blank(lse.shape, lse.dtype, lse.device)
         self.row = Blank(q.shape[:3], torch.float32, q.device)
+        self.marks = Blank((*q.shape[:2], -(-q.shape[2] // MARKED)), torch.int32, q.device)
         self.column = Blank((*q.shape[:2], k.shape[2]), torch.float32, q.device)
         found = program.made.gradients
         self.rows = [n for n, _ in found.of("rows")]
@@ -179,16 +179,38 @@ class Layout:
             n: place for n, x in enumerate(found.loads) if (place := _direct(found, x, doperands, shape)) is not None
         }
         whole = {found.loads[n].load.operand for n in self.direct}
-        self.added_to = [n for n in range(len(doperands)) if n not in whole]
+        self.added_to = [n for n in needs.operands if n not in whole]
         self.launches: dict[str, Launch] = {}
         self.hopper: Any = UNKNOWN
         self.unavailable: fit.Unavailable | None = None
         self.totals: dict[str, Blank] = {}
+        self.lists = _lists(program, q, k, v)
 
     def outputs(self) -> Gradients:
         """As the function of this name makes them."""
         dq, dk, dv = self.own
         return dq(), dk(), dv(), [blank() for blank in self.of_operands]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Lists of tiles that a backward makes where it is given none: what of, the sizes of the tiles, and what is known
+    of both calls that make them, by blocks of queries and by blocks of keys."""
+
+    mask: str
+    block_m: int
+    block_n: int
+    sites: tuple[Site, Site]
+
+
+def _lists(program: Program, q: Tensor, k: Tensor, v: Tensor) -> Lists | None:
+    """None where the kernels take no lists, or so few tiles that lists are not worth their while."""
+    mask = programs.program(program.forward).mask
+    if mask is None:
+        return None
+    sizes = lists_sizes.tile_sizes(program.forward, q.device, q.dtype, q.shape[3], v.shape[3], q.shape[2])
+    few = -(-k.shape[2] // sizes[1]) <= lists_sizes.FEW_TILES
+    return None if few else Lists(mask, *sizes, (Site(), Site()))
 
 
 Place = tuple[list[int], list[int]]

@@ -1,47 +1,59 @@
-"""What rows whose keys are all masked send back: no kernel sees them, and their weights are one number."""
+"""Launches of the kernels for what rows without keys send back."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention.backward_call import Call
+from xfcompile.kernels.attention.backward_dead import CHUNK, KEYS, MARKED, ROWS
+from xfcompile.kernels.attention.tiles import Tiles
 
 
-def mean_rows(call: Call, dv: Tensor) -> None:
-    """Rows that see no key got the mean of all values: each has its part of what comes back."""
-    dead = (call.lse == -math.inf).to(call.dout.dtype)
-    back = (dead[:, :, None, :] @ call.dout).float()  # [B, Hq, 1, Dv]
-    dv += (back.unflatten(1, (call.kv_heads, -1)).sum(2) / call.lk).to(dv.dtype)
+def add(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Writes what rows without keys have of dq, and adds what they send to dk and dv: of those that are wanted."""
+    needs, leaks = call.needs, call.program.spec.leaks
+    changed = leaks and (needs.q or needs.k)
+    if not (changed or needs.v):
+        return
+    marks = call.layout.marks()
+    delta = call.layout.row() if changed else call.lse
+    of_rows = [call.lse, marks, delta]
+    flags = {"NEED_DX": changed, "NEED_DQ": leaks and needs.q, "MARKED": MARKED}
+    made = [dq if needs.q else call.q]
+    _launch(call, ROWS, [call.q, call.k, call.v, call.dout], of_rows, made, flags, call.batch * call.heads, call.lq)
+    if not (needs.v or (leaks and needs.k)):
+        return
+    flags = {"NEED_DK": leaks and needs.k, "NEED_DV": needs.v, "MARKED": MARKED, "CHUNK": CHUNK}
+    made = [dk if needs.k else call.k, dv if needs.v else call.v]
+    _launch(call, KEYS, [call.q, call.k, call.v, call.dout], of_rows, made, flags, call.batch * call.kv_heads, call.lk)
 
 
-def leaking_rows(call: Call, dq: Tensor | None, dk: Tensor | None) -> None:
-    """What rows without keys add to dq and dk: their scores s are all replaced by one number, with the derivative
-    of a sum. Their weights are 1/Lk, so that
+def _launch(
+    call: Call,
+    name: str,
+    read: Sequence[Tensor],
+    of_rows: Sequence[Tensor],
+    made: Sequence[Tensor],
+    flags: dict[str, Any],
+    heads: int,
+    length: int,
+) -> None:
+    """Programs for blocks of queries, or of keys, whose number is `length`. read, made: what they have strides of."""
+    tensors = [*read, *of_rows, *made, *call.operands, *call.random[:1]]
+    free = [*call.scalars, *call.random[1:]]
+    ready = call.layout.launches.get(name)
+    if ready is not None:
+        ready(tensors, free)
+        return
+    numbers = [stride for x in (*read, *made) for stride in x.stride()]
+    numbers += [call.heads, call.heads // call.kv_heads, call.lq, call.lk]
+    numbers += [stride for x in call.operands for stride in x.stride()]
 
-        ds_ij = c/Lk (dout_i·v_j - mean over j),  dq_i = c/Lk dout_i Σ_j (v_j - v̄)ᵀ(k_j - k̄),
-        dk_j = c/Lk (v_j - v̄) Σ_i dout_iᵀ q_i
+    def with_tiles(sizes: Tiles) -> Any:
+        programs = heads * -(-length // (sizes.block_n if name == KEYS else sizes.block_m))
+        return call.made(name, programs, numbers, call.constants(sizes) | flags, sizes, tensors)
 
-    where c is the score's derivative by q·k, a number. Keys and values are centred: their means cancel out.
-    """
-    # A number stays one: a tensor of it on the device would be copied there, which no CUDA graph captures.
-    slope = call.evaluator()(call.program.made.gradients.slope)
-    slope = slope.float() if isinstance(slope, Tensor) else float(slope)
-    dead = call.lse == -math.inf
-    # [B, Hkv, g, i, Dv]
-    dout = torch.where(dead[..., None], call.dout, 0.0).float().unflatten(1, (call.kv_heads, -1))
-    v = _centred(call.v)
-    if dq is not None:
-        more = dout @ (v.mT @ _centred(call.k))[:, :, None] * (slope / call.lk)
-        dq += more.flatten(1, 2).to(dq.dtype)
-    if dk is not None:
-        q = call.q.float().unflatten(1, (call.kv_heads, -1))
-        dk += (v @ (dout.mT @ q).sum(2) * (slope / call.lk)).to(dk.dtype)
-
-
-def _centred(x: Tensor) -> Tensor:
-    """Keys or values [B, Hkv, j, D] less their mean over j, in fp32."""
-    wide = x.float()
-    return wide - wide.mean(2, keepdim=True)
+    call.fitting(name, with_tiles, tensors, free)

@@ -18,6 +18,7 @@ from xfcompile.kernels.attention.launch_blocks import Blocks
 from xfcompile.kernels.attention.programs import Call, Program, program
 from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.kernels.attention.tiles import columns
+from xfcompile.kernels.registration import Site
 from xfcompile.site import ScoreSpec
 
 
@@ -74,7 +75,7 @@ def call_of(
     block_m, block_n = sizes if listed else lists_sizes.tile_sizes(key, q.device, q.dtype, dq, dv, lq)
     fast = not interpreted and launch_hopper.suits(prepared, q, k, v, operands, (block_m, block_n))
     made = mask is not None and not listed and (fast or -(-lk // block_n) > lists_sizes.FEW_TILES)
-    shape = (batch, heads, lq, lk)
+    shape, listing = (batch, heads, lq, lk), Site()
 
     def for_any_hardware() -> Blocks:
         numbers = [*q.stride(), *k.stride(), *v.stride(), heads, heads // kv_heads, lq, lk, *strides]
@@ -105,7 +106,8 @@ def call_of(
         out, lse = blank_out(), blank_lse()
         if made:
             assert mask is not None
-            tiles = lists.run(q, *mask_values(prepared, operands, scalars), shape, block_m, block_n, mask)
+            values = mask_values(prepared, operands, scalars)
+            tiles = lists.run(q, *values, shape, block_m, block_n, mask, site=listing)
         launch(q, k, v, out, lse, operands, scalars, tiles, *random)
         return out, lse
 

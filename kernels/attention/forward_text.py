@@ -159,3 +159,19 @@ if tl.reduce(none.to(tl.int32), 0, tl.standard._elementwise_max) > 0:
     acc = tl.where(none[:, None], total[None, :], acc)
     l = tl.where(none, tl.cast(lk, tl.float32), l)""",
 }
+
+MEAN_OF_SOME = """\
+# As a row that may see no key has equal weights for all keys, some of which are dropped out.
+none = l == 0.0
+if tl.reduce(none.to(tl.int32), 0, tl.standard._elementwise_max) > 0:
+    total = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
+    for start in tl.range(0, lk, BLOCK_N):
+        v = load_rows(v_ptr, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, True)
+        if UPCAST:
+            v = v.to(tl.float32)
+        p = tl.full([BLOCK_M, BLOCK_N], 1.0, tl.float32)
+{dropped}
+        total = tl.dot(p.to(v.dtype), v, total, input_precision=PRECISION)
+    acc = tl.where(none[:, None], total, acc)
+    l = tl.where(none, tl.cast(lk, tl.float32), l)"""
+"""`DEAD` "mean" where weights are dropped out."""

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import backward_loads, dead_rows, fit, launch_hopper_backward, programs, reference
+from xfcompile.kernels.attention import (
+    backward_dead,
+    backward_loads,
+    dead_rows,
+    fit,
+    launch_hopper_backward,
+    programs,
+    reference,
+)
 from xfcompile.kernels.attention.arguments import random_of
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import Gradients, Layout, Needs, layout_of, outputs, prepare
@@ -89,10 +97,8 @@ def _fill(call: Call, made: Gradients) -> None:
             outer = (dk if needs.k else call.k, dv if needs.v else call.v)
             own = [call.q, call.k, call.v, call.dout, call.pair, call.inverse, *outer]
             call.launch("dkdv", [*own, *columns_.values()], outer)
-    if needs.v and call.program.spec.dead == "mean" and call.program.spec.sink is None:
-        dead_rows.mean_rows(call, dv)
-    if call.program.spec.leaks:
-        dead_rows.leaking_rows(call, dq if needs.q else None, dk if needs.k else None)
+    if backward_dead.wanted(call.program.spec):
+        dead_rows.add(call, made[0], dk, dv)
     for n in layout.added_to:
         doperands[n].zero_()
     for n, x in enumerate(call.program.made.gradients.loads):

@@ -195,6 +195,7 @@ def tightest(
     block_n: int,
     key: str,
     by_key: bool = False,
+    site: Site | None = None,
 ) -> Tensor:
     """The same in plain PyTorch, with the tightest verdicts there are."""
     prepared = program(key)

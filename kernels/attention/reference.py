@@ -157,9 +157,10 @@ def backward(
         whole = -delta * sink_weights if x.kind == "sink" else dscore
         by = whole * _full(evaluate(x.derivative), tuple(whole.shape), dtype, q.device)
         terms.append((by.abs() if absolute else by, [a for a, p in enumerate(POSITION) if p not in x.axes]))
-    dv = kept.mT @ dout
     if spec.dead == "mean" and spec.sink is None and lk:
-        dv = dv + (dout * dead).sum(-2, keepdim=True) / lk
+        equal = (dead / lk).to(dtype).expand(shape)
+        kept = kept + (_dropped(spec, equal, seed, stream) if spec.dropout else equal)
+    dv = kept.mT @ dout
     loads = [by.sum(gone, keepdim=True) if gone else by for by, gone in terms]
     own = [y.unflatten(1, (kv_heads, group)).sum(2) for y in (ds.mT @ q, dv)]
     return ds @ k, own[0], own[1], loads

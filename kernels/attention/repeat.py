@@ -227,8 +227,8 @@ class _Quick:
         return self.pointer
 
 
-MANY_DESCRIPTORS = 256
-"""That a launch remembers."""
+MANY_DESCRIPTORS = 1024
+"""That a launch remembers: of a backward seven a layer, as layers share their launches."""
 
 ENCODE = "make_tensordesc_arg"
 """Triton's function that makes arguments of a descriptor, as its launchers call it by name."""

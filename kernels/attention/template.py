@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from xfcompile.kernels import philox
-from xfcompile.kernels.attention.forward_text import DEAD, FAR, FUNCTIONS, HEAD, HELPERS, KERNEL, TILE
+from xfcompile.kernels.attention.forward_text import DEAD, FAR, FUNCTIONS, HEAD, HELPERS, KERNEL, MEAN_OF_SOME, TILE
 from xfcompile.score import B, I, J, Load
 from xfcompile.site import Band, ScoreSpec
 
@@ -322,7 +322,7 @@ def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM)
         *added,
         f"m_new = tl.maximum(m, {above})",
         *safe,
-        "if POWER > 2.0:  # not rounded before the maximum is off",
+        "if UNIT == 1:  # not rounded before the maximum is off",
         f"    p = tl.exp2((s * {scale} + ({below})[:, None]) * POWER)  # [M, N]",
         "else:",
         f"    p = tl.exp2(s * ({form.scale!r} * UNIT * POWER) + (({below}) * POWER)[:, None])",
@@ -513,6 +513,14 @@ def _place(spec: ScoreSpec) -> str:
     return "\n".join([*lines, "block = pid % blocks"])
 
 
+def _dead(spec: ScoreSpec) -> str:
+    """What becomes of rows without keys."""
+    kind = "nan" if spec.sink is not None else spec.dead
+    if kind == "mean" and spec.dropout:
+        return MEAN_OF_SOME.format(dropped=_indented("\n".join(dropped(spec, "p")), 2))
+    return DEAD[kind]
+
+
 def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str]) -> str:
     qkv = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     lists = ["list_ptr", "list_b", "list_h"] if names.listed else []
@@ -547,6 +555,6 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
         loops=_indented(_loops(spec, forms, names)),
         again=_indented(_again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
-        dead=_indented(DEAD["nan" if spec.sink is not None else spec.dead]),
+        dead=_indented(_dead(spec)),
         lse=lse(forms, names),
     )

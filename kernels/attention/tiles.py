@@ -145,7 +145,8 @@ BACKWARD |= {(name, BLACKWELL, *rest): Fact(fact.value) for (name, _, *rest), fa
 
 
 def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, traits: Sequence[Trait]) -> Tiles:
-    """The first tiles to try for a kernel of the backward: "dq", "dkdv", or that of a load. traits: of the score, those
+    """The first tiles to try for a kernel of the backward: "dq", "dkdv", that of a load, or those of rows without keys,
+    "dead_rows" and "dead_keys". traits: of the score, those
     that count most first; of "dq" and "dkdv" the last is "linear" or "other"."""
     wide = max(64, padded(max(dq, dv)))
     name = "load" if name.startswith("load") else name
@@ -156,8 +157,12 @@ def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, 
     # Elsewhere nothing is measured: tiles that spill few registers (examples/cross_compile.py).
     if name == "load":  # square: tiles along a diagonal then have the same distances at the same places
         return Tiles(64, 64, 4, 1) if kind == AMD or wide == 64 else Tiles(32, 32, 4, 1)
+    if name.startswith("dead") and dtype.itemsize == 4:
+        return Tiles(32, 32, 8, 1)
     if dtype.itemsize == 4 or wide == 256:
         return Tiles(32, 32, 4, 1)
+    if name == "dead_rows":
+        return Tiles(64, 64, 4, 1 if kind == AMD else 2)
     if name == "dq":
         return Tiles(64, 64, 4 if kind == AMD else 8, 1 if kind == AMD else 2)
     return Tiles(32, 64, 4 if kind == AMD else 8, 1 if kind == AMD else 2)

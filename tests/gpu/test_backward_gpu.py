@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from attention_cases import Case, Inputs, Sizes, inputs, named
+from attention_cases import Case, Inputs, Sizes, error, inputs, named
 from backward_cases import DIFFERENTIABLE, check
+from torch import Tensor
 
-from xfcompile.kernels.attention import lists_sizes
+from xfcompile.kernels.attention import lists_sizes, prepare, reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +64,28 @@ def test_head_dims(dq: int, dv: int, dtype: torch.dtype) -> None:
     for name in ("plain", "soft_cap_causal", "bias_hij"):
         z = Sizes(1, 2, 2, 150, 130, dq, dv)
         check(named(name), on_gpu(inputs(named(name), dtype, "transposed", z)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "padding_mean", "some_rows_mean", "some_rows_leak"])
+def test_dropout(name: str, dtype: torch.dtype) -> None:
+    """The same weights are dropped out as by the definition, of rows without keys too."""
+    case, seed = named(name), torch.tensor([0x1234_5678_9ABC], device="cuda")
+    spec = replace(case.spec, dropout=0.25)
+    x = on_gpu(inputs(case, dtype, "transposed", Sizes(2, 4, 2, 130, 140, 32, 32)))
+    dout = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(1)).to(x.q)
+
+    def step(
+        attention: Callable[..., tuple[Tensor, Tensor]], dout: Tensor, wanted: torch.dtype, *more: object
+    ) -> list[Tensor]:
+        qkv = [y.to(wanted, copy=True).requires_grad_() for y in (x.q, x.k, x.v)]
+        out = attention(*qkv, x.operands, x.ints, x.floats, *more, seed=seed, stream=3)[0]
+        return [out, *torch.autograd.grad(out, qkv, dout.to(wanted))]
+
+    definition = partial(reference.attention, spec)
+    right, eager = (step(definition, dout, wanted, wanted) for wanted in (torch.float64, dtype))
+    ours = step(torch.ops.xfcompile.attention, dout, dtype, prepare(spec))
+    # dv is a sum of weights, which are not below 0, times dout: its roundings are measured in what that has of sizes.
+    sizes = [*right[:3], step(definition, dout.abs(), torch.float64, torch.float64)[3]]
+    for a, b, exact, size in zip(ours, eager, right, sizes, strict=True):
+        assert error(a, exact) <= 2 * error(b, exact) + 4 * torch.finfo(dtype).eps * size.abs().max().item()

@@ -59,6 +59,20 @@ def test_scores_that_are_far_from_0_are_not_rounded(case: Case, lk: int) -> None
     assert error(call(case.spec, x)[0], exact) <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("lk", [70, 300], ids=["blocks", "decoding"])
+@pytest.mark.parametrize("name", ["plain", "bottom_right"])
+def test_in_fp32_the_maximum_is_off_before_anything_is_rounded(name: str, lk: int) -> None:
+    """Scores of thousands, whose products with log2(e) would be rounded to more than they are themselves."""
+    case = named(name)
+    x = exact_scores(case, Sizes(heads=2, kv_heads=2, lq=4, lk=lk))
+    x = replace(x, q=x.q + 30, k=x.k + 30)
+    exact, single = (
+        reference.attention(case.spec, x.q, x.k, x.v, [], x.ints, x.floats, dtype)[0]
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert error(call(case.spec, x)[0], exact) <= 1.1 * error(single, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["causal", "bias_hij", "soft_cap", "padding_mean", "sink"])
 def test_half_precisions(name: str, dtype: torch.dtype) -> None:

@@ -33,8 +33,10 @@ def defined(case: Case, x: Inputs, *qkv: Tensor, stream: int = 3) -> Tensor:
 
 @pytest.mark.parametrize("interpreted", [False, True])
 @pytest.mark.parametrize(
-    "name", ["plain", "causal", "window", "documents", "alibi", "bias_hij", "soft_cap_causal", "sink", "some_rows_nan"]
-)
+    "name",
+    ["plain", "causal", "window", "documents", "alibi", "bias_hij", "soft_cap_causal", "sink", "some_rows_nan",
+     "padding_mean", "dead_blocks_mean", "some_rows_leak", "some_rows_leak_capped"],
+)  # fmt: skip
 def test_values_and_gradients(name: str, interpreted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreted:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -10,7 +10,7 @@ from attention_cases import Case, Inputs, Sizes, error, inputs, named
 from backward_cases import DIFFERENTIABLE, check, exact, floating, sizes_of_terms
 from torch import Tensor
 
-from xfcompile.kernels.attention import FEW_TILES, prepare, programs, reference
+from xfcompile.kernels.attention import FEW_TILES, dead_rows, prepare, programs, reference
 
 
 def smaller(case: Case) -> Sizes:
@@ -26,8 +26,8 @@ def test_gradients_are_as_exact_as_eager(case: Case, interpreter: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["causal", "window", "documents", "padding_mean", "some_rows_nan", "far_keys", "bias_hij", "bias_bj", "alibi",
-     "soft_cap_causal", "sink_dead_rows", "t5"],
+    ["causal", "window", "documents", "padding_mean", "some_rows_leak", "some_rows_leak_capped", "some_rows_nan",
+     "far_keys", "bias_hij", "bias_bj", "alibi", "soft_cap_causal", "sink_dead_rows", "t5"],
 )  # fmt: skip
 def test_gradients_in_half_precision(name: str, dtype: torch.dtype, interpreter: None) -> None:
     check(named(name), inputs(named(name), dtype, sizes=smaller(named(name))))
@@ -50,6 +50,14 @@ def test_gradients_by_lists_of_tiles(name: str, interpreter: None) -> None:
     x = inputs(case, torch.float32, sizes=sizes)
     assert programs.program(prepare(case.spec)).mask is not None
     check(case, x)
+
+
+@pytest.mark.parametrize("name", ["padding_mean", "some_rows_leak", "some_rows_leak_and_slope"])
+def test_rows_without_keys_among_many(name: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More marks than a program looks at together, and query heads that share keys."""
+    monkeypatch.setattr(dead_rows, "CHUNK", 4)
+    sizes = Sizes(heads=4, kv_heads=2, lq=75, lk=41, dq=17, dv=33)
+    check(named(name), inputs(named(name), torch.float32, "poisoned", sizes))
 
 
 class Through(torch.nn.Module):

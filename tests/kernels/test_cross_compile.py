@@ -90,6 +90,13 @@ def test_the_backward_compiles_for_every_target(results: list[dict[str, Any]]) -
     assert [r for r in found if r["spills"] > 64 and r["target"] not in ("sm_90", "sm_100")] == []
 
 
+def test_kernels_of_rows_without_keys_compile(results: list[dict[str, Any]]) -> None:
+    found = {(r["target"], r["kernel"]): r["wgmma"] for r in results if r["kernel"].startswith("dead_")}
+    assert found == {
+        (target, kernel): target == "sm_90" for target in ("sm_90", "gfx942") for kernel in ("dead_rows", "dead_keys")
+    }
+
+
 def test_the_kernel_for_hopper_multiplies_with_wgmma(results: list[dict[str, Any]]) -> None:
     found = {(r["program"], r["dim"]): r for r in results if r["kernel"] == "hopper"}
     assert set(found) == {(program, dim) for program in ("causal", "key padding") for dim in (64, 128)}

@@ -127,7 +127,8 @@ def test_kernels_are_given_what_they_take(case: Case, interpreter: None, monkeyp
     x = inputs(case, torch.bfloat16, "contiguous", Sizes(2, 4, 2, z.lq, z.lk, 64, 64))
     backward(case, x)
     paired = reason(case) is None and (case.spec.sink is not None or written(case.spec).exact)
-    assert seen[-3:] == ["prepare_rows", "attention_backward", "finish_dq"]
+    main = [name for name in seen if "_dead_" not in name]
+    assert main[-3:] == ["prepare_rows", "attention_backward", "finish_dq"]
     assert ("attention_backward_dq" in seen) == paired
 
 

@@ -47,6 +47,8 @@ def test_a_kernel_that_makes_lists_of_few_tiles_too_is_given_them_once(monkeypat
     assert lists_made(False) == 1
 
 
-def test_few_tiles_have_no_lists_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "always_listed", lambda *about: True)
+def test_a_backward_is_given_no_lists_of_few_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which both forwards are given; by keys there are none, and none is kept."""
     assert lists_made(True) == 0
+    monkeypatch.setattr(attention, "always_listed", lambda *about: True)
+    assert lists_made(True) == 1

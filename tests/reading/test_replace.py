@@ -11,6 +11,7 @@ from equivalence import Outcome, check, tensors
 from torch import Tensor
 
 from xfcompile.evaluate import Unsupported
+from xfcompile.kernels.attention import programs
 
 SHAPE = (2, 8, 4, 8)
 
@@ -90,3 +91,16 @@ def test_a_bias_may_hold_functions_of_sizes(name: str, monkeypatch: pytest.Monke
 
     outcome = check(program, *tensors((1, 2, 5, 8), (1, 2, 9, 8), (1, 2, 9, 8)), dynamic=True, family="attention")
     assert [site.route for site in outcome.matched] == [route], outcome.sites
+
+
+@pytest.mark.parametrize("queries, dead", [(4, "nan"), (6, "mean")])
+def test_rows_without_keys_are_looked_for_where_there_may_be_some(queries: int, dead: str) -> None:
+    """Of four keys that a mask lets be seen as far as the bottom right, the first of six queries see none."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        late = torch.ones(queries, 4, dtype=torch.bool).triu(4 - queries + 1)
+        return (q @ k.mT).masked_fill(late, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    outcome = by_our_kernel(program, (2, 8, queries, 8), SHAPE, SHAPE)
+    (key,) = {n.args[6] for gm in outcome.graphs for n in gm.graph.nodes if "attention" in str(n.target)}
+    assert programs.program(key).spec.dead == dead
