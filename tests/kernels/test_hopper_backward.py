@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gluon_in_torch
-import hopper_text
+import hopper_in_torch
 import in_turns
 import pytest
 import sympy
@@ -160,7 +160,7 @@ def test_the_text_says_what_gradients_are(
     case: Case, dim: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of ragged blocks and tiles, for heads that share keys."""
-    ran = hopper_text.backward(monkeypatch)
+    ran = hopper_in_torch.backward(monkeypatch)
     monkeypatch.setattr("backward_cases.floating", floating if case.spec.sink is not None else lambda x: [])
     check(case, inputs(case, torch.float16, "contiguous", Sizes(2, 2, 1, 150, 200, dim, dim)))
     assert ran == ["prepare_rows", "attention_backward", "finish_dq"]
@@ -171,7 +171,7 @@ def test_the_text_says_what_gradients_are(
 def test_the_text_of_more_tiles_than_stages(
     case: Case, dim: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ran = hopper_text.backward(monkeypatch)
+    ran = hopper_in_torch.backward(monkeypatch)
     monkeypatch.setattr(hopper_backward, "NARROW", {64: 256, 128: 256})
     monkeypatch.setattr("backward_cases.floating", lambda x: [])
     check(case, inputs(case, torch.float16, "contiguous", Sizes(1, 2, 2, 400, 416, dim, dim)))
@@ -184,12 +184,12 @@ def test_the_text_of_more_tiles_than_stages(
 def test_weights_of_far_slopes_below_a_diagonal(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The forward has lse as a sum of the block's first row's and what its own row has more; where that is near 0, the
     backward takes it to be exact."""
-    hopper_text.backward(monkeypatch)
+    hopper_in_torch.backward(monkeypatch)
     monkeypatch.setattr("backward_cases.floating", lambda x: [])
     score = SCALE + Load(0, 0) * (J - I)
     spec = ScoreSpec(score, J <= I, operands=(Operand(torch.float32, 1),), band=Band(None, I + 1, True), far=True)
     case = Case("steep", spec, lambda z: [torch.tensor([1.3e4])])
-    check(case, inputs(case, torch.float16, "contiguous", Sizes(1, 1, 1, 64, 64, 64, 64)))
+    check(case, inputs(case, torch.float16, "contiguous", Sizes(1, 1, 1, 64, 64, 64, 64)), least=0.1)
 
 
 WAITS, TWICE, NONE, IN_FLIGHT = "all that is left waits", "more have arrived", "d[qkv]: nan > ", "not waited for"
@@ -215,7 +215,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_of_the_text_are_found(mistake: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, told = MISTAKES[mistake]
-    hopper_text.backward(monkeypatch, (right, wrong))
+    hopper_in_torch.backward(monkeypatch, (right, wrong))
     case = named("causal")
     lk = 200 + list(MISTAKES).index(mistake)  # of its own: launches are remembered by sizes
     with pytest.raises((AssertionError, in_turns.Deadlock), match=told):

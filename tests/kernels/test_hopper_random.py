@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-import hopper_text
+import hopper_in_torch
 import pytest
 import sympy
 import torch
@@ -176,7 +176,7 @@ def test_results(seed: int, interpreter: None, monkeypatch: pytest.MonkeyPatch) 
     print(case.spec, sizes, variant, dtype)
 
     def run(spec: ScoreSpec, x: object) -> tuple[Tensor, Tensor]:
-        return hopper_text.attention(spec, x, variant, programs, heads_first=seed % 2 == 0, seed=seed)
+        return hopper_in_torch.attention(spec, x, variant, programs, heads_first=seed % 2 == 0, seed=seed)
 
     monkeypatch.setattr("attention_cases.call", run)
     check(case, inputs(case, dtype, "transposed", sizes), lse=not case.spec.far)
@@ -197,7 +197,7 @@ def test_gradients(seed: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
         pytest.skip("another kernel's")
     sizes = draw.sizes(dim)
     print(case.spec, sizes)
-    ran = hopper_text.backward(monkeypatch)
+    ran = hopper_in_torch.backward(monkeypatch)
     monkeypatch.setattr("backward_cases.floating", lambda x: [])
     check_gradients(case, inputs(case, torch.float16, "transposed", sizes), least=0.1)
     assert ran == ["prepare_rows", "attention_backward", "finish_dq"]
