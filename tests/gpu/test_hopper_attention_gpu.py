@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import sympy
 import torch
-from attention_cases import SCALE, Case, Inputs, Sizes, check, inputs, named, normal, uniform
+from attention_cases import Case, Inputs, Sizes, check, inputs, named
+from hopper_cases import CAUSAL, CLASSES, dense, of_class, usual
 from test_attention_gpu import HALVES, on_gpu
 
-from xfcompile.kernels.attention import codegen, hopper_variant, launch_hopper
-from xfcompile.kernels.attention.hopper_variant import Kind, Seen, Variant
+from xfcompile.kernels.attention import hopper_variant, launch_hopper
+from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.measured import multiprocessors
-from xfcompile.score import B, H, I, J, Load
-from xfcompile.site import Band, Operand, ScoreSpec
+from xfcompile.score import H
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,62 +41,8 @@ def ran(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> It
     assert not [record for record in caplog.records if "another kernel takes its place" in record.message]
 
 
-FLOAT, BOOL = Operand(torch.float32, 1), torch.bool
-CAUSAL = {"keep": J <= I, "band": Band(None, I + 1, True)}
-ALIBI = SCALE + Load(0, H) * (J - I)
-
-MINE = {
-    "alibi, causal": Case("alibi, causal", ScoreSpec(ALIBI, operands=(FLOAT,), **CAUSAL), lambda z: [uniform(z.heads)]),
-    "alibi, far": Case("alibi, far", ScoreSpec(ALIBI, operands=(FLOAT,), far=True), lambda z: [uniform(z.heads)]),
-    "alibi, padding": Case(
-        "alibi, padding",
-        ScoreSpec(ALIBI, sympy.Ne(Load(1, B, J), 0), "nan", (FLOAT, Operand(BOOL, 2))),
-        lambda z: [uniform(z.heads), uniform(z.batch, z.lk) > 0.3],
-    ),
-    "soft-cap, padding": Case(
-        "soft-cap, padding",
-        ScoreSpec(50 * sympy.tanh(SCALE / 50), sympy.Ne(Load(0, B, J), 0), "zero", (Operand(BOOL, 2),)),
-        lambda z: [uniform(z.batch, z.lk) > 0.3],
-    ),
-    "causal from a buffer": Case(
-        "causal from a buffer",
-        ScoreSpec(SCALE, sympy.Ne(Load(0, I, J), 0), "nan", (Operand(BOOL, 2),)),
-        lambda z: [torch.ones(z.lq, z.lk).tril() > 0],
-    ),
-    "soft-cap, causal from a buffer": Case(
-        "soft-cap, causal from a buffer",
-        ScoreSpec(50 * sympy.tanh(SCALE / 50), sympy.Ne(Load(0, I, J), 0), "nan", (Operand(BOOL, 2),)),
-        lambda z: [torch.ones(z.lq, z.lk).tril() > 0],
-    ),
-}
-
-CLASSES: dict[str, tuple[Kind, Seen]] = {
-    "plain": ("other", "all"),
-    "sink": ("other", "all"),
-    "causal": ("other", "bounds"),
-    "prefix": ("other", "bounds"),
-    "bottom_right_dead_rows": ("other", "bounds"),
-    "padding_mean": ("other", "some"),
-    "additive_padding": ("other", "some"),
-    "causal from a buffer": ("other", "lists"),
-    "t5": ("other", "lists"),
-    "alibi": ("columns", "all"),
-    "alibi, far": ("columns", "all"),
-    "alibi, causal": ("columns", "bounds"),
-    "alibi, padding": ("columns", "some"),
-    "soft_cap": ("bounded", "all"),
-    "soft_cap_causal": ("bounded", "bounds"),
-    "soft-cap, padding": ("bounded", "some"),
-    "soft-cap, causal from a buffer": ("bounded", "lists"),
-}
-
 # More blocks of rows than an H200 has multiprocessors, in all or for each sequence, and fewer.
 LENGTHS = [Sizes(5, 16, 4, 300, 424), Sizes(2, 16, 8, 1160, 136), Sizes(1, 4, 2, 65, 1504), Sizes(1, 2, 2, 1000, 1001)]
-
-
-def usual(case: Case, dtype: torch.dtype, dim: int) -> Variant:
-    spec = codegen.canonical(case.spec)
-    return hopper_variant.usual(spec, codegen.pieces(spec), dtype, dim)
 
 
 def launched(variant: Variant, sizes: Sizes) -> Variant:
@@ -114,7 +59,7 @@ def at(case: Case, dtype: torch.dtype, dim: int, sizes: Sizes) -> Inputs:
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_class_of_sites(name: str, dim: int, dtype: torch.dtype, ran: Ran) -> None:
     kind, seen = CLASSES[name]
-    case = MINE[name] if name in MINE else named(name)
+    case = of_class(name)
     expected = hopper_variant.USUAL["other" if kind == "bounded" and dtype == torch.float16 else kind, seen, dim].value
     assert usual(case, dtype, dim) == expected
     for sizes in LENGTHS:
@@ -135,22 +80,6 @@ def test_scores_at_their_bounds(size: float, dim: int, ran: Ran) -> None:
     q = torch.where(torch.arange(len(signs), device=k.device)[:, None] % 3 < 2, x.q.abs() * signs, x.q) * 100
     check(case, replace(x, q=q.to(k.dtype), k=k, v=x.v * size))
     assert [variant.bounded for variant in ran] == [True]
-
-
-def dense(dtype: torch.dtype, shared: str, masked: float | None) -> Case:
-    """A bias of each score, in the dtype of what is multiplied; masked: what some scores get, and -inf whole rows."""
-
-    def tensors(sizes: Sizes) -> list[torch.Tensor]:
-        x = normal(1 if "b" in shared else sizes.batch, 1 if "h" in shared else sizes.heads, sizes.lq, sizes.lk)
-        if masked is not None:
-            x[..., ::5, 7:200] = masked
-        if masked == -torch.inf:
-            x[..., 3, :] = masked
-        return [x.to(dtype)]
-
-    load = Load(0, 0 if "b" in shared else B, 0 if "h" in shared else H, I, J)
-    spec = ScoreSpec(SCALE + load, operands=(Operand(dtype, 4),), far=masked is not None, dead="nan")
-    return Case(f"{dtype} {shared} {masked}", spec, tensors)
 
 
 DENSE = [

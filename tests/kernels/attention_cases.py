@@ -411,12 +411,13 @@ def eager_in_sequence(spec: ScoreSpec, x: Inputs) -> Tensor:
     return reference.attention(given, x.q, x.k, x.v, [*x.operands, product], x.ints, x.floats, torch.float32)[0]
 
 
-def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
+def check(case: Case, x: Inputs, slack: float = 1.0, lse: bool = True) -> None:
     """The kernel against fp64: its error is at most eager's and a rounding of the result.
 
-    slack: roundings of the result that are allowed; the interpreter truncates to bf16, which is two halves.
+    slack: roundings of the result that are allowed; the interpreter truncates to bf16, which is two halves. lse:
+    whether log-sum-exps are looked at, too.
     """
-    out, lse = call(case.spec, x)
+    out, log_sum_exp = call(case.spec, x)
     arguments = (case.spec, x.q, x.k, x.v, x.operands, x.ints, x.floats)
     exact, exact_lse = reference.attention(*arguments, dtype=torch.float64)
     single, single_lse = reference.attention(*arguments, dtype=torch.float32)
@@ -429,13 +430,18 @@ def check(case: Case, x: Inputs, slack: float = 1.0) -> None:
         allowed = min(error(eager(case.spec, x), exact), 4 * torch.finfo(x.q.dtype).eps * magnitude)
     allowed += slack * torch.finfo(x.q.dtype).eps * magnitude
     assert error(out, exact) <= allowed, f"{case.name}: {error(out, exact):.3g} > {allowed:.3g}"
+    if lse:
+        check_lse(case, log_sum_exp, exact_lse, single_lse, x.q.dtype)
+
+
+def check_lse(case: Case, lse: Tensor, exact_lse: Tensor, single_lse: Tensor, dtype: torch.dtype) -> None:
     if case.spec.far:  # nothing but infinities is said of log-sum-exps that are far away
         near = exact_lse.abs() < 1e18
         lse, exact_lse, single_lse = (x[near | ~exact_lse.isfinite()] for x in (lse, exact_lse, single_lse))
     dead = ~exact_lse.isfinite()
     lse_magnitude = exact_lse[~dead].abs().max().item() if not dead.all() else 0.0
     # 16-bit weights are rounded by eps: a 64th of that may be spent on scores (a faster tanh).
-    spent = torch.finfo(x.q.dtype).eps / 64 if x.q.dtype.itemsize == 2 else 0.0
+    spent = torch.finfo(dtype).eps / 64 if dtype.itemsize == 2 else 0.0
     allowed_lse = (
         spent + 2 * error(single_lse, exact_lse) + 2 * torch.finfo(torch.float32).eps * max(lse_magnitude, 1.0)
     )

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import gluon_in_torch
+import hopper_in_torch
+import in_turns
 import pytest
 import sympy
 import torch
 from attention_cases import CASES, Case, Inputs, Sizes, inputs, named
 from backward_cases import CAPPED, check, floating
+from hopper_cases import dense
 from torch import Tensor
 
 from xfcompile.kernels.attention import (
@@ -30,6 +33,8 @@ from xfcompile.kernels.attention.gradient import gradients, why_not
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.score import I, J, Load, S, Where
 from xfcompile.site import Band, Operand, ScoreSpec
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SCALE = named("plain").spec.score
 ROWS, KEYS = hopper_backward.ROWS, hopper_backward.KEYS
@@ -155,24 +160,66 @@ def test_the_text_says_what_gradients_are(
     case: Case, dim: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of ragged blocks and tiles, for heads that share keys."""
-    ran = []
-    launch = Launch.__call__
-
-    def launched(self: Launch, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> None:
-        if "hopper" not in self.kernel.fn.__module__:
-            launch(self, tensors, free)
-            return
-        ran.append(self.kernel.__name__)
-        gluon_in_torch.run(self, tensors, free)
-
-    monkeypatch.setattr(Launch, "__call__", launched)
-    monkeypatch.setattr(launch_hopper_backward, "_why_not_these", lambda call: None)
+    ran = hopper_in_torch.backward(monkeypatch)
     monkeypatch.setattr("backward_cases.floating", floating if case.spec.sink is not None else lambda x: [])
-    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
-    monkeypatch.setattr(lists_sizes, "tile_sizes", lambda *about: (128, KEYS))
-    monkeypatch.setattr(lists, "run", lists.tightest)
     check(case, inputs(case, torch.float16, "contiguous", Sizes(2, 2, 1, 150, 200, dim, dim)))
     assert ran == ["prepare_rows", "attention_backward", "finish_dq"]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", [named("causal"), window(300), dense(torch.float16, "b", None)], ids=lambda x: x.name)
+def test_the_text_of_more_tiles_than_stages(
+    case: Case, dim: int, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = hopper_in_torch.backward(monkeypatch)
+    monkeypatch.setattr(hopper_backward, "NARROW", {64: 256, 128: 256})
+    monkeypatch.setattr("backward_cases.floating", lambda x: [])
+    check(case, inputs(case, torch.float16, "contiguous", Sizes(1, 2, 2, 400, 416, dim, dim)))
+    assert ran == ["prepare_rows", "attention_backward", "finish_dq"]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a row's lse is near 0, but a difference of numbers that are not"
+)
+def test_weights_of_far_slopes_below_a_diagonal(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward has lse as a sum of the block's first row's and what its own row has more; where that is near 0, the
+    backward takes it to be exact."""
+    hopper_in_torch.backward(monkeypatch)
+    monkeypatch.setattr("backward_cases.floating", lambda x: [])
+    score = SCALE + Load(0, 0) * (J - I)
+    spec = ScoreSpec(score, J <= I, operands=(Operand(torch.float32, 1),), band=Band(None, I + 1, True), far=True)
+    case = Case("steep", spec, lambda z: [torch.tensor([1.3e4])])
+    check(case, inputs(case, torch.float16, "contiguous", Sizes(1, 1, 1, 64, 64, 64, 64)), least=0.1)
+
+
+WAITS, TWICE, NONE, IN_FLIGHT = "all that is left waits", "more have arrived", "d[qkv]: nan > ", "not waited for"
+
+MISTAKES = {
+    "a stage is filled while it is read": ("mbarrier.wait(empty.index(at), (step // STAGES & 1) ^ 1)", "pass", TWICE),
+    "a stage is never given back": ("mbarrier.arrive(empty.index(at), count=1)", "pass", WAITS),
+    "a stage is read too early": ("(step + 1) // STAGES & 1, pred=t + 1 < n)", "0, pred=False)", WAITS),
+    "keys are read too early": ("mbarrier.wait(own, 0)", "pass", NONE),
+    "too few bytes": ("* (D + DIM_V) * 2 + ROWS * 8", "* (D + DIM_V) * 2", "more bytes"),
+    "weights are read behind no fence": ("ds_smem.store(ds_)\n    fence_async_shared()", "ds_smem.store(ds_)", NONE),
+    "a product is read too early": (
+        "warpgroup_mma_wait(2, deps=[dp_])",
+        "warpgroup_mma_wait(3, deps=[dp_])",
+        IN_FLIGHT,
+    ),
+    "what is added is overwritten": ("tma.store_wait(1 if LATER else 0)", "tma.store_wait(2)", NONE),
+    "the last is not added": ("tma.store_wait(0)", "pass", "dq: "),
+}
+"""What is wrong, what of the text is replaced, and by what is told."""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_of_the_text_are_found(mistake: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong, told = MISTAKES[mistake]
+    hopper_in_torch.backward(monkeypatch, (right, wrong))
+    case = named("causal")
+    lk = 200 + list(MISTAKES).index(mistake)  # of its own: launches are remembered by sizes
+    with pytest.raises((AssertionError, in_turns.Deadlock), match=told):
+        check(case, inputs(case, torch.float16, "contiguous", Sizes(1, 1, 1, 400, lk, 64, 64)))
 
 
 def test_where_it_does_not_run_the_other_kernels_do(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +267,7 @@ def test_each_tile_that_keeps_something_is_visited_once(case: Case, lengths: tup
     if prepared.mask is not None:
         values = mask_values(prepared, x.operands, prepared.numbers(x.ints, x.floats))
         listed = lists.tightest(x.q, *values, (2, 2, lq, lk), 128, KEYS, prepared.mask, by_key=True)
-    scope = gluon_in_torch.scope(hopper_backward.module(written(spec)), 0)
+    scope = gluon_in_torch.scope(hopper_backward.module(written(spec)))
     keep = kept(spec, x, (2, 2, lq, lk))
     step = lists.steps(listed)
     more = [] if listed is None else [gluon_in_torch.Pointer.to(listed), *step]
