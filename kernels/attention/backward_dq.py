@@ -7,7 +7,7 @@ from collections.abc import Callable
 import sympy
 
 from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, SCORES, TALL
+from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, MOST_ROWS, SCORES, TALL
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, constexprs, indented
 from xfcompile.kernels.attention.template import wrapped
 from xfcompile.kernels.printing.arithmetic import LOG2E
@@ -95,6 +95,7 @@ def dq(w: Writer) -> str:
         place=w.place("heads", "h"),
         rows=indented([*w.row_lines, *(template.RANDOM if w.random else [])], 2),
         tall=TALL,
+        steep=_steep(w),
         state=indented(state, 4),
         first_loops=indented(_key_loops(w, first_step).splitlines(), 4),
         sums=indented([f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names], 2),
@@ -103,6 +104,15 @@ def dq(w: Writer) -> str:
         slope=w.times_slope(),
     )
     return f"{first}\n\n{tile}\n\n{kernel}"
+
+
+def _steep(w: Writer) -> str:
+    """What is added to a log-sum-exp's size: the forward has it as that of a block's first row, and by how much it is
+    more, which may both be far from 0 where it is not."""
+    if w.steep == 0:
+        return ""
+    own = ", ".join(["b", "h", "i", *w.pointers, *w.strides, *w.scalars, *w.flags])
+    return f" + {float(MOST_ROWS)} * tl.abs(steep({own}))"
 
 
 def _key_loops(w: Writer, step: Callable[..., str]) -> str:

@@ -35,6 +35,9 @@ def without_keys(top, instead: tl.constexpr):
 TALL = 4096.0
 """A log-sum-exp beyond this is rounded by more than half of what weights of 16 bits are rounded by."""
 
+MOST_ROWS = 192
+"""Query rows of a block of any forward's."""
+
 KEYS, QUERIES = "offs_n < lk", "offs_m < lq"
 """What is inside of the last tile of keys, or of queries."""
 
@@ -93,7 +96,7 @@ DQ_KERNEL = '''\
 {rows}
         if EXACT:
             inverse = tl.full([BLOCK_M], 1.0, tl.float32)
-            far = (tl.abs(top) > {tall}) & (top != float("inf"))
+            far = (tl.abs(top){steep} > {tall}) & (top != float("inf"))
             if (tl.reduce(far.to(tl.int32), 0, tl.standard._elementwise_max) > 0) | ALWAYS:
 {state}
 {first_loops}

@@ -9,7 +9,7 @@ from dataclasses import replace
 import sympy
 
 from xfcompile.kernels import philox
-from xfcompile.kernels.attention import template
+from xfcompile.kernels.attention import codegen, template
 from xfcompile.kernels.attention.backward_text import KEYS, SEARCH
 from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient
@@ -59,6 +59,9 @@ class Writer:
         self.slope, own = found.apart(spec.scalars)
         self.bend = None if own == 1 else own
         self.exact = spec.far or template.wide(spec)
+        # By how much more the forward has the score of a row than that of the one before, in a sum of its own.
+        shift = codegen.of_first_row(spec)[1] if self.exact else sympy.S.Zero
+        self.steep = sympy.expand(shift).coeff(I, 1)
         self.score = spec.score if self.exact else times(LOG2E, spec.score)
         self.listed = template.listed(spec)
         self.pointers = [f"t{n}_ptr" for n in range(len(spec.operands))]
@@ -137,6 +140,9 @@ class Writer:
         made = [self._function("exact_score", ["s", *site], spec.score, real=True, tile=True)]
         if not self.exact:
             made.append(self._function("score", ["s", *site], self.score, real=True, tile=True))
+        if self.steep != 0:
+            own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
+            made.append(self._function("steep", own, self.steep, real=True, site=False))
         if spec.sink is not None:
             own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
             made.append(self._function("sink", own, spec.sink, real=True, site=False))

@@ -71,6 +71,10 @@ FIRST = sympy.Symbol("first", integer=True, nonnegative=True)
 """The first query row of a block."""
 
 
+STEEP = 16.0
+"""Slopes of ALiBi are at most 1."""
+
+
 def of_first_row(spec: ScoreSpec) -> tuple[sympy.Expr, sympy.Expr]:
     """The score as of the first row of a block, and what other rows have more: where that is the same for all keys, it
     changes log-sum-exps only, and need not be added to each score. ALiBi's slope * (j - i) is such."""
@@ -81,7 +85,8 @@ def of_first_row(spec: ScoreSpec) -> tuple[sympy.Expr, sympy.Expr]:
         flat = term if S in term.free_symbols else sympy.expand(term)
         slope = flat.coeff(I, 1)
         rest = sympy.expand(flat - slope * I)
-        if slope == 0 or S in term.free_symbols or I in rest.free_symbols or {I, J} & slope.free_symbols:
+        steep = slope.is_number and abs(slope) > STEEP  # log-sum-exps would be differences of large numbers
+        if steep or slope == 0 or S in term.free_symbols or I in rest.free_symbols or {I, J} & slope.free_symbols:
             terms.append(term)
         else:
             terms.append(term.xreplace({I: FIRST}))
