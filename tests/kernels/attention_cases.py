@@ -187,7 +187,7 @@ CASES: list[Case] = [
     Case("some_rows_leak_capped", ScoreSpec(2 * sympy.tanh(SCALE / 2), Ne(PythonMod(I, 3), 0), "mean", leaks=True)),
     Case(
         "some_rows_leak_and_slope",
-        ScoreSpec(SCALE * (1 + I / 8) - J * H / 4, Ne(PythonMod(I, 3), 0), "mean", leaks=True),
+        ScoreSpec(SCALE * (1 + I / 16) - J * H / 4, Ne(PythonMod(I, 3), 0), "mean", leaks=True),
     ),
     Case("some_rows_zero", ScoreSpec(SCALE, Ne(PythonMod(I, 3), 0), "zero")),
     Case("dead_blocks_mean", ScoreSpec(SCALE, J < I - 40, "mean", band=Band(None, I - 40, True)), sizes=Sizes(lq=90)),
