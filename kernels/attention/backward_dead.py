@@ -6,13 +6,10 @@ number that was added, they have gradients besides, as all others: dx = (dp - me
 
 from __future__ import annotations
 
-import sympy
-
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_text import SCORES
 from xfcompile.kernels.attention.backward_writer import Writer, indented
-from xfcompile.site import ScoreSpec
 
 ROWS, KEYS = "dead_rows", "dead_keys"
 """The kernel that finds these rows and makes their dq, and the one for dk and dv."""
@@ -26,14 +23,9 @@ CHUNK = 1024
 CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_M", "BLOCK_N", "PRECISION", "UPCAST", "EXACT"]
 
 
-def wanted(spec: ScoreSpec) -> bool:
-    """Whether rows without keys send anything back."""
-    return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
-
-
 def dead(w: Writer) -> list[str]:
     """The kernels, none where nothing is sent back."""
-    if not wanted(w.spec):
+    if not template.needs_mean(w.spec):
         return []
     return [_rows(w), _keys(w)]
 

@@ -140,11 +140,10 @@ class Writer:
         made = [self._function("exact_score", ["s", *site], spec.score, real=True, tile=True)]
         if not self.exact:
             made.append(self._function("score", ["s", *site], self.score, real=True, tile=True))
+        own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
         if self.steep != 0:
-            own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
             made.append(self._function("steep", own, self.steep, real=True, site=False))
         if spec.sink is not None:
-            own = ["b", "h", "i", *self.pointers, *self.strides, *self.scalars, *site[len(site) - len(self.flags) :]]
             made.append(self._function("sink", own, spec.sink, real=True, site=False))
         if spec.keep != sympy.true:
             made.append(self._function("keep", site, spec.keep, real=False))

@@ -112,14 +112,9 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         FIXED,
         kernel,
     ]
-    if needs_mean(spec):
+    if template.needs_mean(spec):
         parts.append(MEAN)
     return "\n\n".join(parts)
-
-
-def needs_mean(spec: ScoreSpec) -> bool:
-    """Whether rows that may see no key are filled by a kernel of their own, with the mean of all values."""
-    return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
 
 
 def _functions(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> list[str]:
@@ -233,7 +228,7 @@ def _kernel(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
             ]
         )
     dead = "l = tl.where(l == 0.0, 1.0, l)" if spec.dead == "zero" and spec.sink is None else ""
-    if needs_mean(spec):
+    if template.needs_mean(spec):
         dead = "l = tl.where(l == 0.0, 1.0, l)  # such rows are filled later"
     loops = [loop("1", "masked", True, False), loop("gl.maximum(masked, 1)", "evens_at", False, False)]
     if evens:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import (
-    backward_dead,
     backward_loads,
     dead_rows,
     fit,
     launch_hopper_backward,
     programs,
     reference,
+    template,
 )
 from xfcompile.kernels.attention.arguments import random_of
 from xfcompile.kernels.attention.backward_call import Call
@@ -97,7 +97,7 @@ def _fill(call: Call, made: Gradients) -> None:
             outer = (dk if needs.k else call.k, dv if needs.v else call.v)
             own = [call.q, call.k, call.v, call.dout, call.pair, call.inverse, *outer]
             call.launch("dkdv", [*own, *columns_.values()], outer)
-    if backward_dead.wanted(call.program.spec):
+    if template.needs_mean(call.program.spec):
         dead_rows.add(call, made[0], dk, dv)
     for n in layout.added_to:
         doperands[n].zero_()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels import gluon
-from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists
+from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists, template
 from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.kernels.attention.programs import Program, program
 from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
@@ -109,7 +109,8 @@ class Hopper:
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
         blocks = -(-lq // variant.rows)
         total = batch * heads * blocks
-        if total <= multiprocessors(q.device.index):  # each program has one piece of work
+        most = multiprocessors(q.device.index)
+        if total <= most:  # each program has one piece of work
             variant = replace(variant, queued=False)
         self.variant = variant
         module = _module(prepared.key, variant)
@@ -126,14 +127,14 @@ class Hopper:
             constants["UNIT"] = 1.0  # scores are as the program has them
         programs = total
         if variant.queued:
-            programs = multiprocessors(q.device.index)
+            programs = most
         elif variant.persistent:
             # Those of equal sizes: where tiles are listed, of one sequence.
             pieces = total if prepared.mask is None else heads * blocks
-            programs = multiprocessors(q.device.index) if pieces > multiprocessors(q.device.index) else total
+            programs = most if pieces > most else total
         self.launch = Launch(module.attention_forward, programs, numbers, constants, {"num_warps": 4}, described)
         self.fill: Launch | None = None
-        if hopper.needs_mean(prepared.spec):
+        if template.needs_mean(prepared.spec):
             sizes = {"DV": dv, "BLOCK_DV": padded(dv), "BLOCK_M": 64, "BLOCK_N": 64, "HEADS_FIRST": heads_first}
             numbers = [*v.stride(), heads, heads // kv_heads, lq, lk]
             self.fill = Launch(module.fill_dead_rows, batch * heads * -(-lq // 64), numbers, sizes, {"num_warps": 4})

@@ -131,6 +131,11 @@ class Forms:
     row_shift: bool = False
 
 
+def needs_mean(spec: ScoreSpec) -> bool:
+    """Whether there may be rows that see no key and get the mean of all values."""
+    return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
+
+
 def listed(spec: ScoreSpec) -> bool:
     """Whether the kernel takes lists of tiles."""
     from xfcompile.kernels.attention.blocks import summary
