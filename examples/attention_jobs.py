@@ -132,6 +132,7 @@ def compile_kernel(
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
         "BLOCK_S": launch_decode.COMBINED,
+        "DEPENDENT": target.backend == "cuda" and target.arch >= 90,
         "FAST": int(dtype.itemsize == 2),
         "UNIT": template.unit(prepared.spec, dtype),
     }

@@ -48,6 +48,8 @@ SPLIT = '''\
 
 {loop}
 
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
     offs_dv = tl.arange(0, BLOCK_DV)[None, :]
     part = ((tl.cast(b, tl.int64) * heads + hk * group + r % group) * lq + r // group) * splits + split  # [M]
     tl.store(m_ptr + part, m, mask=offs_r < rows)
@@ -88,7 +90,10 @@ for _ in tl.range(0, steps):
 COMBINE = '''\
 @triton.jit(do_not_specialize={lengths!r})
 {signature}
-    """One program: what the splits of one query row add up to."""
+    """One program: what the splits of one query row add up to.
+
+    DEPENDENT: it was launched while the splits still ran (programmatic dependent launch), and waits for them.
+    """
     {power}
     pid = tl.program_id(0)
     i = pid % lq
@@ -96,14 +101,18 @@ COMBINE = '''\
     b = pid // lq // heads
     offs_dv = tl.arange(0, BLOCK_DV)
 {state}
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     acc = tl.full([BLOCK_DV], 0.0, tl.float32)
     for start in tl.range(0, splits, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         part = tl.cast(pid, tl.int64) * splits + offs_s
         m_part = tl.load(m_ptr + part, mask=offs_s < splits, other=float("-inf"))
         l_part = tl.load(l_ptr + part, mask=offs_s < splits, other=0.0)
-        mask = (l_part != 0.0)[:, None] & (offs_dv < DV)[None, :]
+        # Whatever stands where nothing was written: to load by l would be to wait for l.
+        mask = (offs_s < splits)[:, None] & (offs_dv < DV)[None, :]
         acc_part = tl.load(acc_ptr + part[:, None] * DV + offs_dv[None, :], mask=mask, other=0.0)  # [S, DV]
+        acc_part = tl.where((l_part != 0.0)[:, None], acc_part, 0.0)
         m_new = tl.maximum(m, tl.reduce(m_part, 0, tl.standard._elementwise_max))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         weight = tl.where(l_part == 0.0, 0.0, tl.exp2((m_part - m_safe) * POWER))
@@ -161,7 +170,7 @@ def _split(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     strides = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "acc_ptr", "m_ptr", "l_ptr", *names.pointers]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]
-    constants = [f"{x}: tl.constexpr" for x in (*template.CONSTANTS, *names.flags, "BLOCK_M")]
+    constants = [f"{x}: tl.constexpr" for x in (*template.CONSTANTS, *names.flags, "BLOCK_M", "DEPENDENT")]
     return SPLIT.format(
         lengths=[*LENGTHS, *names.scalars],
         signature=template.wrapped("def decode_split", [*arguments, *constants], ":"),
@@ -216,7 +225,8 @@ def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     pointers = ["acc_ptr", "m_ptr", "l_ptr", "v_ptr", "out_ptr", "lse_ptr", *names.pointers]
     strides = [f"stride_v{d}" for d in "bhnd"]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]
-    constants = [f"{x}: tl.constexpr" for x in ("DV", "BLOCK_DV", "BLOCK_N", "BLOCK_S", "HEADS_FIRST", *names.flags)]
+    blocks = ["DV", "BLOCK_DV", "BLOCK_N", "BLOCK_S", "HEADS_FIRST"]
+    constants = [f"{x}: tl.constexpr" for x in (*blocks, *names.flags, "DEPENDENT")]
     return COMBINE.format(
         lengths=[*LENGTHS, *names.scalars],
         signature=template.wrapped("def decode_combine", [*arguments, *constants], ":"),

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.attention import decode, fit
+from xfcompile.kernels.attention import decode, fit, template
 from xfcompile.kernels.attention.programs import Program
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import (
+    BLACKWELL,
+    HOPPER,
     INTERPRETED_DECODING,
     Tiles,
     choose_decoding,
@@ -33,16 +35,19 @@ rows, which are still fewer than heads. `xfcompile.plan` has the same number."""
 MANY_KEYS = 256
 """From here on keys are split: fewer are a matter of a few steps, in which a second kernel's launch is not won back."""
 
-PROGRAMS = 4
-"""Programs that are aimed at for each multiprocessor. Two or three run at a time; more of them end at one time."""
+PROGRAMS = 2
+"""Programs of each multiprocessor, at most: as many as run at a time. What they read then under way is enough (see
+`tiles.STEP_BYTES`), and none begins when others have ended. On an H200, B8 H32 KV8 S8192 D128 without a mask, two took
+68 µs and three 70; four, of which three run at a time, took 86 where three took 79."""
 
 MOST_SPLITS = 128
 """One program adds the splits of a row up: beyond this, that takes as long as what is saved."""
 
-COMBINED = 32
-"""Splits that are added up at once: of 256 columns 64 registers a thread."""
+FEW_SPLITS, COMBINED = 8, 32
+"""Splits that are added up at once, by one warp and by four: of 256 columns 64 registers a thread. One warp has no
+barriers, and is over sooner by 1 µs (an H200, as above)."""
 
-INTERPRETED_MULTIPROCESSORS = 8
+INTERPRETED_MULTIPROCESSORS = 16
 """What the interpreter pretends to have: enough for several splits at the sizes of tests."""
 
 
@@ -59,6 +64,11 @@ def splits(q: Tensor, k: Tensor, tiles: Tiles, multiprocessors: int) -> int:
     programs = k.shape[0] * k.shape[1] * -(-rows // tiles.block_m)
     keys = -(-k.shape[2] // tiles.block_n)
     return max(1, -(-keys // decode.MOST_TILES), min(PROGRAMS * multiprocessors // programs, keys, MOST_SPLITS))
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one that it waits for still runs (programmatic dependent launch)."""
+    return device.type == "cuda" and device_generation(device) in (HOPPER, BLACKWELL)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -142,8 +152,16 @@ class Decoding:
         group, rows = heads // kv_heads, batch * heads * lq
         parts = splits(q, k, tiles, _multiprocessors(q.device))
         sizes = [heads, group, lq, lk, parts, *[stride for x in operands for stride in x.stride()]]
-        blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": COMBINED}
-        options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        few = parts <= FEW_SPLITS and not template.needs_mean(self.prepared.spec)
+        dependent = has_dependent_launch(q.device)
+        blocks = {
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_S": FEW_SPLITS if few else COMBINED,
+            "DEPENDENT": dependent,
+        }
+        split_options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+        combine_options = {"num_warps": 1 if few else 4} | ({"launch_pdl": True} if dependent else {})
         types = (q.device, q.dtype, *[x.dtype for x in operands])
 
         def launch(kernel: Any, programs: int, strided: Sequence[Tensor], options: dict[str, int]) -> Launch:
@@ -158,8 +176,8 @@ class Decoding:
         split, combine = self.kernels
         return Pair(
             parts,
-            launch(split, batch * kv_heads * parts * -(-group * lq // tiles.block_m), (q, k, v), options),
-            launch(combine, rows, (v,), {}),
+            launch(split, batch * kv_heads * parts * -(-group * lq // tiles.block_m), (q, k, v), split_options),
+            launch(combine, rows, (v,), combine_options),
             Blank((rows * parts * dv,), torch.float32, q.device),
             Blank((rows * parts,), torch.float32, q.device),
         )

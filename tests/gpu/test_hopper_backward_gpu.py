@@ -117,7 +117,10 @@ def test_wide_windows(width: int, dim: int, ran: Ran) -> None:
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("place", [(0, 0), (B, 0), (0, H), (B, H)])
-def test_a_learned_bias_of_each_score(place: tuple[object, object], dtype: torch.dtype, dim: int, ran: Ran) -> None:
+def test_a_learned_bias_of_each_score(
+    place: tuple[object, object], dtype: torch.dtype, dim: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
     spec = ScoreSpec(SCALE + Load(0, *place, I, J), operands=(Operand(dtype, 4),))
     sizes = Sizes(2, 4, 4, 320, 384, dim, dim)
     shape = (2 if place[0] is B else 1, 4 if place[1] is H else 1, 320, 384)

@@ -261,9 +261,9 @@ CASES: list[Case] = [
     Case(
         "negative_indices",
         ScoreSpec(
-            SCALE + Load(0, FloorDiv(J - I, 3) + 100) + Load(0, PythonMod(J - I, 7)), operands=(Operand(FLOAT, 1),)
+            SCALE + Load(0, FloorDiv(J - I, 3) + 150) + Load(0, PythonMod(J - I, 7)), operands=(Operand(FLOAT, 1),)
         ),
-        lambda z: [normal(200)],
+        lambda z: [normal(300)],
     ),
     Case(
         "flat_index",
