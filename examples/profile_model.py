@@ -1,0 +1,174 @@
+"""Where a step of one of the benchmark's models spends its time, kernel by kernel, under Inductor and this backend.
+
+    python examples/profile_model.py "T5 1.1" --mode train                  # on a CUDA device, a minute or two
+    python examples/profile_model.py "GPT-2" --attention eager --json gpt2.json
+    python examples/profile_model.py "GPT-2" --scale quick                  # on a CPU, its operators: does it run
+
+Times are ms of a step, in the mean of some. "Waiting" is what a step takes beyond its kernels: the GPU waits for its
+host there. A step's time is measured without the profiler, whose own work would be part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from xfcompile.bench import columns as c
+from xfcompile.bench import models
+from xfcompile.bench.job import Place, Row
+from xfcompile.bench.surroundings import surroundings
+from xfcompile.bench.zoo import MODELS
+
+KINDS: dict[str, str] = {
+    "attention by this backend": r"^(attention_(for|back)ward|decode_|tile_|prepare_rows|finish_dq|fill_dead)",
+    "gated MLPs and activations by this backend": r"^(gated_|(forward|backward|linear|partial_sum|gemm)$)",
+    "attention by SDPA": r"flash|fmha|cudnn.*sdpa|attention",
+    "products of matrices": r"gemm|nvjet|cutlass|xmma|cublas|split_?k|\bb?mm\b|addmm|gemv",
+    "fused by Inductor": r"^triton_",
+    "copies and fills": r"memcpy|memset|fill|copy",
+}
+"""By which of these its name matches first, letters of any size; what matches none is "the rest"."""
+REST = "the rest"
+
+
+@dataclass
+class Kernel:
+    """ms: of a step, of all its launches together."""
+
+    name: str
+    kind: str
+    launches: float
+    ms: float
+
+
+@dataclass
+class Profile:
+    """Of one column. step_ms: a step, from a device that does nothing to one that is done. busy_ms: its kernels."""
+
+    column: str
+    step_ms: float
+    busy_ms: float
+    kernels: list[Kernel] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> float:
+        return max(0.0, self.step_ms - self.busy_ms)
+
+    def by_kind(self) -> dict[str, float]:
+        found = dict.fromkeys([*KINDS, REST], 0.0)
+        for kernel in self.kernels:
+            found[kernel.kind] += kernel.ms
+        return found
+
+
+def kind_of(name: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
+
+
+def profiled(column: str, call: Callable[[], Any], device: str, steps: int) -> Profile:
+    """Steps after two that compile and warm up."""
+
+    def finished() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(2):
+        call()
+    finished()
+    start = time.perf_counter()
+    for _ in range(steps):
+        call()
+    finished()
+    step_ms = (time.perf_counter() - start) * 1e3 / steps
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as seen:
+        for _ in range(steps):
+            call()
+        finished()
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    kernels = []
+    for event in seen.key_averages():
+        us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        if event.device_type == wanted and us > 0:
+            kernels.append(Kernel(event.key, kind_of(event.key), event.count / steps, us / 1e3 / steps))
+    kernels.sort(key=lambda kernel: -kernel.ms)
+    return Profile(column, step_ms, sum(kernel.ms for kernel in kernels), kernels)
+
+
+def kinds_table(profiles: Sequence[Profile]) -> Table:
+    table = Table("ms of a step", *[p.column for p in profiles], box=None)
+    for kind in [*KINDS, REST]:
+        times = [p.by_kind()[kind] for p in profiles]
+        if any(times):
+            table.add_row(kind, *[f"{ms:.2f}" for ms in times])
+    table.add_row("waiting", *[f"{p.waiting:.2f}" for p in profiles])
+    table.add_row("the step", *[f"{p.step_ms:.2f}" for p in profiles], style="bold")
+    return table
+
+
+def kernels_table(p: Profile, most: int) -> Table:
+    table = Table(f"{p.column}: kernel", "kind", "launches", "ms", "of the step", box=None)
+    for kernel in p.kernels[:most]:
+        name = kernel.name if len(kernel.name) <= 72 else f"{kernel.name[:69]}..."
+        share = kernel.ms / p.step_ms
+        table.add_row(name, kernel.kind, f"{kernel.launches:.0f}", f"{kernel.ms:.3f}", f"{share:.0%}")
+    return table
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=[name for name, model in MODELS.items() if "infer" in model.modes])
+    parser.add_argument("--mode", choices=[models.INFER, models.TRAIN], default=models.TRAIN)
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
+    parser.add_argument("--backends", default=f"{c.INDUCTOR},{c.XFORMERS}", help="columns, separated by commas")
+    parser.add_argument("--scale", choices=["gpu", "cpu", "quick"], help="gpu on a CUDA device, else cpu")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--most", type=int, default=20, help="kernels of each column that are shown")
+    parser.add_argument("--json", type=Path, help="write all kernels there")
+    asked = parser.parse_args(given)
+    columns = asked.backends.split(",")
+    if unknown := [name for name in columns if name not in models.BENCHMARK.columns]:
+        parser.error(f"--backends: {', '.join(unknown)}: there are {', '.join(models.BENCHMARK.columns)}")
+    if asked.attention not in MODELS[asked.model].attentions:
+        parser.error(f"--attention: {asked.model} has {', '.join(MODELS[asked.model].attentions)}")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = Place(
+        device,
+        torch.bfloat16 if device == "cuda" else torch.float32,
+        asked.scale or ("gpu" if device == "cuda" else "cpu"),
+    )
+    work = models.prepare(Row(asked.model, asked.mode, (), asked.attention), place)
+    console = Console()
+    profiles = []
+    with torch.set_grad_enabled(asked.mode == models.TRAIN):
+        for column in columns:
+            with console.status(f"{asked.model}, {asked.mode}: {column}"):
+                profiles.append(profiled(column, work.way(column), device, asked.steps))
+            torch._dynamo.reset()
+    console.print(kinds_table(profiles))
+    for p in profiles:
+        console.print()
+        console.print(kernels_table(p, asked.most))
+    if asked.json is not None:
+        about = {"model": asked.model, "mode": asked.mode, "attention": asked.attention, "scale": place.scale}
+        found = {**surroundings(device), **about, "columns": [asdict(p) for p in profiles]}
+        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+        console.print(f"results: {asked.json}")
+
+
+if __name__ == "__main__":
+    main()
