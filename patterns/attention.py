@@ -22,6 +22,7 @@ from xfcompile.operands import D, Walk, place
 from xfcompile.score import B, H, I, J, Load, S, Where
 from xfcompile.site import AttentionSite, Band, Miss
 from xfcompile.values import Value, depends
+from xfcompile.weights import back_to, emptied, left_of_dead, products
 
 FAMILY = "attention"
 SDPA = "scaled_dot_product_attention"
@@ -41,10 +42,10 @@ def match(anchor: Value, users: dict[Value, list[Value]]) -> list[AttentionSite]
     """The attentions around an anchor (one for each product with values); `Miss` if there is none."""
     if anchor.op == SDPA:
         return [_sdpa(anchor)]
-    products = list(_products(anchor, users))
-    if not products:
+    found = list(products(anchor, users))
+    if not found:
         raise Miss("the softmax is not multiplied with values", anchor)
-    return [_at_product(anchor, product) for product in products]
+    return [_at_product(anchor, product) for product in found]
 
 
 # -- the softmax ----------------------------------------------------------------------------------------------
@@ -75,28 +76,6 @@ def _written_out(value: Value) -> tuple[Value, int] | None:
 def _softmax_of(anchor: Value) -> tuple[Value, int]:
     written = _written_out(anchor)
     return written if written is not None else (anchor["self"], anchor["dim"])
-
-
-_CARRIES = frozenset({"to", "dropout", "reshape", "permute", "expand", "slice", "detach", "nan_to_num"})
-
-
-def _products(anchor: Value, users: dict[Value, list[Value]]) -> Iterator[Contraction]:
-    """The products that the softmax's weights go into, through casts, dropout and views."""
-    todo = [anchor]
-    while todo:
-        value = todo.pop()
-        for user in users.get(value, ()):
-            if user.op in _CARRIES and user["self"] is value:
-                todo.append(user)
-            if user.op not in CONTRACTIONS:
-                continue
-            found = contraction(user)
-            if found is None:
-                continue
-            if found.lhs is value and found.rhs is not value:
-                yield found
-            elif found.rhs is value and found.lhs is not value:
-                yield found.swapped()
 
 
 # -- one attention --------------------------------------------------------------------------------------------
@@ -158,7 +137,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     # From the weights back to the softmax: casts and views only, so that the index alone changes.
     walk = Walk(ranges)
     at = tuple(axis[c] for c in product.lhs_labels)
-    index, dropout, zeroed = _back_to(anchor, weights, at, walk)
+    index, dropout, zeroed, maskings = back_to(anchor, weights, at, walk)
     scores, softmax_axis = _softmax_of(anchor)
     if index[softmax_axis] != J:
         raise Miss("softmax runs over another axis than the one that meets the values", anchor)
@@ -183,6 +162,10 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         if absorbs(score, elements.loads, finite=True):
             raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0", anchor)
     score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
+    left = [
+        sympy.And(*(m.keep(elements) for m in maskings if m.multiplied == multiplied)).xreplace(substitution)
+        for multiplied in (False, True)
+    ]
     return _site(
         root=product.value,
         lead=lead,
@@ -199,6 +182,8 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         ranges=_flat_ranges(lead, sizes),
         score_dtype=next(iter(elements.masked_in)) if len(elements.masked_in) == 1 else scores.dtype,
         dead_bool="zero" if zeroed else "nan",
+        chosen=left[0],
+        multiplied=left[1],
     )
 
 
@@ -295,7 +280,10 @@ def _site(
     dead_bool: str,
     keep: Any = sympy.true,
     call: Value | None = None,
+    chosen: Any = sympy.true,
+    multiplied: Any = sympy.true,
 ) -> AttentionSite:
+    """chosen, multiplied: where weights are left, once they add up to 1; elsewhere they are 0, or times 0."""
     masked = separate(without_row_shift(score), score_dtype)
     finite = [fill for fill, _ in masked.fills if fill.is_finite]
     predicate = prove(sympy.And(keep, masked.keep), ranges)
@@ -309,6 +297,10 @@ def _site(
         dead = "unknown"
     if sink is not None and not alive:
         dead = "zero" if dead in ("nan", "mean", "zero") else dead
+    chosen, multiplied = (prove(x, ranges) for x in (chosen, multiplied))
+    empty = emptied(root, predicate, prove(sympy.And(chosen, multiplied), ranges), alive, full is not None)
+    if empty and not alive:
+        dead = left_of_dead(root, dead, chosen, predicate)
     if dead == "unknown" and not alive:
         # Rows without keys can't be excluded, and what they get is no simple rule: keep the fills as numbers.
         if any(not fill.is_finite for fill, _ in masked.fills):
@@ -349,7 +341,7 @@ def _site(
         full=full,
         floor=max(finite) if full is not None else None,
         rounding=rounding,
-        leaks=bare and any(added and fill.is_finite for fill, added in masked.fills),
+        leaks=bare and not empty and any(added and fill.is_finite for fill, added in masked.fills),
         one_fill=len(masked.fills) == 1 and masked.fills[0][1] and keep == sympy.true,
         call=call,
     )
@@ -405,27 +397,6 @@ def _label_sizes(product: Contraction) -> dict[str, Any]:
             if label not in sizes or sizes[label] == 1:
                 sizes[label] = n
     return sizes
-
-
-def _back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index, float, bool]:
-    """The index into the softmax of an element of the weights, the dropout on the way, and whether NaN becomes 0."""
-    value, index, dropout, zeroed = weights, at, 0.0, False
-    while value is not anchor:
-        if value.op == "dropout":
-            if dropout:
-                raise Miss("the weights are dropped out twice", value)
-            dropout = float(value["p"])
-            value = value["self"]
-        elif value.op == "to" and value.dtype.is_floating_point:
-            value = value["self"]
-        elif value.op == "nan_to_num" and value.args.get("nan") in (None, 0):  # weights are never infinite
-            value, zeroed = value["self"], True
-        else:
-            step = walk.back(value, index)
-            if step is None:
-                raise Miss(f"{value.op} stands between the softmax and the values", value)
-            value, index = step
-    return index, dropout, zeroed
 
 
 def _score(

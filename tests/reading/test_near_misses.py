@@ -175,7 +175,7 @@ miss(
     lambda q, k, v: scores(q, k).softmax(-1).softmax(-1) @ v,
 )
 miss("softmax squared", "multiplied with values", lambda q, k, v: scores(q, k).softmax(-1).square() @ v)
-miss("softmax times a mask", "multiplied with values", lambda q, k, v: (scores(q, k).softmax(-1) * (v > 0)) @ v)
+miss("softmax times a mask", "do not add up to 1", lambda q, k, v: (scores(q, k).softmax(-1) * (v > 0)) @ v)
 miss("softmax plus a number", "multiplied with values", lambda q, k, v: (scores(q, k).softmax(-1) + 1e-3) @ v)
 miss(
     "softmax, top-k",
