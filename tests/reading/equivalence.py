@@ -27,7 +27,7 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class Outcome:
-    """What came of a program: its sites, the rewritten graphs, and the ATen graphs that then ran, forward and backward."""
+    """What came of a program: its sites, the rewritten graphs, and the ATen graphs that ran, of both directions."""
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: list[fx.GraphModule] = field(default_factory=list)
