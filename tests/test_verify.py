@@ -208,6 +208,17 @@ def test_a_site_inside_of_a_checkpoint_is_compared() -> None:
     assert len(results(verified(checkpointed, *qkv(grad=True)))) == 4
 
 
+def test_a_checkpoint_around_the_program_counts_nothing_of_the_check() -> None:
+    compiled = torch.compile(attention, backend=xfcompile.xformers, options={"verify": True, "strict": True})
+    inputs = qkv(grad=True)
+    with xfcompile.collect() as report:
+        checkpoint(compiled, *inputs, use_reentrant=False).sum().backward()
+    (check,) = report.checks
+    assert check.ok and len(results(check)) == 4
+    for x, y in zip(inputs, torch.autograd.grad(attention(*inputs).sum(), inputs), strict=True):
+        torch.testing.assert_close(x.grad, y)
+
+
 def test_autocast_is_part_of_the_original() -> None:
     def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -16,6 +16,7 @@ from xfcompile.operands import D
 from xfcompile.read import Reading
 from xfcompile.score import POSITION, B, H, I, J, Load, Where
 from xfcompile.site import AttentionSite, Miss, Placed
+from xfcompile.unseen import unseen
 from xfcompile.values import Value
 
 
@@ -64,7 +65,7 @@ class Emitter:
         if mode is None or key is None:
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[key])
-        with mode:
+        with mode, unseen():
             node.meta[key] = getattr(args[0], fn)(*args[1:], **kwargs) if isinstance(fn, str) else fn(*args, **kwargs)
 
     def size(self, expr: Any) -> Any:

@@ -28,6 +28,7 @@ from xfcompile.read import Reading
 from xfcompile.report import Report, SiteReport, publish
 from xfcompile.rounding import Rounded, nearby
 from xfcompile.site import Miss
+from xfcompile.unseen import unseen
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Verification:
         report = Report(checks=self.checks)
         # The program may be run while gradients are on, and leave a mode behind that it sets.
         try:
-            with _undisturbed(args), torch.set_grad_enabled(False):
+            with _undisturbed(args), unseen(), torch.set_grad_enabled(False):
                 self.program(*_without_writes(self.program, args, self._written))
         except Exception as error:
             if strict:

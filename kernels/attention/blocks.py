@@ -263,9 +263,16 @@ def _near(ends: Bounds) -> tuple[sympy.Basic, sympy.Basic]:
 def _bounds(x: Load, mask: MaskSpec, printer: Printer, lines: list[str], n: int) -> Bounds:
     """The least and the greatest element that a tile loads, as names of what the lines compute."""
     symbols = x.free_symbols & {I, J}
-    if not symbols:
-        return x, x
     whole = not mask.operands[x.operand].dtype.is_floating_point
+    if not symbols:
+        # One number for all tiles: read before conditions that each tile has its own of could stand around it.
+        one = sympy.Symbol(f"one{n}", **{"integer" if whole else "real": True})
+        inner = Printer(RULES, mask.operands, printer.names)
+        value = inner.print(x).as_number().text
+        printer.helpers |= inner.helpers
+        lines += [*inner.lines, f"{one} = {value}"]
+        printer.hoisted[one] = Term(one.name, "int" if whole else "float")
+        return one, one
     low, high = (sympy.Symbol(f"{side}{n}", **{"integer" if whole else "real": True}) for side in ("low", "high"))
     axis, moved = 1, x
     if symbols == {I}:

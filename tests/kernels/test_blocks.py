@@ -12,12 +12,17 @@ import pytest
 import sympy
 import torch
 from attention_cases import BOOL, CASES, FLOAT, SCALE, Case, Inputs, Sizes, call, check, inputs, named, normal, uniform
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sympy import And, Eq, Ge, Ne, Or
+from torch.utils._sympy.functions import FloorDiv, PythonMod
 
 from xfcompile.kernels.attention import attention, attention_tiles, fallback, lists, lists_sizes, prepare, programs
+from xfcompile.kernels.attention import reference as definition
 from xfcompile.kernels.attention.arguments import mask_arguments
 from xfcompile.kernels.attention.blocks import EVEN, HEADER, MASKED, SKIP, WHOLE, summary
-from xfcompile.score import B, H, I, J, Load
+from xfcompile.masks import band
+from xfcompile.score import B, H, I, J, Load, Where
 from xfcompile.site import Operand, ScoreSpec
 
 pytestmark = [pytest.mark.usefixtures("interpreter"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -59,6 +64,16 @@ def reals(sizes: Sizes) -> list[torch.Tensor]:
     return [x]
 
 
+DATA = (Operand(torch.int64, 2), Operand(torch.int32, 1), Operand(BOOL, 2))
+
+
+def vectors(sizes: Sizes) -> list[torch.Tensor]:
+    """Documents of different lengths, a length, and tokens of which runs are padding."""
+    n = max(sizes.lq, sizes.lk)
+    documents = torch.stack([torch.arange(n) // 20, torch.arange(n) // 33])
+    return [documents, torch.tensor([50, 90], dtype=torch.int32), (torch.arange(n) // 35 % 2 == 1).expand(2, n).clone()]
+
+
 RANDOM = torch.Generator().manual_seed(1)
 N = LONG.lq - 1
 MORE = [
@@ -92,6 +107,14 @@ MORE = [
         ScoreSpec(SCALE, Or(J < 4, And(J <= I, J > I - 30))),
     ),
     Case("two_strips", ScoreSpec(SCALE, Or(And(J >= 40, J < 70), And(J >= 140, J < 150)))),
+    *(
+        Case(name, ScoreSpec(SCALE, keep, "zero", DATA), lambda z: vectors(z))
+        for name, keep in (
+            ("prefix_of_each_batch", Or(J <= I, Load(1, B) > J)),
+            ("causal_up_to_a_length", And(J <= I, Load(1, B) > J)),
+            ("queries_up_to_a_length", And(Load(1, B) > I, Ne(Load(2, B, J), 0))),
+        )
+    ),
     Case(
         "some_documents",
         ScoreSpec(SCALE, Eq(Load(0, B, I), Load(0, B, J)), "zero", operands=(Operand(torch.int64, 2),)),
@@ -102,6 +125,7 @@ LISTED = [case for case in [*CASES, *MORE] if summary(case.spec) is not None]
 EXACT = {
     "documents", "documents_of_bytes", "padding_zero", "dense", "additive_dense", "relative", "keys", "window_or_first",
     "two_strips", "chunks", "dilated", "additive_padding",
+    "prefix_of_each_batch", "causal_up_to_a_length", "queries_up_to_a_length",
 }  # fmt: skip
 
 
@@ -137,6 +161,66 @@ def test_lists_leave_out_and_unmask_nothing_that_they_should_not(case: Case, blo
     assert not ((ours == EVEN) & (exact != EVEN)).any(), "a tile is taken to be even that is not"
     if case.name in EXACT:
         assert torch.equal(ours, exact)
+
+
+DOCUMENT_I, DOCUMENT_J, LENGTH, TOKEN = Load(0, B, I), Load(0, B, J), Load(1, B), Load(2, B, J)
+
+
+def integers(depth: int = 2) -> st.SearchStrategy[sympy.Expr]:
+    leaf = st.sampled_from([I, J, I - J, I + J, 2 * I - J, DOCUMENT_I, DOCUMENT_J, LENGTH])
+    leaf |= st.integers(-9, 60).map(sympy.Integer)
+    if depth == 0:
+        return leaf
+    inner, divisor = integers(depth - 1), st.integers(1, 40).map(sympy.Integer)
+    return st.one_of(
+        leaf,
+        st.builds(FloorDiv, inner, divisor),
+        st.builds(PythonMod, inner, divisor),
+        st.builds(sympy.Abs, inner),
+        st.builds(lambda a, b: a - b, inner, inner),
+        st.builds(sympy.Min, inner, inner),
+        st.builds(sympy.Max, inner, inner),
+        st.builds(lambda c, a, b: Where(sympy.Le(c, 20), a, b), inner, inner, inner),
+    )
+
+
+def predicates(depth: int = 2) -> st.SearchStrategy[sympy.Basic]:
+    relations = st.sampled_from([sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt, sympy.Eq, sympy.Ne])
+    leaf = st.builds(lambda f, a, b: f(a, b), relations, integers(), integers()) | st.just(Ne(TOKEN, 0))
+    if depth == 0:
+        return leaf
+    inner = predicates(depth - 1)
+    pair = st.builds(And, inner, inner) | st.builds(Or, inner, inner) | st.builds(sympy.Xor, inner, inner)
+    return leaf | pair | inner.map(sympy.Not)
+
+
+MANY_TILES = Sizes(batch=2, heads=1, kv_heads=1, lq=77, lk=120, dq=8, dv=8)
+
+
+def test_lists_of_random_masks_are_sound_and_attention_by_them_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With closed bounds where a mask has them, as a site has it."""
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    said: list[str] = []
+
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    @given(predicates())
+    def each(keep: sympy.Basic) -> None:
+        if keep in (sympy.true, sympy.false):
+            return
+        case = Case("random", ScoreSpec(SCALE, keep, "zero", DATA, band=band(keep)), vectors)
+        x = inputs(case, FLOAT, sizes=MANY_TILES)
+        if summary(case.spec) is not None:
+            ours, exact = (verdicts(y) for y in made_of(case, x, 16, 16))
+            assert not ((ours == SKIP) & (exact != SKIP)).any(), "a tile is skipped that has something to keep"
+            assert not ((ours >= WHOLE) & (exact < WHOLE)).any(), "a tile runs unmasked that has something to drop"
+            said.append("nothing" if bool((ours == MASKED).all()) else "something")
+        out, lse = call(case.spec, x)
+        right, right_lse = definition.attention(case.spec, x.q, x.k, x.v, x.operands, [], [], torch.float64)
+        torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), right_lse, rtol=1e-5, atol=1e-5)
+
+    each()
+    assert said.count("something") > 5
 
 
 @pytest.mark.parametrize("case", LISTED, ids=lambda case: case.name)

@@ -105,6 +105,27 @@ def test_heads_share_keys(name: str, group: int, lq: int) -> None:
     check(case, few(case, torch.float32, lq, heads=8, kv_heads=8 // group))
 
 
+@pytest.mark.parametrize(("kv_heads", "lq"), [(1, 1), (2, 1), (4, 2), (8, 3)])
+def test_a_program_reads_keys_once_for_all_heads_that_share_them(
+    kv_heads: int, lq: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many programs as there are splits of each head of keys, however many heads of queries there are."""
+    multiprocessors(monkeypatch, 400)
+    counted: list[tuple[int, int]] = []
+    launched = launch_decode.Pair.__call__
+
+    def recording(self: launch_decode.Pair, *args: Any) -> Any:
+        counted.append((self.split.grid[0], self.splits))
+        return launched(self, *args)
+
+    monkeypatch.setattr(launch_decode.Pair, "__call__", recording)
+    assert 8 // kv_heads * lq <= INTERPRETED_DECODING.block_m
+    case = named("plain")
+    check(case, few(case, torch.float32, lq, batch=2, heads=8, kv_heads=kv_heads, lk=70, dq=8, dv=8))
+    ((number, splits),) = counted
+    assert splits == 5 and number == 2 * kv_heads * splits
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("case", HEADS_APART, ids=lambda case: case.name)
 def test_rows_of_different_heads_in_one_program(case: Case, kv_heads: int) -> None:

@@ -268,6 +268,53 @@ def test_static_cache_given_to_a_forward_that_the_user_compiled(name: str, atten
         assert {(site.matched, site.route) for site in _attentions(report)} == {(True, "sdpa")}
 
 
+@pytest.mark.parametrize("name", ["llama", _slow("gpt2"), _slow("t5")])
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_tokens_by_our_decoding_kernels(name: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, where a step's attention is split over keys however few there are."""
+    from transformers import CompileConfig
+
+    from xfcompile.kernels.attention import launch_decode, programs
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(launch_decode, "MANY_KEYS", 1)
+    for program in programs.known.values():
+        program.calls.clear()
+    launches: list[int] = []
+    launched = launch_decode.Pair.__call__
+
+    def counted(self: launch_decode.Pair, *args: Any) -> Any:
+        launches.append(self.splits)
+        return launched(self, *args)
+
+    monkeypatch.setattr(launch_decode.Pair, "__call__", counted)
+    graphs: list[fx.GraphModule] = []
+    report = Report()
+
+    def backend(gm: fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        report.extend(xfcompile.rewrite(gm, examples, {"strict": True, "routes": {"attention": "triton"}}))
+        return gm
+
+    model, tokens = _model(name, "sdpa"), 8
+    more: dict[str, Any] = {**_prompt(name, padded=True), "max_new_tokens": tokens, "do_sample": False}
+    if static:
+        more["cache_implementation"] = "static"
+    eager = model.generate(**more)
+    if static:
+        config = CompileConfig(backend=backend, mode=None)
+        config._compile_all_devices = True
+        compiled = model.generate(**more, compile_config=config)
+    else:
+        model.forward = torch.compile(model.forward, backend=backend)
+        compiled = model.generate(**more)
+    assert torch.equal(eager, compiled)
+    assert {(site.matched, site.route) for site in _attentions(report)} == {(True, "triton")}
+    # The first token is the prompt's, which transformers does not compile where the cache is static.
+    assert len(launches) >= (tokens - 1) * LAYERS
+    assert len(graphs) == (1 if static else 3)
+
+
 def test_one_head_of_keys_in_a_compiled_step_by_the_backends_name() -> None:
     """With the mode that transformers asks for by itself."""
     from transformers import CompileConfig, LlamaConfig, LlamaForCausalLM

@@ -27,11 +27,12 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class Outcome:
-    """What came of a program: its sites, the rewritten graphs, and the ATen graphs that then ran."""
+    """What came of a program: its sites, the rewritten graphs, and the ATen graphs that ran, of both directions."""
 
     sites: list[SiteReport] = field(default_factory=list)
     graphs: list[fx.GraphModule] = field(default_factory=list)
     programs: list[fx.GraphModule] = field(default_factory=list)
+    backwards: list[fx.GraphModule] = field(default_factory=list)
 
     @property
     def matched(self) -> list[SiteReport]:
@@ -44,7 +45,7 @@ class Outcome:
     def squares(self, rows: int, columns: int) -> list[str]:
         """The nodes of what ran whose result is a [.., rows, columns] tensor: masks and scores in memory."""
         found = []
-        for gm in self.programs:
+        for gm in (*self.programs, *self.backwards):
             for node in gm.graph.nodes:
                 value = node.meta.get("val")
                 if node.op == "call_function" and isinstance(value, torch.Tensor):
@@ -68,6 +69,10 @@ def rewriting(
         outcome.programs.append(gm)
         return make_boxed_func(gm.forward)
 
+    def keep_backward(gm: fx.GraphModule, _: Any) -> Any:
+        outcome.backwards.append(gm)
+        return make_boxed_func(gm.forward)
+
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         report = Report()
         if rewrite:
@@ -78,7 +83,7 @@ def rewriting(
         outcome.graphs.append(copy.deepcopy(gm))
         run = aot_autograd(
             fw_compiler=keep,
-            bw_compiler=lambda gm, _: make_boxed_func(gm.forward),
+            bw_compiler=keep_backward,
             partition_fn=min_cut_rematerialization_partition,
             keep_inference_input_mutations=True,
         )

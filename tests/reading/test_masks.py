@@ -201,6 +201,7 @@ def test_a_proved_mask_is_not_made_in_training(name: str) -> None:
     fn, words = PROVED[name]
     outcome = check(fn, *tensors(*QKV, grad=True), grad=True)
     assert [(s.matched, s.route, s.mask) for s in outcome.sites] == [(True, "sdpa", words)], outcome.sites
+    assert len(outcome.backwards) == 1
     assert squared(outcome) == []
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
-from step import check, doubled, numbers, qkv, step
+from step import check, compiled, doubled, numbers, qkv, step
 from torch import Tensor
+
+import xfcompile
 
 LQ, LK = 19, 23
 
@@ -203,3 +206,28 @@ def test_what_sdpa_does_slowly_or_not_at_all_is_left_to_inductor_on_cpus(
 ) -> None:
     report = check(program, [*qkv(), numbers(*shape, seed=9)], "default", expected="inductor")
     assert "gradient" in str(report.sites[0].reason) or "sinks" in str(report.sites[0].reason)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """New memory is full of NaN too, by torch's own word."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "program, shape",
+    [(causal, ()), (alibi, (2,)), (sinks, (2,)), (t5, (16, 2)), (clipped, (15, 2)), (soft_cap, (1, 2, LQ, LK))],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+def test_deterministic_algorithms_give_the_same_numbers_each_time(
+    program: Callable[..., Tensor], shape: tuple[int, ...], interpreter: None, deterministic: None
+) -> None:
+    inputs = [*qkv(), *([numbers(*shape, seed=9)] if shape else [])]
+    check(program, inputs, "kernel")
+    ours = compiled(program, "kernel", xfcompile.Report())
+    first, second = step(ours, inputs), step(ours, inputs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -188,7 +188,8 @@ def test_checkpoints(reentrant: bool, route: str, launches: Launches) -> None:
     assert launches.forwards == (2 if route == "kernel" else 0), "the forward was not run again"
 
 
-def test_checkpoints_around_the_compiled_layer(route: str) -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_around_the_compiled_layer(reentrant: bool, route: str) -> None:
     report = xfcompile.Report()
     module = layer(route)
     ours = compiled(copy.deepcopy(module), route, report)
@@ -196,7 +197,7 @@ def test_checkpoints_around_the_compiled_layer(route: str) -> None:
     exact = copy.deepcopy(module).double()
     for m, dtype in ((exact, torch.float64), (module, torch.float32), (ours, torch.float32)):
         x = numbers(2, 19, 32, seed=3).detach().to(dtype).requires_grad_()
-        checkpoint(m, x, use_reentrant=True).square().mean().backward()
+        checkpoint(m, x, use_reentrant=reentrant).square().mean().backward()
         assert x.grad is not None
         results.append({"gradient x": x.grad})
     assert report.sites
