@@ -25,6 +25,7 @@ GRAPH = (
     "mixtral[eager]",
     "gpt2[sdpa]",
     "bloom[eager]",
+    "cpmant[eager]",
     "falcon_alibi[eager]",
     "bert_right_padded[eager]",
     "bert_train[eager]",

@@ -122,6 +122,12 @@ _DECODERS = (
     ),
     *both("gpt_neox", "GPTNeoXForCausalLM", ("GPTNeoXConfig", ENCODER), ids(), 2),
     *both("gptj", "GPTJForCausalLM", ("GPTJConfig", {**_GPT, "rotary_dim": 8}), ids(), 2, implementations=["eager"]),
+    *both(
+        "cpmant", "CpmAntModel",
+        ("CpmAntConfig", dict(vocab_size=99, hidden_size=64, num_attention_heads=4, dim_head=16, dim_ff=128,
+                              num_hidden_layers=2, prompt_length=8)),
+        ids(), 2, implementations=["eager"], grad=True,
+    ),
     *both("codegen", "CodeGenForCausalLM", ("CodeGenConfig", {**_GPT, "rotary_dim": 8}), ids(), 2,
           implementations=["eager"]),
     *both("gpt_bigcode", "GPTBigCodeForCausalLM", ("GPTBigCodeConfig", _GPT), ids(), 2),
