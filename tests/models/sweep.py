@@ -47,7 +47,7 @@ RULES: list[tuple[str, Any]] = [
         WIDTH,
     ),
     (r"head_dim$|d_kv$|d_head$|attention_head_size$|v_head_dim$|qk_nope_head_dim$", HEAD_DIM),
-    (r"qk_rope_head_dim$", 8),
+    (r"qk_rope_head_dim$|rotary_dim$", 8),
     (r"q_lora_rank$|kv_lora_rank$", 16),
     (r"(source_|target_|tgt_|src_)?vocab_size$", VOCABULARY),
     (r"image_size$|img_size$", IMAGE),
@@ -82,6 +82,8 @@ def fields_of(usual: Any) -> dict[str, Any]:
             rule = next((value for pattern, value in RULES if re.fullmatch(pattern, name)), None)
             if rule is not None and (x > rule or isinstance(rule, float)):
                 fields[name] = rule
+    if "qk_rope_head_dim" in fields and "head_dim" in fields:
+        fields["head_dim"] = fields["qk_rope_head_dim"]  # which the rotation is of
     if isinstance(kinds := getattr(usual, "layer_types", None), list) and kinds:
         distinct = list(dict.fromkeys(kinds))
         fields["layer_types"] = (distinct * LAYERS)[: max(LAYERS, len(distinct))]
