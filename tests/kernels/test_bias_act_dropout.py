@@ -254,6 +254,17 @@ def test_where_a_sigmoid_is_nearly_1_its_slope_keeps_its_digits(kernel: bool, mo
 
 
 @pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("act", ["relu", "leaky relu", "elu", "selu", "hardswish", "hardsigmoid", "relu6"])
+def test_beside_a_kink_there_is_eagers_gradient(act: str) -> None:
+    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0])
+    x = torch.stack([torch.nextafter(kinks, kinks - 1), kinks, torch.nextafter(kinks, kinks + 1)]).requires_grad_()
+    (wanted,) = torch.autograd.grad(EAGER[act](x).sum(), x)
+    out = bias_act_dropout(x, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.usefixtures("interpreter")
 def test_what_is_dropped_of_infinity_is_nan_as_in_eager() -> None:
     x = torch.full((4, 16), float("inf"))
     out = bias_act_dropout(x, None, [], [], torch.tensor([1]), 0, text_of(KEEP * X), 0.5, torch.float32)
