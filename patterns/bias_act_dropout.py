@@ -138,7 +138,7 @@ def product(value: Value) -> Product | None:
     """x [.., K] times a weight of two dimensions, if that is what a value is; a linear's without its bias."""
     if value.op == "linear":
         x, weight = value["input"], value["weight"]
-        return Product(x, weight, False) if weight.ndim == 2 and _usable(value) else None
+        return Product(x, weight, False, value.dtype) if weight.ndim == 2 and _usable(value) else None
     try:
         made = contraction(value)
     except Miss:
@@ -152,7 +152,7 @@ def product(value: Value) -> Product | None:
         other = side.rhs_labels.replace(summed, "")
         if len(other) == 1 and side.lhs_labels[-1] == summed and side.out_labels == side.lhs_labels[:-1] + other:
             if _is_weight(side.rhs):
-                return Product(side.lhs, side.rhs, side.rhs_labels[0] == summed)
+                return Product(side.lhs, side.rhs, side.rhs_labels[0] == summed, value.dtype)
     return None
 
 

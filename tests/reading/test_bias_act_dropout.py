@@ -585,8 +585,29 @@ def test_under_autocast(route: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return r + g * F.gelu(F.linear(x, w, b))
 
-    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY, computed=torch.bfloat16)
     assert [s.route for s in outcome.sites] == [route]
+
+
+@pytest.mark.parametrize(
+    "linear", [F.linear, lambda x, w, b: x @ w.T + b, lambda x, w, b: torch.einsum("bsk,nk->bsn", x, w) + b]
+)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_under_autocast_products_are_of_its_dtype(linear: Fn, route: str) -> None:
+    """Which casts what a product of torch's own is given, and nothing that one of ours is."""
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.gelu(linear(x, w, b))
+
+    outcome = check(program, *given()[:3], grad=True, routes={FAMILY: route}, family=FAMILY, computed=torch.bfloat16)
+    assert [s.route for s in outcome.sites] == [route]
+    nodes = [n for gm in outcome.programs for n in gm.graph.nodes]
+    products = [n for n in nodes if any(name in str(n.target) for name in ("linear_act_dropout", "mm"))]
+    factors = [
+        x.meta["val"].dtype for n in products for x in n.args if isinstance(x, torch.fx.Node) and x.meta["val"].ndim > 1
+    ]
+    assert factors and set(factors) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
