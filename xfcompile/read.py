@@ -56,6 +56,7 @@ class Reading:
         outer: Sequence[Any] | None = None,
         repeated: frozenset[fx.GraphModule] | None = None,
         bodies: dict[fx.GraphModule, Reading] | None = None,
+        scope: Scope | None = None,
     ) -> None:
         self.gm = gm
         self.repeated = _repeated(gm) if repeated is None else repeated
@@ -82,7 +83,10 @@ class Reading:
         examples = [x for n in gm.graph.nodes for x in pytree.tree_leaves(example_or_shape(n))]
         self.mode = next((x.fake_mode for x in examples if isinstance(x, torch._subclasses.FakeTensor)), None)
         self._now = 0
-        self._scope = Scope()
+        self.around = self._scope = scope or Scope()
+        """The modes that it is called in."""
+        self.modes_differ = False
+        """Whether it is called in others, too."""
         for self._now, node in enumerate(gm.graph.nodes):
             self.time[node] = self._now
             self.scope[node] = self._scope
@@ -292,6 +296,7 @@ class Reading:
                 self.children.append((node, child))
                 if body in self.repeated:
                     self.bodies[body] = child
+            child.modes_differ |= child.around != self._scope
             wrote = any(m.external for e in child.effects.values() for m in e.writes)
             if wrote or not checkpoint:
                 for cell in list(self._cells_of(node.all_input_nodes)):
@@ -306,8 +311,8 @@ class Reading:
         self.cells[node] = pytree.tree_map(fresh, example)
 
     def _inner(self, body: fx.GraphModule, outer: Sequence[Any] | None) -> Reading:
-        values, programs, repeated, bodies = self.values, self.programs, self.repeated, self.bodies
-        return Reading(body, values=values, programs=programs, outer=outer, repeated=repeated, bodies=bodies)
+        about: dict[str, Any] = {"repeated": self.repeated, "bodies": self.bodies, "scope": self._scope}
+        return Reading(body, values=self.values, programs=self.programs, outer=outer, **about)
 
     def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
         """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its
