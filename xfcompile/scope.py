@@ -25,10 +25,10 @@ class Scope:
     are chosen by the user (`torch.nn.attention.sdpa_kernel`), the regions of inference mode around it, each with what
     gradients were before, and how many transforms of `torch.func` are under way."""
 
-    grad: bool | None = None
+    grad: bool = True
     autocast: tuple[Any, ...] = ()
     chosen: bool = False
-    inference: tuple[bool | None, ...] = ()
+    inference: tuple[bool, ...] = ()
     transforms: int = 0
 
 
