@@ -345,14 +345,22 @@ def test_a_result_that_is_a_view_of_what_the_program_has_stays(toy: Callable[[Fa
 
 
 def test_no_site_crosses_the_border_of_a_region() -> None:
-    def crossing(x: Tensor) -> Tensor:
+    def entering(x: Tensor) -> Tensor:
+        gate = x.sigmoid()
+        with torch.no_grad():
+            y = x * gate
+        return x + y
+
+    def leaving(x: Tensor) -> Tensor:
         with torch.no_grad():
             gate = x.sigmoid()
         return x * gate
 
-    report, code = compiled(crossing, *tensors(1), grad=True)
-    assert [s.reason for s in report.sites] == ["the swish toy crosses the border of an autocast or no_grad region"]
-    assert "silu" not in code
+    border = "the swish toy crosses the border of an autocast, no_grad or inference region"
+    for crossing, why in ((entering, border), (leaving, "the sigmoid is not multiplied with what it is of")):
+        report, code = compiled(crossing, *tensors(1), grad=True)
+        assert [s.reason for s in report.sites] == [why]
+        assert "silu" not in code
 
 
 def test_both_are_found_in_a_checkpoint() -> None:

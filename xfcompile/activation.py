@@ -241,7 +241,8 @@ def celu(x: sympy.Expr, alpha: float) -> sympy.Expr:
 
 
 def hardsigmoid(x: sympy.Expr) -> sympy.Expr:
-    return hardtanh(x / 6 + sympy.S.Half, 0, 1)
+    """The gradients at -3 and 3 are 0; just inside they are not, though the result is rounded to 0 or 1 there."""
+    return Where(sympy.Ge(x, 3), sympy.S.One, Where(sympy.Le(x, -3), sympy.S.Zero, x / 6 + sympy.S.Half))
 
 
 def hardswish(x: sympy.Expr) -> sympy.Expr:

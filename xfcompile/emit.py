@@ -65,7 +65,7 @@ class Emitter:
         if mode is None or key is None:
             return
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta[key])
-        with mode, unseen():
+        with mode, unseen(), torch.set_grad_enabled(self.scope.grad):
             node.meta[key] = getattr(args[0], fn)(*args[1:], **kwargs) if isinstance(fn, str) else fn(*args, **kwargs)
 
     def size(self, expr: Any) -> Any:

@@ -52,6 +52,8 @@ class Evaluator:
         name = type(expr).__name__
         if name in ("floor", "ceiling"):
             return self._floor(expr.args[0]) if name == "floor" else -self._floor(-expr.args[0])
+        if name == "Add" and (sigmoid := _complemented(expr)) is not None:
+            return torch.sigmoid(self._real(self(-sigmoid.args[0])))
         if name not in FUNCTIONS:
             raise Unsupported(f"{name} has no PyTorch form, in {expr}")
         args = [self(a) for a in expr.args]
@@ -85,6 +87,12 @@ class Evaluator:
         for branch, condition in reversed(expr.args):
             value = _where(self(condition), self(branch), value)
         return value
+
+
+def _complemented(expr: sympy.Basic) -> sympy.Basic | None:
+    """y, where an expression is 1 - y for a sigmoid y; near 1 the difference has few digits left of it."""
+    y = -expr.args[1] if len(expr.args) == 2 and expr.args[0] == 1 else None
+    return y if type(y).__name__ == "Sigmoid" else None
 
 
 def _fold(function: Callable[[Value, Value], Value]) -> Callable[..., Value]:

@@ -130,7 +130,7 @@ class Family(Generic[S, C]):
 
 def needs_grad(node: fx.Node, reading: Reading) -> bool:
     """Whether a gradient may flow into the node's result."""
-    if reading.scope[node].grad is False or (reading.scope[node].grad is None and not torch.is_grad_enabled()):
+    if not reading.scope[node].grad:
         return False
     example = example_of(node)
     if isinstance(example, torch.Tensor):

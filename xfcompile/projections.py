@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
+import torch
 
 from xfcompile import activation
 from xfcompile.contraction import Contraction, contraction
@@ -55,6 +56,8 @@ class Reader:
         self.feature = feature
         self.elements: dict[sympy.Symbol, Element] = {}
         self.tensors: dict[sympy.Symbol, tuple[Value, Index]] = {}
+        self.casts: dict[sympy.Symbol, torch.dtype] = {}
+        """The dtypes that tensors are rounded to before anything is made of them."""
         self.passed: dict[Value, None] = {}
         """The values between the products and what was asked for, the products themselves included."""
 
@@ -74,7 +77,10 @@ class Reader:
             return found
         if value.op == "to" and value.dtype.is_floating_point and value["self"].dtype.is_floating_point:
             self.passed[value] = None
-            return self.at(value["self"], index)
+            found = self.at(value["self"], index)
+            if found in self.tensors and not _holds(value.dtype, self._dtype(found)):
+                self.casts[found] = value.dtype
+            return found
         rule = _RULES.get(value.op)
         if rule is None or not value.dtype.is_floating_point:
             return self._tensor(value, index)
@@ -112,6 +118,9 @@ class Reader:
         self.tensors[symbol] = (value, index)
         return symbol
 
+    def _dtype(self, tensor: sympy.Symbol) -> torch.dtype:
+        return self.casts.get(tensor, self.tensors[tensor][0].dtype)
+
     def _bias(self, value: Value, index: Index) -> Bias:
         """A tensor that is the same for all rows."""
         axes = [(d, x) for d, x in enumerate(index) if x.free_symbols]
@@ -128,9 +137,19 @@ class Reader:
         """The element of a projection with its bias, where one of the two is its product, and the other a tensor."""
         for product, tensor in ((a, b), (b, a)):
             if product in self.elements and tensor in self.tensors and self.elements[product].bias is None:
+                found, dtype = self._dtype(tensor), self.elements[product].product.value.dtype
+                if not _holds(dtype, found):
+                    raise Miss(
+                        f"a bias of {found} has more digits than a projection of {dtype}", *self.tensors[tensor][:1]
+                    )
                 bias = self._bias(*self.tensors[tensor])
                 return self._symbol(replace(self.elements[product], bias=bias))
         return None
+
+
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype has all numbers of another one."""
+    return torch.promote_types(dtype, other) == dtype
 
 
 def known(x: Any) -> sympy.Expr:

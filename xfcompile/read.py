@@ -56,6 +56,7 @@ class Reading:
         outer: Sequence[Any] | None = None,
         repeated: frozenset[fx.GraphModule] | None = None,
         bodies: dict[fx.GraphModule, Reading] | None = None,
+        scope: Scope | None = None,
     ) -> None:
         self.gm = gm
         self.repeated = _repeated(gm) if repeated is None else repeated
@@ -82,10 +83,18 @@ class Reading:
         examples = [x for n in gm.graph.nodes for x in pytree.tree_leaves(example_or_shape(n))]
         self.mode = next((x.fake_mode for x in examples if isinstance(x, torch._subclasses.FakeTensor)), None)
         self._now = 0
-        self._scope = Scope()
+        self._grad_at: list[bool] = []
+        self._without_grad: dict[Cell, Cell] = {}
+        """The tensors that were made where gradients are off, each as what stands outside sees it."""
+        self._learned: dict[Value, bool] = {}
+        self.around = self._scope = scope or Scope(grad=torch.is_grad_enabled())
+        """The modes that it is called in."""
+        self.modes_differ = False
+        """Whether it is called in others, too."""
         for self._now, node in enumerate(gm.graph.nodes):
             self.time[node] = self._now
             self.scope[node] = self._scope
+            self._grad_at.append(self._scope.grad)
             self.effects[node] = Effects()
             try:
                 self._read(node)
@@ -105,9 +114,11 @@ class Reading:
         return cell.at(self.time[node] + 1 if time is None else time)
 
     def holder(self, value: Value, time: int) -> fx.Node | None:
-        """A node, older than number `time`, whose tensor still holds `value` when node number `time` runs."""
+        """A node, older than number `time`, whose tensor still holds `value` when node number `time` runs, and, where
+        gradients are on then, passes them on."""
+        grad = self._grad_at[time]
         for node, cell in self.holders.get(value, ()):
-            if self.time[node] < time and cell.at(time) is value:
+            if self.time[node] < time and cell.at(time) is value and not (grad and cell in self._without_grad):
                 return node
         return None
 
@@ -143,9 +154,42 @@ class Reading:
             self._enter(node)
         else:
             self._call(node)
+        if not self._scope.grad and node.op not in ("placeholder", "get_attr", "output"):
+            given = set(self._cells_of(node.all_input_nodes))
+            self._leave(c for c in pytree.tree_leaves(self.cells.get(node)) if isinstance(c, Cell) and c not in given)
         for cell in pytree.tree_leaves(self.cells.get(node)):
             if isinstance(cell, Cell) and self.cells[node] is cell:
                 self._hold(cell.value, node, cell)
+
+    def _leave(self, made: Iterable[Cell]) -> None:
+        """Tensors that are made where gradients are off are detached for all that stands where they are on."""
+        for cell in made:
+            if cell not in self._without_grad and self._may_need_grad(cell.value):
+                detach = functools.partial(self.values.detach, meta=cell.value.meta)
+                self._without_grad[cell] = Cell(detach(cell.value), cell.memory, cell, detach)
+
+    def _may_need_grad(self, value: Value) -> bool:
+        """Whether a value is computed from a tensor of which it is not known that it needs no gradient."""
+        todo = [value]
+        while todo:
+            top = todo[-1]
+            pending = [v for v in top.inputs() if v not in self._learned]
+            if pending:
+                todo.extend(pending)
+                continue
+            inner = (top["why"] != "input") if top.op == "leaf" else any(self._learned[v] for v in top.inputs())
+            self._learned[todo.pop()] = inner and top.dtype.is_floating_point
+        return self._learned[value]
+
+    def _seen(self, cell: Cell) -> Cell:
+        """A tensor as the node that is read sees it."""
+        if not self._scope.grad or cell not in self._without_grad:
+            return cell
+        detached = self._without_grad[cell]
+        for holder in [n for n, c in self.cells.items() if c is cell]:
+            if (holder, detached) not in self.holders.get(detached.value, ()):
+                self._hold(detached.value, holder, detached)
+        return detached
 
     def _hold(self, value: Value, node: fx.Node, cell: Cell) -> None:
         self.holders.setdefault(value, []).append((node, cell))
@@ -229,7 +273,7 @@ class Reading:
     def _run(self, node: fx.Node, program: Program) -> None:
         """Run a program over this graph's cells."""
         flat, _ = self._arguments(node)
-        inputs = [c for x in flat for c in pytree.tree_leaves(x) if isinstance(c, Cell)]
+        inputs = [self._seen(c) for x in flat for c in pytree.tree_leaves(x) if isinstance(c, Cell)]
         run = Run(program, inputs, self.values, self.steps, self._set, functools.partial(self._write, node))
         self.effects[node].random |= run.random
         self.program[node] = program
@@ -271,7 +315,7 @@ class Reading:
         effects = self.effects[node]
         effects.opaque = True
         operands = [self.cells.get(a) for a in node.args if isinstance(a, fx.Node)]
-        operands = [c for c in operands if not isinstance(c, fx.GraphModule)]
+        operands = [self._seen(c) if isinstance(c, Cell) else c for c in operands if not isinstance(c, fx.GraphModule)]
         if name_of(node) == "autograd_function_apply" and self._custom_gradient(node, bodies, operands):
             return
         checkpoint = name_of(node) in (
@@ -292,6 +336,7 @@ class Reading:
                 self.children.append((node, child))
                 if body in self.repeated:
                     self.bodies[body] = child
+            child.modes_differ |= child.around != self._scope
             wrote = any(m.external for e in child.effects.values() for m in e.writes)
             if wrote or not checkpoint:
                 for cell in list(self._cells_of(node.all_input_nodes)):
@@ -306,8 +351,8 @@ class Reading:
         self.cells[node] = pytree.tree_map(fresh, example)
 
     def _inner(self, body: fx.GraphModule, outer: Sequence[Any] | None) -> Reading:
-        values, programs, repeated, bodies = self.values, self.programs, self.repeated, self.bodies
-        return Reading(body, values=values, programs=programs, outer=outer, repeated=repeated, bodies=bodies)
+        about: dict[str, Any] = {"repeated": self.repeated, "bodies": self.bodies, "scope": self._scope}
+        return Reading(body, values=self.values, programs=self.programs, outer=outer, **about)
 
     def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
         """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its

@@ -86,11 +86,12 @@ def _rewrite(
     for node, child in reading.children:
         name = getattr(node.target, "__name__", str(node.target))
         inside = (*place, reading.time[node])
-        if name in _TRANSPARENT:
+        if name in _TRANSPARENT and not child.modes_differ:
             again = recomputed or name in _CHECKPOINTS
             _rewrite(child, search, options, report, verification, tuner, recomputed=again, place=inside)
         else:
-            _decline_all(child, search, report, f"inside of {name}, whose body is not ours to change", inside)
+            why = "which is called in several modes" if child.modes_differ else "whose body is not ours to change"
+            _decline_all(child, search, report, f"inside of {name}, {why}", inside)
     before, changes = live_nodes(reading), Changes()
     names = output_names(reading.gm.graph) if is_exported(reading.gm.graph) else None
     replaced: list[tuple[fx.Node, SiteReport]] = []
@@ -174,9 +175,17 @@ def _makers(reading: Reading, family: Family[Any, Any], site: Site) -> list[fx.N
     of_other_classes = next(filter(None, map(subclass_at, (*makers, *steps))), None)
     if of_other_classes is not None:
         raise Miss(f"it computes with tensors of the class {of_other_classes}", site.root)
+    if any(reading.scope[node].transforms for node in makers):
+        raise Miss(
+            "it stands in a transform of torch.func (grad, vmap, jvp), none of which our operators know", site.root
+        )
+    if any(reading.scope[node].inference for node in makers):
+        raise Miss(
+            "it stands in a region of inference mode, in which torch compiles no views that are added", site.root
+        )
     scopes = {reading.scope[node] for node in steps}
     if any(scopes - {reading.scope[node]} for node in makers):
-        raise Miss(f"the {family.title} crosses the border of an autocast or no_grad region", site.root)
+        raise Miss(f"the {family.title} crosses the border of an autocast, no_grad or inference region", site.root)
     return makers
 
 

@@ -7,22 +7,34 @@ from typing import Any
 
 from torch import fx
 
-_SCOPES = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_sdpa_kernel"}
+_SCOPES = {
+    "_enter_autocast",
+    "_exit_autocast",
+    "_set_grad_enabled",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+    "_sdpa_kernel",
+}
+_TRANSFORMED = ("_increment_nesting", "_decrement_nesting")  # _grad_.., _vmap_.., _jvp_.., _func_..
 _BACKENDS = {"FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH", "CUDNN_ATTENTION"}
 
 
 @dataclass(frozen=True)
 class Scope:
-    """The modes that a node runs under: gradients on or off, the autocast regions around it, and whether SDPA's
-    backends are chosen by the user (`torch.nn.attention.sdpa_kernel`)."""
+    """The modes that a node runs under: gradients on or off, the autocast regions around it, whether SDPA's backends
+    are chosen by the user (`torch.nn.attention.sdpa_kernel`), the regions of inference mode around it, each with what
+    gradients were before, and how many transforms of `torch.func` are under way."""
 
-    grad: bool | None = None
+    grad: bool = True
     autocast: tuple[Any, ...] = ()
     chosen: bool = False
+    inference: tuple[bool, ...] = ()
+    transforms: int = 0
 
 
 def sets_a_mode(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") in _SCOPES
+    name = getattr(node.target, "__name__", "")
+    return name in _SCOPES or name.endswith(_TRANSFORMED)
 
 
 def after(node: fx.Node, scope: Scope) -> Scope:
@@ -33,6 +45,12 @@ def after(node: fx.Node, scope: Scope) -> Scope:
         return replace(scope, autocast=(*autocast, tuple(node.args)))
     if name == "_exit_autocast":
         return replace(scope, autocast=autocast[:-1])
+    if name == "_enter_inference_mode":
+        return replace(scope, grad=not node.args[0], inference=(*scope.inference, scope.grad))
+    if name == "_exit_inference_mode":
+        return replace(scope, grad=scope.inference[-1], inference=scope.inference[:-1])
+    if name.endswith(_TRANSFORMED):
+        return replace(scope, transforms=scope.transforms + (1 if name.endswith(_TRANSFORMED[0]) else -1))
     if name == "_sdpa_kernel":
         return replace(scope, chosen=not _all_backends(node))
     return replace(scope, grad=bool(node.args[0]))

@@ -224,11 +224,13 @@ class GatedMLPSite:
 
 @dataclass(frozen=True)
 class Product:
-    """x [.., K] times a weight, summed over K. `transposed`: the weight is [K, N], not [N, K]."""
+    """x [.., K] times a weight, summed over K. `transposed`: the weight is [K, N], not [N, K]. dtype: of the result, to
+    which autocast casts both."""
 
     x: Value
     weight: Value
     transposed: bool
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

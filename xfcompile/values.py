@@ -328,7 +328,9 @@ class Values:
     _make_chunk = _make_split_with_sizes = _make_tensor_split = _make_split
 
     def _make_detach(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:
-        x = args["self"]
+        return self.detach(args["self"], meta)
+
+    def detach(self, x: Value, meta: Meta) -> Value:
         return x if x.op == "full" or not x.dtype.is_floating_point else self.intern("detach", {"self": x}, meta)
 
     def _make_is_nonzero(self, args: dict[str, Any], meta: Meta, item: int, sizes: Any) -> Value:

@@ -242,6 +242,28 @@ def test_far_from_zero_there_is_no_nan(act: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["triton", "reference"])
+def test_where_a_sigmoid_is_nearly_1_its_slope_keeps_its_digits(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 - y, of a y that is rounded to 1, is no slope; an exponent of so much errs by as many ulp."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if kernel else "0")
+    x = torch.linspace(5, 20, 96).view(6, 16).requires_grad_()
+    out = bias_act_dropout(x, None, [], [], None, 0, text_of(activation.Sigmoid(X)), 0.0, torch.float32)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    exact = torch.sigmoid(x.detach().double()) * torch.sigmoid(-x.detach().double())
+    assert ((gradient - exact).abs() / exact).max() <= 20 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("act", ["relu", "leaky relu", "elu", "selu", "hardswish", "hardsigmoid", "relu6"])
+def test_beside_a_kink_there_is_eagers_gradient(act: str) -> None:
+    kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0])
+    x = torch.stack([torch.nextafter(kinks, kinks - 1), kinks, torch.nextafter(kinks, kinks + 1)]).requires_grad_()
+    (wanted,) = torch.autograd.grad(EAGER[act](x).sum(), x)
+    out = bias_act_dropout(x, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32)
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, wanted)
+
+
 @pytest.mark.usefixtures("interpreter")
 def test_what_is_dropped_of_infinity_is_nan_as_in_eager() -> None:
     x = torch.full((4, 16), float("inf"))

@@ -313,6 +313,51 @@ def test_an_autograd_function_whose_backward_is_the_derivative(function: Any, ma
     assert matched or "not the derivative" in outcome.reasons
 
 
+def with_backward(forward: Callable[[Tensor], Tensor], backward: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """A function of h, and its gradient by h of one by the result."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            ctx.save_for_backward(h)
+            return forward(h)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (h,) = ctx.saved_tensors
+            return backward(h, grad)
+
+    return Function.apply
+
+
+def slope(h: Tensor) -> Tensor:
+    return 1 - torch.tanh(h) ** 2
+
+
+# What the backward does to a gradient of 0.7, or at an h of less than 9, is the derivative of the forward.
+OTHER_BACKWARDS: dict[str, Any] = {
+    "a gradient that is clipped": with_backward(torch.tanh, lambda h, grad: (grad * slope(h)).clamp(-1, 1)),
+    "a gradient that is bounded below": with_backward(torch.tanh, lambda h, grad: grad.clamp_min(-1) * slope(h)),
+    "positive gradients": with_backward(torch.tanh, lambda h, grad: F.relu(grad) * slope(h)),
+    "sizes of gradients": with_backward(torch.tanh, lambda h, grad: grad.abs() * slope(h)),
+    "a number is added": with_backward(torch.tanh, lambda h, grad: grad * slope(h) + 1e-3),
+    "straight through a clamp": with_backward(lambda h: h.clamp(-10, 10), lambda h, grad: grad),
+    "straight through a far clamp": with_backward(lambda h: h.clamp(max=1e5), lambda h, grad: grad),
+    "a little function": with_backward(lambda h: torch.tanh(h) * 1e-7, lambda h, grad: grad * slope(h) * 2e-7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_BACKWARDS)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_an_autograd_function_whose_backward_is_another_far_away(name: str, route: str) -> None:
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        return r - 3 * OTHER_BACKWARDS[name](F.linear(5 * x, w, b))
+
+    outcome = check(program, *given()[:4], grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert not outcome.matched
+    assert all("not the derivative" in str(site.reason) for site in outcome.sites)  # or none (torch 2.11)
+
+
 @pytest.mark.parametrize("route", ["triton", "epilogue"])
 @pytest.mark.parametrize("used", [lambda y: y, lambda y: (y * 2, y.mT), lambda y: y.mul(2).add_(1)])
 def test_an_autograd_function_that_is_the_root(used: Any, route: str) -> None:
@@ -585,8 +630,29 @@ def test_under_autocast(route: str) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return r + g * F.gelu(F.linear(x, w, b))
 
-    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY, computed=torch.bfloat16)
     assert [s.route for s in outcome.sites] == [route]
+
+
+@pytest.mark.parametrize(
+    "linear", [F.linear, lambda x, w, b: x @ w.T + b, lambda x, w, b: torch.einsum("bsk,nk->bsn", x, w) + b]
+)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_under_autocast_products_are_of_its_dtype(linear: Fn, route: str) -> None:
+    """Which casts what a product of torch's own is given, and nothing that one of ours is."""
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.gelu(linear(x, w, b))
+
+    outcome = check(program, *given()[:3], grad=True, routes={FAMILY: route}, family=FAMILY, computed=torch.bfloat16)
+    assert [s.route for s in outcome.sites] == [route]
+    nodes = [n for gm in outcome.programs for n in gm.graph.nodes]
+    products = [n for n in nodes if any(name in str(n.target) for name in ("linear_act_dropout", "mm"))]
+    factors = [
+        x.meta["val"].dtype for n in products for x in n.args if isinstance(x, torch.fx.Node) and x.meta["val"].ndim > 1
+    ]
+    assert factors and set(factors) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -203,6 +203,16 @@ miss(
     WEIGHT,
     (1, 4, 4),
 )
+miss(
+    "a bias of more digits than the projection",
+    "more digits",
+    lambda x, w, v, b: F.silu(L(x, w) + (b.float() + 5).cosh()) * L(x, v),
+    SQUARE,
+    WEIGHT,
+    WEIGHT,
+    (4,),
+    dtype=torch.bfloat16,
+)
 right(
     "a bias read backwards",
     lambda x, w, v, b: F.silu(L(x, w) + b.flip(0)) * L(x, v),

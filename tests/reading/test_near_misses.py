@@ -857,8 +857,8 @@ def autocast_off(q: Any, k: Any, v: Any) -> Any:
         return w @ v
 
 
-miss("no_grad around the scores, in training", "region", no_grad_scores, grad=True)
-miss("no_grad around the weights, in training", "region", no_grad_weights, grad=True)
+miss("no_grad around the scores, in training", "detach", no_grad_scores, grad=True)
+miss("no_grad around the weights, in training", "not multiplied", no_grad_weights, grad=True)
 right("no_grad around the scores", no_grad_scores, fused=None)
 right("no_grad around all, in training", no_grad_all, grad=True, fused=None)
 right("no_grad around the mask, in training", no_grad_mask, grad=True)

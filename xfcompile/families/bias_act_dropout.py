@@ -23,7 +23,7 @@ from xfcompile.meaning import Kernel, PointwiseMeaning, Tensor, called, dtype_na
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.patterns import bias_act_dropout as pattern
 from xfcompile.read import Reading
-from xfcompile.site import BiasActDropoutSite, Miss
+from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value
 
 ROUTES = ("triton", "epilogue", "inductor")
@@ -286,8 +286,8 @@ def _replace(emitter: Emitter, candidate: BiasActDropoutCandidate) -> fx.Node:
     call = (bias, vectors, tensors, seed, stream, formula, site.dropout, site.root.dtype)
     if candidate.route.name == "epilogue":
         assert site.product is not None
-        x = _shaped(emitter, held(emitter, site.product.x), site.product.x.shape, site)
-        weight = held(emitter, site.product.weight)
+        x = _shaped(emitter, _factor(emitter, site.product.x, site.product), site.product.x.shape, site)
+        weight = _factor(emitter, site.product.weight, site.product)
         if site.product.transposed:
             weight = emitter.call("t", weight)
         save = candidate.training and saves(formula, len(vectors), len(tensors), bool(vectors))
@@ -297,6 +297,12 @@ def _replace(emitter: Emitter, candidate: BiasActDropoutCandidate) -> fx.Node:
         x = _shaped(emitter, _x(emitter, site), (site.x or site.interior[0]).shape, site)
         new = emitter.call(torch.ops.xfcompile.bias_act_dropout.default, x, *call)
     return with_layout(emitter, candidate.node, new)
+
+
+def _factor(emitter: Emitter, value: Value, product: Product) -> fx.Node:
+    """x or the weight, as the product multiplies it: autocast casts what a product of torch's own is given."""
+    node = held(emitter, value)
+    return node if value.dtype == product.dtype else emitter.call("to", node, product.dtype)
 
 
 def _x(emitter: Emitter, site: BiasActDropoutSite) -> fx.Node:
