@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from xfcompile.elementwise.constants import as_boolean, fold, is_mask, literal
+from xfcompile.elementwise.constants import as_boolean, fold, is_mask, literal, rounded
 from xfcompile.elementwise.digits import holds, operating
 from xfcompile.elementwise.elements import Elements, Rule
 from xfcompile.elementwise.positions import Index
@@ -83,7 +83,7 @@ def _clamp(e: Elements, v: Value, index: Index) -> Any:
             limit = e.numeric(v[bound], index, v.shape)
             if not holds(v.dtype, limit):
                 return None
-            x = f(x, limit)
+            x = f(x, rounded(limit, v.dtype))
     return x
 
 
