@@ -249,6 +249,8 @@ def _sdpa(call: Value) -> AttentionSite:
     scale = call["scale"]
     factor = literal(scale) if scale is not None else 1 / sympy.sqrt(integer(q.shape[-1]))
     score: sympy.Expr = S * (sympy.Float(float(factor), 17) if factor.is_number else factor)
+    if not factor.is_finite and factor.is_number:
+        raise Miss("SDPA with a scale that is not finite", call)
     keep: Any = sympy.true
     if call["is_causal"]:
         keep = sympy.Le(J, I)

@@ -244,6 +244,8 @@ miss(
     "compared",
     lambda q, k, v: (lambda s: s.masked_fill(torch.gt(v[..., :1], s), -INF).softmax(-1) @ v)(scores(q, k)),
 )
+miss("scores times infinity", "infinity", lambda q, k, v: (scores(q, k) * INF).softmax(-1) @ v)
+miss("SDPA with an infinite scale", "not finite", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=INF))
 miss("scores over nothing", "division by zero", lambda q, k, v: (scores(q, k) / 0).softmax(-1) @ v)
 miss(
     "a mask made by division by nothing",

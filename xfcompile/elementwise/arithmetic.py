@@ -35,6 +35,8 @@ def _mul(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
     if v.dtype == torch.bool:
         return sympy.And(as_boolean(a), as_boolean(b))
+    if e.depends_on_dot(v) and any(x.is_infinite and x.is_number for x in (a, b)):
+        _no("scores are multiplied by infinity", v)
     return fold(lambda x, y: x * y, a, b)
 
 
