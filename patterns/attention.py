@@ -12,11 +12,11 @@ from xfcompile.contraction import CONTRACTIONS, Contraction, contraction
 from xfcompile.elementwise.constants import as_boolean, as_number, literal
 from xfcompile.elementwise.elements import Elements
 from xfcompile.elementwise.positions import Index, broadcast
-from xfcompile.elementwise.rows import ROW
+from xfcompile.elementwise.rows import ROW, takes_off
 from xfcompile.elementwise.rules import RULES
 from xfcompile.indexing import integer, linear, unravel
-from xfcompile.magnitude import absorbs, is_coarse
-from xfcompile.masking import Masked, separate, without_row_shift
+from xfcompile.magnitude import absorbs, bends, is_coarse
+from xfcompile.masking import Masked, adding, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
 from xfcompile.score import B, H, I, J, Load, S, Where
@@ -157,7 +157,12 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         sympy.S.Zero if values.shape[n] == 1 and size[c] != 1 else axis[c] for n, c in enumerate(product.rhs_labels)
     )
     v = place(values, v_index, J, lead, walk)
-    if anchor.op == "div" and ROW not in score.free_symbols:
+    score_dtype = next(iter(elements.masked_in)) if len(elements.masked_in) == 1 else scores.dtype
+    exact = any(takes_off(score, maximum) for maximum in elements.maxima)
+    if ROW in score.free_symbols and not exact and any(_is_far(x, elements, score_dtype) for x in elements.maxima):
+        raise Miss("the maximum of other scores is taken off, which may be as low as a masked key", anchor)
+    score = adding(without_row_shift(score), score_dtype)
+    if anchor.op == "div" and not exact:
         score = _vanishing(score)
         if absorbs(score, elements.loads, finite=True):
             raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0", anchor)
@@ -180,11 +185,16 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         dtype=dot.value.dtype,
         interior=tuple(_interior(product.value, dot.value)),
         ranges=_flat_ranges(lead, sizes),
-        score_dtype=next(iter(elements.masked_in)) if len(elements.masked_in) == 1 else scores.dtype,
+        score_dtype=score_dtype,
         dead_bool="zero" if zeroed else "nan",
         chosen=left[0],
         multiplied=left[1],
     )
+
+
+def _is_far(score: sympy.Expr, elements: Elements, dtype: torch.dtype) -> bool:
+    """Whether a whole row of scores may be as low as masked keys are."""
+    return bool(separate(adding(score, dtype), dtype, rounded=True).fills) or absorbs(score, elements.loads)
 
 
 def _vanishing(score: sympy.Expr) -> sympy.Expr:
@@ -224,6 +234,8 @@ def _sdpa(call: Value) -> AttentionSite:
     scale = call["scale"]
     factor = literal(scale) if scale is not None else 1 / sympy.sqrt(integer(q.shape[-1]))
     score: sympy.Expr = S * (sympy.Float(float(factor), 17) if factor.is_number else factor)
+    if not factor.is_finite and factor.is_number:
+        raise Miss("SDPA with a scale that is not finite", call)
     keep: Any = sympy.true
     if call["is_causal"]:
         keep = sympy.Le(J, I)
@@ -234,7 +246,7 @@ def _sdpa(call: Value) -> AttentionSite:
         if mask.dtype == torch.bool:
             keep = sympy.And(keep, as_boolean(element))
         else:
-            score = score + as_number(element)
+            score = adding(score + as_number(element), q.dtype)
     return _site(
         root=call,
         lead=lead,
@@ -284,12 +296,14 @@ def _site(
     multiplied: Any = sympy.true,
 ) -> AttentionSite:
     """chosen, multiplied: where weights are left, once they add up to 1; elsewhere they are 0, or times 0."""
-    masked = separate(without_row_shift(score), score_dtype)
+    if bends(score, score_dtype, loads):
+        raise Miss("what is left of scores beside large numbers goes through more than sums", root)
+    masked = separate(score, score_dtype)
     finite = [fill for fill, _ in masked.fills if fill.is_finite]
     predicate = prove(sympy.And(keep, masked.keep), ranges)
     full = None
     if finite and predicate != sympy.true and absorbs(masked.score, loads):
-        full = Where(keep, without_row_shift(score), -sympy.oo)
+        full = Where(keep, score, -sympy.oo)
     alive = has_live_key(predicate, ranges)
     dead = masked.dead() if masked.fills and full is None else dead_bool
     dead = dead_bool if dead == "nan" else dead  # SDPA gives 0 where every score is -inf
@@ -359,7 +373,7 @@ def _rounds(
 
 def _separate_nothing(score: sympy.Expr) -> Masked:
     """The score as it is, masks and all."""
-    return Masked(without_row_shift(score), sympy.true)
+    return Masked(score, sympy.true)
 
 
 def _number(x: Any) -> bool:

@@ -10,7 +10,7 @@ import sympy
 import torch
 
 from xfcompile.contraction import CONTRACTIONS
-from xfcompile.score import Load, Where
+from xfcompile.score import Load, S, Where
 from xfcompile.values import Value
 
 ABSORBING = 1e18
@@ -73,6 +73,33 @@ def _numerals(expr: sympy.Basic) -> Iterator[sympy.Expr]:
     elif not isinstance(expr, sympy.logic.boolalg.Boolean) or isinstance(expr, sympy.Symbol):
         for arg in expr.args[1:] if isinstance(expr, Where) else expr.args:
             yield from _numerals(arg)
+
+
+def bends(score: sympy.Basic, dtype: torch.dtype, loads: Sequence[Value]) -> bool:
+    """Whether something else than a sum is made of scores where they may be beside numbers that leave little of them:
+    max(s + mask, finfo.min). What is left goes by how each step is rounded, and so do the gradients.
+
+    Functions that are bounded, or bounded from below, forget such numbers: tanh, exp, and max(s + mask, -50).
+    """
+    if isinstance(score, (Load, sympy.logic.boolalg.Boolean)) or S not in score.free_symbols:
+        return False
+    sums = isinstance(score, (sympy.Add, sympy.Mul, Where, sympy.tanh, sympy.exp))
+    if not sums and _beside_coarse(score, dtype, loads, low=False):
+        return True
+    return any(bends(x, dtype, loads) for x in score.args)
+
+
+def _beside_coarse(expr: sympy.Basic, dtype: torch.dtype, loads: Sequence[Value], low: bool) -> bool:
+    """low: whether -inf is such a number too."""
+    if isinstance(expr, Load):
+        return low and may_absorb(loads[expr.operand])
+    if expr.is_Number:
+        return coarse(float(expr), dtype) if expr.is_finite else low
+    if isinstance(expr, (sympy.tanh, sympy.exp, sympy.logic.boolalg.Boolean)):
+        return False
+    highest = isinstance(expr, sympy.Max)
+    found = [_beside_coarse(x, dtype, loads, low or highest) for x in expr.args]
+    return bool(found) and (all(found) if highest else any(found))
 
 
 def is_coarse(value: Value, dtype: torch.dtype) -> bool:

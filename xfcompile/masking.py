@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 
+from xfcompile.elementwise.choices import is_choice
 from xfcompile.elementwise.rows import ROW
 from xfcompile.magnitude import absorbing, coarse
 from xfcompile.score import Load, Rounded, Where
@@ -41,6 +42,28 @@ class Masked:
         return "unknown"
 
 
+def adding(expr: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    """The same score, with masks added or put in place of scores where they were subtracted, or multiplied by less than
+    0: s - where(m, 1e9, 0) is s + where(m, -1e9, 0)."""
+    if expr.is_Number:
+        return _held(expr, dtype)
+    if isinstance(expr, Where):
+        return Where(expr.args[0], adding(expr.args[1], dtype), adding(expr.args[2], dtype))
+    if isinstance(expr, sympy.Add):
+        return sympy.Add(*(adding(term, dtype) for term in expr.args))
+    factor, rest = expr.as_coeff_Mul()
+    if factor == 1 or not isinstance(rest, (sympy.Add, Where)):
+        return expr
+    if not factor.is_negative:
+        return factor * adding(rest, dtype)
+    if isinstance(rest, sympy.Add):
+        return sympy.Add(*(adding(factor * term, dtype) for term in rest.args))
+    condition, a, b = rest.args
+    if factor in (-2, -3):  # what is subtracted twice is rounded twice
+        return -factor * Where(condition, adding(-a, dtype), adding(-b, dtype))
+    return Where(condition, adding(factor * a, dtype), adding(factor * b, dtype))
+
+
 def separate(expr: sympy.Expr, dtype: torch.dtype, *, rounded: bool = False) -> Masked:
     """Split a score into what is computed and which keys are kept.
 
@@ -56,15 +79,27 @@ def separate(expr: sympy.Expr, dtype: torch.dtype, *, rounded: bool = False) -> 
             return False
         return bool(x == -sympy.oo or x <= limit or (rounded and coarse(float(x), dtype)))
 
+    def numbers(x: sympy.Expr) -> tuple[sympy.Expr, ...]:
+        return (*numbers(x.args[1]), *numbers(x.args[2])) if isinstance(x, Where) else (x,)
+
+    def are_fills(x: sympy.Expr) -> bool:
+        return all(is_fill(y) for y in numbers(x))
+
     def split(x: sympy.Expr, added: bool) -> Masked:
         if isinstance(x, Where):
             condition, a, b = x.args
-            if is_fill(b) and not is_fill(a):
+            if are_fills(b) and not are_fills(a):
                 inner = split(a, added)
-                return Masked(inner.score, sympy.And(condition, inner.keep), (*inner.fills, (b, added)))
-            if is_fill(a) and not is_fill(b):
+                fills = tuple((fill, added) for fill in numbers(b))
+                return Masked(inner.score, sympy.And(condition, inner.keep), (*inner.fills, *fills))
+            if are_fills(a) and not are_fills(b):
                 inner = split(b, added)
-                return Masked(inner.score, sympy.And(sympy.Not(condition), inner.keep), (*inner.fills, (a, added)))
+                fills = tuple((fill, added) for fill in numbers(a))
+                return Masked(inner.score, sympy.And(sympy.Not(condition), inner.keep), (*inner.fills, *fills))
+            if is_choice(x) and not are_fills(x):
+                yes, no = split(a, added), split(b, added)
+                keep = sympy.Or(sympy.And(condition, yes.keep), sympy.And(sympy.Not(condition), no.keep))
+                return Masked(Where(condition, yes.score, no.score), keep, (*yes.fills, *no.fills))
             return Masked(x, sympy.true)
         if isinstance(x, sympy.Add):
             parts = [split(term, True) for term in x.args]
@@ -94,6 +129,9 @@ def as_rounded(expr: sympy.Expr, dtype: torch.dtype, far: Callable[[Load], bool]
     def large(x: sympy.Expr) -> bool:
         return bool(x.is_number and x.is_finite) and coarse(float(x), dtype)
 
+    def of_large(x: sympy.Expr) -> bool:
+        return any(of_large(y) for y in x.args[1:]) if isinstance(x, Where) else large(x)
+
     def choices(term: sympy.Expr) -> list[Where]:
         """The choices with a large number that a term adds: one that is added twice is rounded twice."""
         times, choice = term.as_coeff_Mul()
@@ -102,9 +140,11 @@ def as_rounded(expr: sympy.Expr, dtype: torch.dtype, far: Callable[[Load], bool]
         condition, *numbers = choice.args
         if times not in (1, 2, 3):
             times, numbers = sympy.S.One, [times * x for x in numbers]
-        return [Where(condition, *numbers)] * int(times) if any(large(x) for x in numbers) else []
+        return [Where(condition, *numbers)] * int(times) if any(of_large(x) for x in numbers) else []
 
     def plus(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+        if isinstance(y, Where):
+            return Where(y.args[0], plus(x, y.args[1]), plus(x, y.args[2]))
         if not large(y):
             return x + y
         return Rounded((x if dtype == torch.float32 else Rounded(x, digits)) + y, digits)

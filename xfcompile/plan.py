@@ -248,6 +248,8 @@ def _why_no_kernel(
         return f"a rate of dropout of {site.dropout:g} is finer than our kernel's random numbers"
     if site.dropout == 1:
         return "all weights are dropped out"
+    if site.sizes and site.sizes[-1] == 0:
+        return "there are no heads"
     device = site.root.meta.device
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the Triton kernel runs on CPUs only interpreted (TRITON_INTERPRET=1)"

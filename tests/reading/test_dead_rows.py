@@ -74,6 +74,7 @@ ADDED: dict[str, Program] = {
         ).softmax(-1)
         @ v.flatten(0, 1)
     ),
+    "subtracted": lambda q, k, v, m, f: (q @ k.mT * 0.5 - added(m, -f, q)).softmax(-1) @ v,
     "added twice": lambda q, k, v, m, f: (q @ k.mT * 0.5 + added(m, f, q) + added(m, f, q)).softmax(-1) @ v,
     "padding and causal": lambda q, k, v, m, f: (
         (q @ k.mT * 0.5 + added(m, f, q) + added(bottom_right(q, k), f, q)).softmax(-1) @ v
@@ -125,7 +126,7 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 ROUTES = ["sdpa", "triton"]
-QUICK = ("masked_fill", "added", "then fp32", "padding and causal")
+QUICK = ("masked_fill", "added", "then fp32", "padding and causal", "subtracted")
 SLOW = ("where", "masked_fill, softmax in fp32", "1 - mask", "softmax in fp32", "nan_to_num of 0.0")
 
 
@@ -138,6 +139,38 @@ def unless_quick(name: str, dtype: torch.dtype) -> object:
 @pytest.mark.parametrize("name, dtype", [unless_quick(n, d) for n in SPELLINGS for d in FILLS])
 def test_rows_without_keys_are_eagers(name: str, dtype: torch.dtype, route: str) -> None:
     as_eager(name, dtype, route)
+
+
+def lacks(q: Tensor, k: Tensor) -> Tensor:
+    """The last two keys are masked, and all of which the query is no even one."""
+    return (torch.arange(k.shape[2]) > k.shape[2] - 3) | (torch.arange(q.shape[2])[:, None] % 2 == 1)
+
+
+MADE: dict[str, Callable[[Tensor, Tensor, float, Tensor], Tensor]] = {
+    "the sum of two, held": lambda a, b, f, q: torch.clamp(added(~a, f, q) + added(~b, f, q), min=f),
+    "the lesser of two": lambda a, b, f, q: torch.minimum(added(~a, f, q), added(~b, f, q)),
+    "1 less a product": lambda a, b, f, q: (1 - (1 - a.to(q.dtype)) * (1 - b.to(q.dtype))) * f,
+    "two counted": lambda a, b, f, q: ((a.int() + b.int()) > 0).to(q.dtype) * f,
+    "two shares": lambda a, b, f, q: (a.to(q.dtype) + b.to(q.dtype)) * (f / 2),
+    "one in the other": lambda a, b, f, q: torch.where(a, f, torch.where(b, f, 0.0)).to(q.dtype),
+    "of two numbers": lambda a, b, f, q: torch.where(a, f, torch.where(b, f * 0.75, 0.0)).to(q.dtype),
+    "in two parts": lambda a, b, f, q: torch.cat(
+        [added(~a[:, :4], f, q), added(torch.zeros(a.shape[0], 4, dtype=torch.bool), f, q)], -1
+    ),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MADE)
+def test_masks_that_are_made_of_masks(name: str, dtype: torch.dtype, route: str) -> None:
+    """Rows 1, 3 and 5 see nothing, and the others do."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor, f: float) -> Tensor:
+        mask = MADE[name](~bottom_right(q, k), lacks(q, k), f, q)
+        return (q @ k.mT * 0.5 + mask).softmax(-1) @ v
+
+    assert_as_eager(program, inputs(dtype), keep(), number("min", torch.float16), route)
 
 
 @pytest.mark.parametrize("route", ROUTES)

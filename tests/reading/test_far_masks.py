@@ -114,6 +114,13 @@ UNSHIFTED: dict[str, Callable[..., Tensor]] = {
     "masked by finfo.min, and clamped": lambda s, m: s.masked_fill(m > 0, torch.finfo(s.dtype).min).clamp(max=80),
     "-1e4 added": lambda s, m: s + torch.where(m > 0, -1e4, 0.0),
     "a mask that is data": lambda s, m: s + m * 3e38,
+    "-1e9 added, less the maximum of what is not masked": lambda s, m: (
+        s - s.amax(-1, keepdim=True) + torch.where(m > 0, -1e9, 0.0)
+    ),
+    "-1e9 subtracted": lambda s, m: s - torch.where(m > 0, 1e9, 0.0),
+    "a mask that is data, less the maximum of what is not masked": lambda s, m: (
+        s - s.amax(-1, keepdim=True) + m.clamp(min=0) * -1e9
+    ),
 }
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._sympy.functions import FloorDiv, Mod
 
-from xfcompile.elementwise.rows import ROW
-from xfcompile.masking import as_rounded, separate, without_row_shift
+from xfcompile.elementwise.choices import one_choice
+from xfcompile.elementwise.rows import ROW, takes_off
+from xfcompile.masking import adding, as_rounded, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, is_causal, prove
 from xfcompile.score import B, H, I, J, Load, Rounded, S, Where
 from xfcompile.site import Band, Miss
@@ -125,6 +126,7 @@ def test_masks_have_names(keep: Any, words: str) -> None:
 
 MIN = sympy.Float(torch.finfo(torch.float32).min)
 KEEP, OTHER = J <= I, sympy.Ne(Load(0, B, J), 0)
+FILL = sympy.Float(-1e9)
 f32 = torch.float32
 
 
@@ -148,6 +150,8 @@ def parts(expr: Any, dtype: torch.dtype = f32) -> tuple[Any, Any, str]:
         (Where(KEEP, S, MIN) + Where(OTHER, 0, MIN), S, KEEP & OTHER, "unknown"),
         (Where(KEEP, Where(OTHER, S, MIN), MIN), S, KEEP & OTHER, "mean"),
         (Where(KEEP, Where(OTHER, S, sympy.Float(-1e9)), MIN), S, KEEP & OTHER, "unknown"),
+        (S + Where(KEEP, FILL, Where(OTHER, MIN, 0)), S, ~KEEP & ~OTHER, "unknown"),
+        (S + Where(KEEP, Where(OTHER, FILL, MIN), 0), S, ~KEEP, "unknown"),
         (S + Where(KEEP, 0, -100), S + Where(KEEP, 0, -100), sympy.true, ""),
         (S + Where(KEEP, 0, -10000), S + Where(KEEP, 0, -10000), sympy.true, ""),
         (Where(KEEP, S, MIN) / 2, S / 2, KEEP, "mean"),
@@ -159,6 +163,60 @@ def parts(expr: Any, dtype: torch.dtype = f32) -> tuple[Any, Any, str]:
 )
 def test_a_score_is_separated_from_its_mask(expr: Any, score: Any, keep: Any, dead: str) -> None:
     assert parts(expr) == (score, keep, dead)
+
+
+@pytest.mark.parametrize(
+    ("expr", "one"),
+    [
+        (sympy.Min(Where(KEEP, 0, FILL), Where(OTHER, 0, FILL)), Where(KEEP & OTHER, 0, FILL)),
+        (sympy.Max(Where(KEEP, 0, FILL), Where(OTHER, 0, FILL)), Where(KEEP | OTHER, 0, FILL)),
+        (sympy.Max(Where(KEEP, 0, MIN) + Where(OTHER, 0, MIN), MIN), Where(KEEP & OTHER, 0, MIN)),
+        (FILL * (1 - Where(KEEP, 1, 0) * Where(OTHER, 1, 0)), Where(KEEP & OTHER, 0, FILL)),
+        (Where(KEEP, Where(OTHER, 0, FILL), FILL), Where(KEEP & OTHER, 0, FILL)),
+        (Where(KEEP, 0, MIN) + Where(OTHER, 0, MIN), None),
+    ],
+)
+def test_a_mask_that_is_made_of_masks_is_one(expr: Any, one: Any) -> None:
+    found = one_choice(expr, f32)
+    for a in (0, 1):
+        for b in (0, 1):
+            told = {KEEP: sympy.true if a else sympy.false, OTHER: sympy.true if b else sympy.false}
+            exact = float(expr.xreplace(told))
+            assert float(found.xreplace(told)) == (-float("inf") if exact < MIN else exact)
+            assert one is None or float(one.xreplace(told)) == exact
+    assert one is None or len(found.atoms(Where)) == 1
+
+
+@pytest.mark.parametrize(
+    ("expr", "added"),
+    [
+        (S - Where(KEEP, 0, -FILL), S + Where(KEEP, 0, FILL)),
+        (-(Where(KEEP, 0, -FILL) - S), S + Where(KEEP, 0, FILL)),
+        (-Where(KEEP, -S, -FILL), Where(KEEP, S, FILL)),
+        (S - 2 * Where(KEEP, 0, -FILL), S + 2 * Where(KEEP, 0, FILL)),
+        (S - sympy.Float(1.5) * Where(KEEP, 0, -MIN), S + Where(KEEP, 0, -sympy.oo)),
+        (S * 2 + Where(KEEP, 0, FILL), S * 2 + Where(KEEP, 0, FILL)),
+    ],
+)
+def test_a_mask_that_is_subtracted_is_added(expr: Any, added: Any) -> None:
+    assert adding(expr, f32) == added
+
+
+@pytest.mark.parametrize(
+    ("score", "scores", "exact"),
+    [
+        (S - ROW, S, True),
+        (4 * S - 4 * ROW, S, True),
+        (S - 2 * ROW, S - ROW, True),
+        (Where(KEEP, S, FILL) - ROW, Where(KEEP, S, FILL), True),
+        (S - ROW / 2, S, False),
+        (S + Where(KEEP, 0, FILL) - ROW, S, False),
+        (ROW - S, S, False),
+        (S, S, False),
+    ],
+)
+def test_what_is_taken_off_is_the_maximum_of_these_scores(score: Any, scores: Any, exact: bool) -> None:
+    assert takes_off(score, scores) == exact
 
 
 def test_the_least_half_is_a_mask_of_half_scores_only() -> None:

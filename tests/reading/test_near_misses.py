@@ -244,6 +244,8 @@ miss(
     "compared",
     lambda q, k, v: (lambda s: s.masked_fill(torch.gt(v[..., :1], s), -INF).softmax(-1) @ v)(scores(q, k)),
 )
+miss("scores times infinity", "infinity", lambda q, k, v: (scores(q, k) * INF).softmax(-1) @ v)
+miss("SDPA with an infinite scale", "not finite", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=INF))
 miss("scores over nothing", "division by zero", lambda q, k, v: (scores(q, k) / 0).softmax(-1) @ v)
 miss(
     "a mask made by division by nothing",
@@ -1017,6 +1019,10 @@ DEAD: dict[str, Callable[..., torch.Tensor]] = {
     "finfo.min, added before the scale": lambda s, m: (s + torch.where(data(m), 0.0, MIN)) * 0.5,
     "-1e9": lambda s, m: s.masked_fill(~data(m), -1e9),
     "-1e9, added": lambda s, m: s + torch.where(data(m), 0.0, -1e9),
+    "-1e9, subtracted": lambda s, m: s - torch.where(data(m), 0.0, 1e9),
+    "-1e9, subtracted from": lambda s, m: -(torch.where(data(m), 0.0, 1e9) - s),
+    "-1e9, added before a scale below 0": lambda s, m: (torch.where(data(m), 0.0, 1e9) - s) * -0.3,
+    "-1e9, where one of two masks is 0": lambda s, m: s + (1 - (m > 0).float() * dead_row().float()) * -1e9,
     "-1e9, then a bias": lambda s, m: s.masked_fill(~data(m), -1e9) + m,
     "-1e4": lambda s, m: s.masked_fill(~data(m), -1e4),
     "-1e4, added": lambda s, m: s + torch.where(data(m), 0.0, -1e4),
@@ -1068,6 +1074,36 @@ for _name in ("finfo.min", "-1e9", "-inf", "-inf, added", "finfo.min, added", "-
         lambda q, k, v, m, mask=DEAD[_name]: mask(scores(q, k), m).softmax(-1, dtype=torch.float32).to(v.dtype) @ v,
         *[SQUARE] * 4, fused=None, dtype=torch.bfloat16,
     )  # fmt: skip
+miss(
+    "dead rows: no less than finfo.min",
+    "more than sums",
+    lambda q, k, v, m: torch.max(DEAD["finfo.min, added"](scores(q, k), m), torch.tensor(MIN)).softmax(-1) @ v,
+    *[SQUARE] * 4,
+)
+miss(
+    "dead rows: no less than finfo.min, and -inf",
+    "more than sums",
+    lambda q, k, v, m: DEAD["-inf"](scores(q, k), m).clamp(min=MIN).softmax(-1) @ v,
+    *[SQUARE] * 4,
+)
+miss(
+    "dead rows: a mask that is data, no less than finfo.min",
+    "more than sums",
+    lambda q, k, v, m: torch.max(scores(q, k) + m, torch.tensor(MIN)).softmax(-1) @ v,
+    *[SQUARE] * 4,
+)
+miss(
+    "dead rows: the size of masked scores",
+    "more than sums",
+    lambda q, k, v, m: (-DEAD["-1e9"](scores(q, k), m).abs()).softmax(-1) @ v,
+    *[SQUARE] * 4,
+)
+miss(
+    "dead rows: less the maximum of masked scores",
+    "maximum of other scores",
+    lambda q, k, v, m: (lambda s: (s - DEAD["-1e9"](s, m).amax(-1, keepdim=True)).softmax(-1) @ v)(scores(q, k)),
+    *[SQUARE] * 4,
+)
 miss(
     "dead rows: scores that data scale",
     "a row may see no key",

@@ -73,6 +73,11 @@ def test_without_heads_there_is_one_layout(shape: tuple[int, ...]) -> None:
     assert site.route == "triton"
 
 
+def test_no_heads_are_left_alone() -> None:
+    (site,) = by_our_kernel(attention, *[(2, 0, 4, 8)] * 3).matched
+    assert (site.route, site.reason) == ("inductor", "there are no heads")
+
+
 OF_SIZES: dict[str, tuple[Callable[..., Tensor], str]] = {
     "distances up to some": (lambda i, j, n, m: (j - i).clamp(-n + 2, n - 2) * 0.2, "sdpa"),
     "a distance of a size": (lambda i, j, n, m: (torch.arange(m)[n - 1] - 7).abs() * j * 0.2, "sdpa"),

@@ -9,7 +9,7 @@ from typing import Any
 import sympy
 import torch
 
-from xfcompile.elementwise.constants import as_boolean, fold, is_mask, literal
+from xfcompile.elementwise.constants import as_boolean, fold, is_mask, literal, rounded
 from xfcompile.elementwise.digits import holds, operating
 from xfcompile.elementwise.elements import Elements, Rule
 from xfcompile.elementwise.positions import Index
@@ -35,6 +35,8 @@ def _mul(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
     if v.dtype == torch.bool:
         return sympy.And(as_boolean(a), as_boolean(b))
+    if e.depends_on_dot(v) and any(x.is_infinite and x.is_number for x in (a, b)):
+        _no("scores are multiplied by infinity", v)
     return fold(lambda x, y: x * y, a, b)
 
 
@@ -83,7 +85,7 @@ def _clamp(e: Elements, v: Value, index: Index) -> Any:
             limit = e.numeric(v[bound], index, v.shape)
             if not holds(v.dtype, limit):
                 return None
-            x = f(x, limit)
+            x = f(x, rounded(limit, v.dtype))
     return x
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import sympy
 import torch
 
-from xfcompile.elementwise.constants import as_number, fold, is_mask, literal, rounded
+from xfcompile.elementwise.choices import is_choice, one_choice
+from xfcompile.elementwise.constants import as_number, is_mask, literal, rounded
 from xfcompile.elementwise.digits import narrows
 from xfcompile.elementwise.positions import Index, broadcast
 from xfcompile.indexing import Ranges, extreme
@@ -49,6 +50,8 @@ class Elements:
         self.key_axis_size = key_axis_size
         self.masked_in: set[torch.dtype] = set()
         """The dtypes that the scores have where a mask or a bias is put on them."""
+        self.maxima: list[sympy.Expr] = []
+        """The scores of whose rows maxima are taken."""
         self.rounded: dict[Value, bool] = {}
         """The values that may not be what their formulas say, because their dtype has few digits; and whether they are
         where it is a small number."""
@@ -99,8 +102,10 @@ class Elements:
             return self.load(value, index)
         mark = len(self.loads)
         result = rule(self, value, index)
-        if is_mask(result):
-            result = fold(lambda x: rounded(x, value.dtype), result)
+        if is_choice(result):
+            result = one_choice(result, value.dtype)
+        elif value.dtype.is_floating_point and isinstance(result, sympy.Expr) and result.is_number:
+            result = rounded(result, value.dtype)
         if result is not None and self._wraps(value, result):
             self.wrapped.add(value)
             result = None

@@ -28,8 +28,14 @@ def row_statistic(e: Elements, v: Value, index: Index) -> Any:
     kept = index if v.args.get("keepdim") else (*index[:d], sympy.S.Zero, *index[d:])
     if any(J in k.free_symbols for k in kept) or x.shape[d] != e.key_axis_size:
         return None
-    e.at(x, (*kept[:d], J, *kept[d + 1 :]))  # it must be made of these very scores
+    e.maxima.append(e.numeric(x, (*kept[:d], J, *kept[d + 1 :]), x.shape))  # it must be made of these very scores
     return ROW
+
+
+def takes_off(score: sympy.Expr, scores: sympy.Expr) -> bool:
+    """Whether a score is a multiple of others less their very maximum: 0 at most, and 0 for some key of each row."""
+    times = score.coeff(ROW) / (scores.coeff(ROW) - 1) if scores.coeff(ROW) != 1 else sympy.S.Zero
+    return bool(times.is_positive) and sympy.expand_mul(score - times * (scores - ROW)) == 0
 
 
 def _detach(e: Elements, v: Value, index: Index) -> Any:
