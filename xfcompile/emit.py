@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from xfcompile.example import example_of
+from xfcompile.indexing import extreme
 from xfcompile.operands import D
 from xfcompile.read import Reading
 from xfcompile.score import POSITION, B, H, I, J, Load, Where
@@ -344,7 +345,8 @@ class Emitter:
             else:
                 simple = False
         if not simple:
-            return self.call(operator.getitem, x, tuple(self.tensor(index, site) for index in load.indices))
+            at = (self._index(index, n, site) for index, n in zip(load.indices, value.shape, strict=True))
+            return self.call(operator.getitem, x, tuple(at))
         for d in range(len(load.indices) - 1, -1, -1):
             if load.indices[d].is_Integer:
                 x = self.call("select", x, d, int(load.indices[d]))
@@ -356,6 +358,19 @@ class Emitter:
                 x = self.call("unsqueeze", x, [o for o in (B, H, I, J) if o in axes or o == a].index(a))
                 axes.append(a)
         return x
+
+    def _index(self, index: sympy.Expr, size: Any, site: AttentionSite) -> Any:
+        """An index as a tensor, held to the size that it indexes: of what was concatenated, say, each part is read
+        where another one is chosen, too. What a program loads indices from is its own business."""
+        made = self.tensor(index, site)
+        if not (isinstance(made, fx.Node) and self.is_tensor(made)) or isinstance(index, Load):
+            return made
+        last = sympy.sympify(size) - 1
+        ranges = {axis: self.full_size(axis, site) for axis in (*((B, H)[: len(site.lead)]), I, J)}
+        low, high = (extreme(index, ranges, upper=upper) for upper in (False, True))
+        if low is not None and high is not None and low.is_nonnegative and (last - high).is_nonnegative:
+            return made
+        return self.call(torch.clamp, made, 0, self.size(last))
 
     def full_size(self, axis: sympy.Symbol, site: AttentionSite) -> sympy.Expr:
         """How many positions the program has along an axis."""

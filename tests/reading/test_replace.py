@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from equivalence import Outcome, check, tensors
 from torch import Tensor
 
@@ -109,3 +110,48 @@ def test_rows_without_keys_are_looked_for_where_there_may_be_some(queries: int, 
     outcome = by_our_kernel(program, (2, 8, queries, 8), SHAPE, SHAPE)
     (key,) = {n.args[6] for gm in outcome.graphs for n in gm.graph.nodes if "attention" in str(n.target)}
     assert programs.program(key).spec.dead == dead
+
+
+# -- masks of parts ----------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "concatenated": lambda a, b: torch.cat([a, b], -1),
+    "a view, concatenated": lambda a, b: torch.cat([a.view(2, 5, 2).permute(0, 2, 1).flatten(1), b], -1),
+    "with what sees all": lambda a, b: torch.cat([a.view(2, 5, 2).permute(0, 2, 1).flatten(1), torch.ones_like(b)], -1),
+    "three parts": lambda a, b: torch.cat([b, a.view(2, 2, 5).mT.flatten(1), b], -1)[:, : a.shape[1] + b.shape[1]],
+    "padded": lambda a, b: F.pad(a.view(2, 5, 2).permute(0, 2, 1).flatten(1), (b.shape[1], 0), value=True),
+    "stacked": lambda a, b: torch.stack([a[:, :8].view(2, 4, 2).mT.flatten(1), b.repeat(1, 2)[:, :8]], -1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("route", ["sdpa", "triton"])
+@pytest.mark.parametrize("name", PARTS)
+def test_of_a_mask_of_parts_none_is_read_beyond_its_end(name: str, route: str) -> None:
+    """Each part is a tensor of its own, which has fewer elements than there are keys."""
+
+    def boolean(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(~PARTS[name](a, b)[:, None, None], -torch.inf).softmax(-1) @ v
+
+    def added(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (q @ k.mT + PARTS[name](a, b).to(q.dtype)[:, None, None]).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(2, n, generator=generator) > 0.4 for n in (10, 6))
+    a[:, 0] = b[:, 0] = True
+    for program in (boolean, added):
+        for grad in (False, True):
+            x = tensors((2, 3, 7, 8), (2, 3, 16, 8), (2, 3, 16, 8), grad=grad)
+            outcome = check(program, *x, a, b, grad=grad, routes={"attention": route})
+            assert [(s.matched, s.route) for s in outcome.sites] == [(True, route)], outcome.reasons
+
+
+def test_of_parts_of_any_length_none_is_read_beyond_its_end() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        mask = torch.cat([a, b], -1)[:, None, None]
+        return (q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    for one, other in ((9, 4), (12, 7)):
+        a, b = (torch.arange(2 * n).view(2, n) % 3 != 1 for n in (one, other))
+        x = tensors((2, 3, 7, 8), (2, 3, one + other, 8), (2, 3, one + other, 8))
+        outcome = check(program, *x, a, b, dynamic=True)
+        assert [(s.matched, s.route) for s in outcome.sites] == [(True, "sdpa")], outcome.reasons
