@@ -359,7 +359,7 @@ right(
 )
 right("a product in place, by its other name too",
       lambda x, w, v: (lambda a: (a.mul_(L(x, v)), a + 1))(F.silu(L(x, w))), fused=None, grad=False)  # fmt: skip
-miss("a gate without gradient", "border", half_without_grad)
+miss("a gate without gradient", "", half_without_grad)
 miss("experts and rows in another order", "experts are not the first",
      lambda x, w, v: F.silu(torch.einsum("etd,edf->tef", x, w)) * torch.einsum("etd,edf->tef", x, v), *[SQUARE] * 3)  # fmt: skip
 miss("an expert's rows as another's", "rows", lambda x, w, v: F.silu(x @ w).transpose(0, 1) * (x @ v), *[SQUARE] * 3)
