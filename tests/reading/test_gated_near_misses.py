@@ -359,7 +359,7 @@ right(
 )
 right("a product in place, by its other name too",
       lambda x, w, v: (lambda a: (a.mul_(L(x, v)), a + 1))(F.silu(L(x, w))), fused=None, grad=False)  # fmt: skip
-miss("a gate without gradient", "", half_without_grad)
+miss("a gate without gradient", "border", half_without_grad, grad=False)
 miss("experts and rows in another order", "experts are not the first",
      lambda x, w, v: F.silu(torch.einsum("etd,edf->tef", x, w)) * torch.einsum("etd,edf->tef", x, v), *[SQUARE] * 3)  # fmt: skip
 miss("an expert's rows as another's", "rows", lambda x, w, v: F.silu(x @ w).transpose(0, 1) * (x @ v), *[SQUARE] * 3)
@@ -510,6 +510,11 @@ def test_a_linear_whose_result_has_another_dtype_is_none_of_the_site(wide: bool)
     how = {"out_dtype": torch.float32} if wide else {}
     (site,) = found_on_a_gpu(lambda x, w, v, d: torch.mm(F.silu(x @ w) * (x @ v), d, **how)).sites
     assert (site.down is None) == wide
+
+
+def test_a_gate_without_gradient_is_no_projection_in_training() -> None:
+    outcome = check(half_without_grad, *tensors(SQUARE, WEIGHT, WEIGHT, grad=True), grad=True, routes=ROUTES)
+    assert not [site for site in outcome.sites if site.family == "gated_mlp" and site.matched]
 
 
 @pytest.mark.parametrize("of_rows", [False, True])
