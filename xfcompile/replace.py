@@ -14,6 +14,7 @@ from xfcompile.diagonal import vector
 from xfcompile.emit import Emitter
 from xfcompile.evaluate import Unsupported
 from xfcompile.example import example_of
+from xfcompile.kernels.printing.extent import guarded_loads
 from xfcompile.layout import layout_matters, stride_key, with_layout
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
 from xfcompile.masking import as_rounded
@@ -321,7 +322,9 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
     far = full is not None or any(absorbs(f, site.loads, finite=True) for f in (score, site.sink))
     vectors, made = _vectors(emitter, site, candidate.score)
     score, full = (None if f is None else f.xreplace(vectors) for f in (score, full))
-    formulas = [score, site.keep, *(x for x in (site.sink, full) if x is not None)]
+    beyond = _beyond(emitter, site, [score, site.keep, *(x for x in (site.sink, full) if x is not None)])
+    score, keep, sink, full = (None if f is None else f.xreplace(beyond) for f in (score, site.keep, site.sink, full))
+    formulas = [score, keep, *(x for x in (sink, full) if x is not None)]
     formulas += [x for x in (site.band.lower, site.band.upper) if x is not None]
     used = sorted({load.operand for f in formulas for load in f.atoms(Load)})
     renumbered = {n: k for k, n in enumerate(used)}
@@ -346,14 +349,14 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
 
     spec = ScoreSpec(
         score=renumber(score),
-        keep=renumber(site.keep),
+        keep=renumber(keep),
         dead=_rows_without_keys(site),
         operands=(
             *(Operand(site.loads[n % len(site.loads)].dtype, 4 if n in made else site.loads[n].ndim) for n in used),
             *(Operand(torch.float32, 0) for _ in reals),
         ),
         scalars=tuple(s for s in scalars if s.is_integer),
-        sink=renumber(site.sink),
+        sink=renumber(sink),
         band=site.band,
         far=far,
         full=renumber(full),
@@ -363,6 +366,22 @@ def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSp
         leaks=candidate.training and site.leaks,
     )
     return spec, operands, ints
+
+
+def _beyond(emitter: Emitter, site: AttentionSite, formulas: list[sympy.Basic]) -> dict[Load, Load]:
+    """Loads from tensors with fewer elements than a position has places, as parts of what is concatenated are, and the
+    same held to what there is: a kernel takes a position for an index that is in range wherever it reads."""
+    held: dict[Load, Load] = {}
+    for load, guarded in (found for formula in formulas for found in guarded_loads(formula)):
+        if not guarded or load.operand >= len(site.loads):
+            continue
+        indices = []
+        for index, size in zip(load.indices, site.loads[load.operand].shape, strict=True):
+            short = index in POSITION and not (sympy.sympify(size) - emitter.full_size(index, site)).is_nonnegative
+            indices.append(sympy.Min(index, sympy.sympify(size) - 1) if short else index)
+        if tuple(indices) != tuple(load.indices):
+            held[load] = Load(load.operand, *indices)
+    return held
 
 
 def _rows_without_keys(site: AttentionSite) -> Dead:

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from equivalence import Outcome, check, tensors
 from torch import Tensor
 
+import xfcompile
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import programs
+from xfcompile.score import J, Load
+from xfcompile.site import ScoreSpec
 
 SHAPE = (2, 8, 4, 8)
 
@@ -155,3 +159,26 @@ def test_of_parts_of_any_length_none_is_read_beyond_its_end() -> None:
         x = tensors((2, 3, 7, 8), (2, 3, one + other, 8), (2, 3, one + other, 8))
         outcome = check(program, *x, a, b, dynamic=True)
         assert [(s.matched, s.route) for s in outcome.sites] == [(True, "sdpa")], outcome.reasons
+
+
+def test_kernels_are_told_of_a_part_no_index_beyond_its_end() -> None:
+    """They read ahead, and for many tiles at once: under no condition."""
+    found: list[ScoreSpec] = []
+
+    def program(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        mask = torch.cat([a, b], -1)[:, None, None]
+        return (q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+    def rewritten(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        xfcompile.rewrite(graph, inputs, {"routes": {"attention": "triton"}, "strict": True})
+        keys = [x for node in graph.graph.nodes for x in node.args if "xfcompile.attention" in str(node.target)]
+        found.extend(programs.program(key).spec for key in keys if isinstance(key, str))
+        return graph
+
+    x = tensors((2, 3, 7, 8), (2, 3, 16, 8), (2, 3, 16, 8))
+    a, b = torch.ones(2, 10, dtype=torch.bool), torch.arange(12).view(2, 6) % 2 == 0
+    ours = torch.compile(program, backend=rewritten)(*x, a, b)
+    torch.testing.assert_close(ours, program(*x, a, b))
+    (spec,) = found
+    indices = {load.indices[-1] for load in spec.keep.atoms(Load)}
+    assert indices == {sympy.Min(J, 9), J - 10}
