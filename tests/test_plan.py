@@ -67,7 +67,7 @@ def test_sdpa_drops_no_weights_of_rows_without_keys_out() -> None:
     assert "dropped out too" in (objection(144, alive=False, **rows) or "")
     assert objection(144, alive=True, **rows) is None
     root = SimpleNamespace(meta=SimpleNamespace(device=torch.device("cpu")))
-    site = SimpleNamespace(dropout=0.25, dead="mean", alive=False, root=root)
+    site = SimpleNamespace(dropout=0.25, dead="mean", alive=False, root=root, sizes=(2, 3))
     assert "interpreted" in plan._why_no_kernel(site, S, None, False, False)
 
 
