@@ -60,10 +60,11 @@ def mask_of(user: Value, weights: Value) -> Value | None:
 
 @dataclass(frozen=True)
 class Masking:
-    """A mask of weights, at an element of them. multiplied: by it, which leaves NaN what is NaN."""
+    """A mask of weights (see `mask_of`), at an element of them. multiplied: by it, which leaves NaN what is NaN."""
 
     value: Value
     weights: Value
+    mask: Value
     index: Index
 
     @property
@@ -72,14 +73,13 @@ class Masking:
 
     def keep(self, elements: Elements) -> Any:
         """Where weights are left."""
-        mask = mask_of(self.value, self.weights)
-        assert mask is not None
 
         def at(x: Value) -> Any:
             return elements.at(x, broadcast(self.index, self.value.shape, x.shape))
 
         if self.multiplied:
-            number = as_number(at(mask)) if mask.dtype != torch.bool else Where(as_boolean(at(mask)), 1, 0)
+            found = at(self.mask)
+            number = as_number(found) if self.mask.dtype != torch.bool else Where(as_boolean(found), 1, 0)
             if number == Where(sympy.true, 1, 0):
                 return sympy.true
             if isinstance(number, Where) and set(number.args[1:]) == {sympy.S.Zero, sympy.S.One}:
@@ -89,7 +89,7 @@ class Masking:
         filled = self.value["other" if first else "self"]
         if (as_number(at(filled)) if isinstance(filled, Value) else literal(filled)) != 0:
             raise Miss("weights are replaced, and not by 0", self.value)
-        condition = as_boolean(at(mask))
+        condition = as_boolean(at(self.mask))
         return condition if first else sympy.Not(condition)
 
 
@@ -110,11 +110,11 @@ def back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index
         elif value.op == "nan_to_num" and value.args.get("nan") in (None, 0):  # weights are never infinite
             value, zeroed = value["self"], True
         elif (masked := _masked(value, anchor, known)) is not None:
-            mask = mask_of(value, masked)
-            if mask is not None and depends(mask, anchor, known):
+            weights, mask = masked
+            if depends(mask, anchor, known):
                 raise Miss("weights are masked by what depends on them", value)
-            maskings.append(Masking(value, masked, index))
-            value, index = masked, broadcast(index, value.shape, masked.shape)
+            maskings.append(Masking(value, weights, mask, index))
+            value, index = weights, broadcast(index, value.shape, weights.shape)
         else:
             step = walk.back(value, index)
             if step is None:
@@ -123,14 +123,13 @@ def back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index
     return index, dropout, zeroed, maskings
 
 
-def _masked(value: Value, anchor: Value, known: dict[Value, bool]) -> Value | None:
-    """Which weights `value` sets to 0 somewhere, if that is what it does."""
-    if value.op not in _MASKS:
-        return None
-    for name in _MASKS[value.op]:
+def _masked(value: Value, anchor: Value, known: dict[Value, bool]) -> tuple[Value, Value] | None:
+    """Which weights `value` sets to 0 somewhere, if that is what it does, and by what mask."""
+    for name in _MASKS.get(value.op, ()):
         weights = value[name]
-        if isinstance(weights, Value) and mask_of(value, weights) is not None and depends(weights, anchor, known):
-            return weights
+        mask = mask_of(value, weights) if isinstance(weights, Value) else None
+        if mask is not None and depends(weights, anchor, known):
+            return weights, mask
     return None
 
 
