@@ -113,6 +113,21 @@ def _counting(through: Through, report: Report, seen: list[fx.GraphModule]) -> C
     return compiling
 
 
+def _generated(model: Any, name: str, backend: Any, static: bool, more: dict[str, Any]) -> Any:
+    """What a model generates whose steps are compiled: by transformers itself with a static cache, else by its user."""
+    from transformers import CompileConfig
+
+    if static:
+        config = CompileConfig(backend=backend, mode=None)
+        # Without it transformers compiles on GPUs and their like alone.
+        config._compile_all_devices = True
+        return model.generate(**more, compile_config=config)
+    model.forward = torch.compile(model.forward, backend=backend)
+    if name == "t5":
+        model.encoder.forward = torch.compile(model.encoder.forward, backend=backend)
+    return model.generate(**more)
+
+
 @cache
 def _generate(
     name: str,
@@ -128,8 +143,6 @@ def _generate(
     static: with a cache of one size, for which transformers compiles the step itself, and only that. Otherwise with
     the growing one, for which users compile `forward`; the encoder's too, which `generate` calls by itself.
     """
-    from transformers import CompileConfig
-
     torch._dynamo.reset()
     model, report, seen = _model(name, attention), Report(), list[fx.GraphModule]()
     backend = _counting(through, report, seen)
@@ -138,16 +151,7 @@ def _generate(
         more["cache_implementation"] = "static"
     eager = model.generate(**more)
     with xfcompile.collect() as collected:
-        if static:
-            config = CompileConfig(backend=backend, mode=None)
-            # Without it transformers compiles on GPUs and their like alone.
-            config._compile_all_devices = True
-            compiled = model.generate(**more, compile_config=config)
-        else:
-            model.forward = torch.compile(model.forward, backend=backend)
-            if name == "t5":
-                model.encoder.forward = torch.compile(model.encoder.forward, backend=backend)
-            compiled = model.generate(**more)
+        compiled = _generated(model, name, backend, static, more)
     report.extend(collected)
     return Generated(eager, compiled, len(seen), report)
 
@@ -272,8 +276,6 @@ def test_static_cache_given_to_a_forward_that_the_user_compiled(name: str, atten
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_tokens_by_our_decoding_kernels(name: str, static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, where a step's attention is split over keys however few there are."""
-    from transformers import CompileConfig
-
     from xfcompile.kernels.attention import launch_decode, programs
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -301,13 +303,7 @@ def test_tokens_by_our_decoding_kernels(name: str, static: bool, monkeypatch: py
     if static:
         more["cache_implementation"] = "static"
     eager = model.generate(**more)
-    if static:
-        config = CompileConfig(backend=backend, mode=None)
-        config._compile_all_devices = True
-        compiled = model.generate(**more, compile_config=config)
-    else:
-        model.forward = torch.compile(model.forward, backend=backend)
-        compiled = model.generate(**more)
+    compiled = _generated(model, name, backend, static, more)
     assert torch.equal(eager, compiled)
     assert {(site.matched, site.route) for site in _attentions(report)} == {(True, "triton")}
     # The first token is the prompt's, which transformers does not compile where the cache is static.
