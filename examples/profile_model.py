@@ -3,9 +3,12 @@
     python examples/profile_model.py "T5 1.1" --mode train                  # on a CUDA device, a minute or two
     python examples/profile_model.py "GPT-2" --attention eager --json gpt2.json
     python examples/profile_model.py "GPT-2" --scale quick                  # on a CPU, its operators: does it run
+    python examples/profile_model.py "T5 1.1" --host                        # and which lines its host is at
 
 Times are ms of a step, in the mean of some. "Waiting" is what a step takes beyond its kernels: the GPU waits for its
-host there. A step's time is measured without the profiler, whose own work would be part of it.
+host there. A step's time is measured without the profiler, whose own work would be part of it. With --host the threads
+that run Python are looked at now and then: at which line each is, and which of the lines that called it is compiled
+code's or this backend's.
 """
 
 from __future__ import annotations
@@ -13,10 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -55,12 +62,14 @@ class Kernel:
 
 @dataclass
 class Profile:
-    """Of one column. step_ms: a step, from a device that does nothing to one that is done. busy_ms: its kernels."""
+    """Of one column. step_ms: a step, from a device that does nothing to one that is done. busy_ms: its kernels. host:
+    the share of looks at its threads that found a line, at work itself or in what it called."""
 
     column: str
     step_ms: float
     busy_ms: float
     kernels: list[Kernel] = field(default_factory=list)
+    host: dict[str, float] = field(default_factory=dict)
 
     @property
     def waiting(self) -> float:
@@ -77,8 +86,8 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), REST)
 
 
-def profiled(column: str, call: Callable[[], Any], device: str, steps: int) -> Profile:
-    """Steps after two that compile and warm up."""
+def profiled(column: str, call: Callable[[], Any], device: str, steps: int, look_s: float = 0.0) -> Profile:
+    """Steps after two that compile and warm up. look_s: for so long, more steps are made to look at the host."""
 
     def finished() -> None:
         if device == "cuda":
@@ -105,7 +114,69 @@ def profiled(column: str, call: Callable[[], Any], device: str, steps: int) -> P
         if event.device_type == wanted and us > 0:
             kernels.append(Kernel(event.key, kind_of(event.key), event.count / steps, us / 1e3 / steps))
     kernels.sort(key=lambda kernel: -kernel.ms)
-    return Profile(column, step_ms, sum(kernel.ms for kernel in kernels), kernels)
+    host = looked_at(call, finished, look_s) if look_s else {}
+    return Profile(column, step_ms, sum(kernel.ms for kernel in kernels), kernels, host)
+
+
+LOOK_S = 0.0005
+"""Between looks at what the host does."""
+
+
+def looked_at(call: Callable[[], Any], finished: Callable[[], None], seconds: float) -> dict[str, float]:
+    """The shares of looks that found a line of Python at work in some thread, steps being made for so long."""
+    found: Counter[str] = Counter()
+    done, mine = threading.Event(), threading.get_ident()
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        me = threading.get_ident()
+        while not done.wait(LOOK_S):
+            looks += 1
+            frames = [f for i, f in sys._current_frames().items() if i != me and _works(f, i == mine)]
+            found.update({line for frame in frames for line in _lines(frame)})
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(LOOK_S / 10)
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            call()
+            finished()
+    finally:
+        done.set()
+        watcher.join()
+        sys.setswitchinterval(usual)
+    return {line: count / looks for line, count in found.most_common()}
+
+
+def _works(frame: FrameType, main: bool) -> bool:
+    """Whether a thread is in a step: the one that calls, and those of autograd, which begin in compiled code."""
+    return main or "threading" not in _outermost(frame).f_code.co_filename
+
+
+def _outermost(frame: FrameType) -> FrameType:
+    while frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def _lines(frame: FrameType | None) -> list[str]:
+    lines = []
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        lines.append(f"{'/'.join(path.parts[-2:])}:{frame.f_lineno} {frame.f_code.co_name}")
+        frame = frame.f_back
+    return [f"at {lines[0]}", *lines]
+
+
+def host_table(p: Profile, most: int) -> Table:
+    table = Table(f"{p.column}: the host is", "looks", box=None)
+    for line, share in list(p.host.items())[:most]:
+        table.add_row(line, f"{share:.1%}")
+    return table
 
 
 def kinds_table(profiles: Sequence[Profile]) -> Table:
@@ -137,6 +208,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=["gpu", "cpu", "quick"], help="gpu on a CUDA device, else cpu")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--most", type=int, default=20, help="kernels of each column that are shown")
+    parser.add_argument("--host", action="store_true", help="show which lines the host is at, too")
     parser.add_argument("--json", type=Path, help="write all kernels there")
     asked = parser.parse_args(given)
     columns = asked.backends.split(",")
@@ -157,12 +229,15 @@ def main(given: Sequence[str] | None = None) -> None:
     with torch.set_grad_enabled(asked.mode == models.TRAIN):
         for column in columns:
             with console.status(f"{asked.model}, {asked.mode}: {column}"):
-                profiles.append(profiled(column, work.way(column), device, asked.steps))
+                profiles.append(profiled(column, work.way(column), device, asked.steps, 4.0 if asked.host else 0.0))
             torch._dynamo.reset()
     console.print(kinds_table(profiles))
     for p in profiles:
         console.print()
         console.print(kernels_table(p, asked.most))
+        if p.host:
+            console.print()
+            console.print(host_table(p, 3 * asked.most))
     if asked.json is not None:
         about = {"model": asked.model, "mode": asked.mode, "attention": asked.attention, "scale": place.scale}
         found = {**surroundings(device), **about, "columns": [asdict(p) for p in profiles]}
