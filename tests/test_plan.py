@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 
-from xfcompile.score import B, H, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S
 
 plan = importlib.import_module("xfcompile.plan")
 
@@ -106,3 +106,21 @@ def test_a_step_that_takes_a_second_pass_is_not_our_kernels(monkeypatch: pytest.
     assert chosen.name == "sdpa"
     assert "does not split" in chosen.reason
     assert route(monkeypatch, full=S / 8, queries=8192).name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("keys", "distances", "name"), [(256, False, "sdpa"), (256, True, "triton"), (1024, True, "triton")]
+)
+def test_learned_distances_are_our_kernels(
+    keys: int, distances: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDPA's fused kernels take no mask as T5's table has it in memory, in its own calls either."""
+    monkeypatch.setattr(plan, "_why_no_kernel", lambda *site: None)
+    root = SimpleNamespace(dtype=torch.bfloat16, meta=SimpleNamespace(device=torch.device("cuda")))
+    site = SimpleNamespace(
+        family="attention", root=root, queries=keys, keys=keys, head_dim=64, value_dim=64, lead=(B, H), sink=None,
+        loads=(), keep=sympy.true, full=None, call=object(), leaks=False, dead="zero", alive=True, dropout=0.1,
+        rounding=None,
+    )  # fmt: skip
+    about = {"training": True, "bias_grad": True, "distances": distances, "forced": {}}
+    assert plan.choose(site, S + Load(0, H, I, J), **about)[0].name == name

@@ -34,12 +34,8 @@ Make = Callable[[], fx.Node]
 def vector(emitter: Emitter, site: AttentionSite, load: Load) -> tuple[fx.Node, Load] | None:
     """What an element [b, h, i, j] of the score loads, as a tensor [b or 1, h or 1, 1, queries + keys - 1], and the
     indices of the load in it; None if it is no function of j - i, or is there already."""
-    if not {I, J} <= load.free_symbols:
-        return None
-    value = site.loads[load.operand]
-    diagonal = _Diagonal(emitter, site)
-    index = tuple(sympy.expand(x.xreplace({J: I + DISTANCE})) for x in load.indices)
-    make = diagonal.plan(value, index)
+    diagonal, value, index = _Diagonal(emitter, site), site.loads[load.operand], _moved(load)
+    make = diagonal.plan(value, index) if {I, J} <= load.free_symbols else None
     if make is None:
         return None
     own = [a for a in (B, H) if a in load.free_symbols]
@@ -57,6 +53,16 @@ def vector(emitter: Emitter, site: AttentionSite, load: Load) -> tuple[fx.Node, 
             return None
     indices = [a if a in own else sympy.S.Zero for a in (B, H)]
     return emitter.shared[key], Load(load.args[0], *indices, sympy.S.Zero, J - I + site.queries - 1)
+
+
+def of_distances(emitter: Emitter, site: AttentionSite, load: Load) -> bool:
+    """Whether what is loaded depends on distances alone, and `vector` makes one of it."""
+    plan = _Diagonal(emitter, site).plan
+    return {I, J} <= load.free_symbols and plan(site.loads[load.operand], _moved(load)) is not None
+
+
+def _moved(load: Load) -> Index:
+    return tuple(sympy.expand(x.xreplace({J: I + DISTANCE})) for x in load.indices)
 
 
 HALF = (torch.float16, torch.bfloat16)

@@ -55,7 +55,9 @@ _CPU = Measured(
 )
 
 CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "few queries", "other")
-"""plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient. few queries: fewer
+"""plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient, and one for each
+score: of T5's, which has one for each distance, SDPA takes the mathematics in fp32, for a table of such biases is no
+mask that its fused kernels take (8 x 12 x 256 x 256: 0.35 ms of kernels a layer, examples/profile_model.py). few queries: fewer
 than `FEW_QUERIES`, of what may be many keys."""
 
 _GPU: dict[str, Fact[tuple[str, ...]]] = {
@@ -138,9 +140,16 @@ def swallows(site: AttentionSite, words: Told | None) -> bool:
 
 
 def choose(
-    site: AttentionSite, score: sympy.Expr, *, training: bool, bias_grad: bool, forced: Mapping[str, str]
+    site: AttentionSite,
+    score: sympy.Expr,
+    *,
+    training: bool,
+    bias_grad: bool,
+    forced: Mapping[str, str],
+    distances: bool = False,
 ) -> tuple[Route, Told | None]:
-    """The route of a site whose score, in terms of the chosen operands, is `score`."""
+    """The route of a site whose score, in terms of the chosen operands, is `score`. distances: whether what of it needs
+    a gradient depends on how far a key is from its query, and on nothing else of the two."""
     device = site.root.meta.device.type
     wanted = forced.get(site.family)
     words = told(site, score)
@@ -156,7 +165,7 @@ def choose(
     if wanted == "triton":
         return (Route("inductor", kernel), None) if kernel else (Route("triton", "asked for"), sayable)
     why_not = {"sdpa": sdpa, "triton": kernel or _why_slow_kernel(site)}
-    kind = shape_class(site, sayable, bias_grad)
+    kind = shape_class(site, sayable, bias_grad and not distances)
     order = ROUTES.get((hardware_of(site.root.meta.device), kind), Fact(("sdpa",))).value
     name = next((name for name in order if why_not[name] is None), "inductor")
     if name == "inductor":
@@ -172,7 +181,8 @@ def choose(
 
 
 def shape_class(site: AttentionSite, words: Told | None, bias_grad: bool) -> str:
-    """One of `CLASSES`. words: the site in SDPA's, if it has any."""
+    """One of `CLASSES`. words: the site in SDPA's, if it has any. bias_grad: whether a gradient for each score is
+    wanted, not only one for each distance."""
     few = _few_queries(site)
     if words is not None and words.plain:
         return "plain, few queries" if few else "plain"

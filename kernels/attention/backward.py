@@ -21,7 +21,7 @@ from xfcompile.kernels.attention.backward_dead import dead
 from xfcompile.kernels.attention.backward_dkdv import dkdv
 from xfcompile.kernels.attention.backward_dload import dload
 from xfcompile.kernels.attention.backward_dq import dq
-from xfcompile.kernels.attention.backward_text import HELPER
+from xfcompile.kernels.attention.backward_text import FOLD_KERNEL, HELPER
 from xfcompile.kernels.attention.backward_writer import Writer
 from xfcompile.kernels.attention.forward_text import FUNCTIONS, HEAD, HELPERS
 from xfcompile.kernels.attention.gradient import Gradients, gradients
@@ -55,6 +55,8 @@ def generate(spec: ScoreSpec, needed: Sequence[int]) -> Backward:
 def _module(w: Writer, needed: tuple[int, ...]) -> Backward:
     functions = w.functions()
     kernels = [dq(w), dkdv(w), *dead(w), *(dload(w, n, x) for n, x in w.found.of("dense", "diagonal"))]
+    if w.found.of("diagonal"):
+        kernels.append(FOLD_KERNEL)
     fields = template.fields(w.spec) | {"needed": needed}
     lines = [template.meaning(w.spec), f"slope  {w.found.slope}"]
     lines += [f"d/d{x.load}  {x.derivative}, {x.kind}" for x in w.found.loads]

@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import backward, cache, fit, lists_sizes, programs, template
 from xfcompile.kernels.attention.backward import Backward
 from xfcompile.kernels.attention.backward_dead import MARKED
+from xfcompile.kernels.attention.blocks import DISTANCE, along_diagonal
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import Tiles, Trait
 from xfcompile.kernels.registration import Site
-from xfcompile.score import POSITION
+from xfcompile.score import POSITION, B, H
 from xfcompile.site import ScoreSpec
 
 log = logging.getLogger(__name__)
@@ -175,9 +177,11 @@ class Layout:
         self.rows = [n for n, _ in found.of("rows")]
         self.columns = [n for n, _ in found.of("columns")]
         shape = (*q.shape[:3], k.shape[2])
-        self.direct = {
-            n: place for n, x in enumerate(found.loads) if (place := _direct(found, x, doperands, shape)) is not None
-        }
+        self.direct: dict[int, Place] = {}
+        for n, x in enumerate(found.loads):
+            place = _direct(found, x, doperands, shape)
+            if place is not None:
+                self.direct[n] = place
         whole = {found.loads[n].load.operand for n in self.direct}
         self.added_to = [n for n in needs.operands if n not in whole]
         self.launches: dict[str, Launch] = {}
@@ -218,17 +222,28 @@ Place = tuple[list[int], list[int]]
 
 
 def _direct(found: Found, x: LoadGradient, doperands: Sequence[Tensor], shape: Sequence[int]) -> Place | None:
-    """The gradient of an operand as [b, h, i, j], where a kernel can write it as it is: each element is read once, and
-    that by one load."""
+    """The gradient of an operand as [b, h, i, j], or as [b, h, distances], where a kernel can write it as it is: each
+    element is read, and that by one load."""
     of_operand = [y for y in found.loads if y.load.operand == x.load.operand]
-    if x.kind != "dense" or len(of_operand) > 1 or not all(i == 0 or i in x.axes for i in x.load.indices):
+    if len(of_operand) > 1:
+        return None
+    batch, heads, lq, lk = shape
+    sizes: dict[sympy.Expr, int]
+    if x.kind == "dense":
+        indices, sizes = x.load.indices, dict(zip(POSITION, shape, strict=True))
+    elif x.kind == "diagonal":
+        moved = along_diagonal(x.load)
+        assert moved is not None
+        indices, sizes = moved.indices, {B: batch, H: heads, DISTANCE + lq - 1: lq + lk - 1}
+    else:
+        return None
+    axes = {i: d for d, i in enumerate(indices) if i != 0}
+    if not axes.keys() <= sizes.keys() or len(axes) != sum(i != 0 for i in indices):
         return None
     doperand = doperands[x.load.operand]
-    sizes = dict(zip(POSITION, shape, strict=True))
-    if doperand.shape != tuple(sizes.get(i, 1) for i in x.load.indices):
+    if doperand.shape != tuple(sizes.get(i, 1) for i in indices):
         return None
-    steps = {i: d for d, i in enumerate(x.load.indices) if i != 0}
-    if len(steps) != len(x.axes):
-        return None
-    strides = [doperand.stride(steps[p]) if p in steps else 0 for p in POSITION]
-    return [sizes[p] if p in steps else 1 for p in POSITION], strides
+    return (
+        [n if i in axes else 1 for i, n in sizes.items()],
+        [doperand.stride(axes[i]) if i in axes else 0 for i in sizes],
+    )

@@ -8,7 +8,6 @@ from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator
@@ -80,21 +79,39 @@ def launch_load(call: Call, n: int, dense: Tensor | None = None, own: tuple[int,
     return total
 
 
-def _of_diagonal(call: Call, n: int, own: tuple[int, int]) -> Tensor:
-    """[b, h, Lq + Lk - 1]: what scores at distances 1 - Lq ... Lk - 1 have together.
+FOLD = "fold"
+"""The kernel that adds up what the kernel of a load leaves along diagonals."""
 
-    The kernel leaves a tile [T, T] of sums for each diagonal of tiles; element (r, c) of diagonal d is at the
-    distance (d - rows + 1) T + c - r. Tiles are skewed, so that what is as far apart is one column.
+ROWS, DISTANCES = 16, 128
+"""Of a tile, what a program of it adds up at a time; and the distances that it has."""
+
+
+def _of_diagonal(call: Call, n: int, own: tuple[int, int]) -> Tensor:
+    """[b, h, Lq + Lk - 1]: what scores at distances 1 - Lq ... Lk - 1 have together."""
+    out = call.q.new_empty((*own, call.lq + call.lk - 1), dtype=torch.float32)
+    fold(call, n, out)
+    return out
+
+
+def fold(call: Call, n: int, out: Tensor) -> None:
+    """Fills out [b, h, Lq + Lk - 1], 1 where the load has no axis, with its gradient at each distance.
+
+    The kernel of the load leaves a tile [T, T] of sums for each diagonal of tiles; element (r, c) of diagonal d is at
+    the distance (d - rows + 1) T + c - r.
     """
-    total = launch_load(call, n, own=own)
-    size = total.shape[-1]
-    rows = -(-call.lq // size)
-    skewed = F.pad(total.flip(-2), (0, size)).flatten(-2)[..., :-size].unflatten(-1, (size, 2 * size - 1)).sum(-2)
-    halves = F.pad(skewed, (0, 1)).unflatten(-1, (2, size))
-    joined = F.pad(halves[..., 0, :], (0, 0, 0, 1)) + F.pad(halves[..., 1, :], (0, 0, 1, 0))
-    vector = joined.flatten(-2)  # element 0 is at the distance 1 - rows T
-    first = rows * size - call.lq
-    return vector[..., first : first + call.lq + call.lk - 1]
+    tiles = launch_load(call, n, own=(out.shape[0], out.shape[1]))
+    name = f"{FOLD}{n}"
+    ready = call.layout.launches.get(name)
+    if ready is None:
+        batches, heads, diagonals, size, _ = tiles.shape
+        count = out.shape[2]
+        first = (-(-call.lq // size) - 1) * size - call.lq + 1
+        numbers = [*out.stride(), heads, diagonals, first, count]
+        constants = {"SIZE": size, "ROWS": min(ROWS, size), "DISTANCES": DISTANCES}
+        programs = batches * heads * -(-count // DISTANCES)
+        ready = call.made(FOLD, programs, numbers, constants, Tiles(size, size, 4, 1), [tiles, out])
+        call.layout.launches[name] = ready
+    ready([tiles, out])
 
 
 def _of_sink(call: Call, x: LoadGradient) -> Tensor:

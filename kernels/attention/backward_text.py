@@ -243,3 +243,30 @@ DIAGONAL_PLACE = """\
 DIAGONAL_STORE = """\
     dload_ptr += tl.cast(pid, tl.int64) * (BLOCK_M * BLOCK_N)
     tl.store(dload_ptr + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], total)"""
+
+FOLD_KERNEL = '''\
+@triton.jit
+def attention_backward_fold(
+    tiles_ptr, out_ptr, stride_ob, stride_oh, stride_oe, heads, diagonals, first, count,
+    SIZE: tl.constexpr, ROWS: tl.constexpr, DISTANCES: tl.constexpr,
+):
+    """One program: the sums at DISTANCES distances of one batch and head. Of the tiles [b, h, diagonals, SIZE, SIZE],
+    element (r, c) of diagonal d is at the distance d SIZE + c - r - first, counted from the least."""
+    blocks = (count + DISTANCES - 1) // DISTANCES
+    pid = tl.program_id(0)
+    h = pid // blocks % heads
+    b = pid // blocks // heads
+    offs = pid % blocks * DISTANCES + tl.arange(0, DISTANCES)
+    tiles_ptr += (tl.cast(b, tl.int64) * heads + h) * diagonals * (SIZE * SIZE)
+    total = tl.full([DISTANCES], 0.0, tl.float32)
+    for start in tl.range(0, SIZE, ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        place = offs[None, :] + first + rows  # d SIZE + c
+        inside = (place >= 0) & (place < diagonals * SIZE)
+        place = tl.where(inside, place, 0)
+        tile = (place // SIZE).to(tl.int64) * (SIZE * SIZE)
+        x = tl.load(tiles_ptr + tile + rows * SIZE + place % SIZE, mask=inside, other=0.0)
+        total += tl.reduce(x, 0, tl.standard._sum_combine)
+    out_ptr += tl.cast(b, tl.int64) * stride_ob + tl.cast(h, tl.int64) * stride_oh
+    tl.store(out_ptr + offs.to(tl.int64) * stride_oe, total.to(out_ptr.dtype.element_ty), mask=offs < count)
+'''

@@ -103,7 +103,8 @@ def _fill(call: Call, made: Gradients) -> None:
         doperands[n].zero_()
     for n, x in enumerate(call.program.made.gradients.loads):
         if n in layout.direct:
-            backward_loads.launch_load(call, n, doperands[x.load.operand].as_strided(*layout.direct[n]))
+            write = backward_loads.launch_load if x.kind == "dense" else backward_loads.fold
+            write(call, n, doperands[x.load.operand].as_strided(*layout.direct[n]))
         else:
             backward_loads.add(call, x, backward_loads.of_load(call, n, x, rows, columns_), doperands)
 

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from equivalence import Outcome, check, tensors
 from torch import Tensor
 
+from xfcompile import plan
+from xfcompile.backend import xformers
 from xfcompile.diagonal import _Diagonal
+from xfcompile.families import attention
 from xfcompile.score import I
 from xfcompile.trace import Meta
 from xfcompile.values import Value, Values
@@ -211,3 +214,38 @@ def test_layers_share_one_vector() -> None:
     assert sum("aten.index" in name for name in names) == 1
     assert sum("attention_tiles" in name for name in names) == 1
     assert sum("xfcompile.attention." in name for name in names) == 2
+
+
+def windows(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """Swin's: of rows and columns of a window apart."""
+    at = torch.arange(16)
+    row, column = at // 4, at % 4
+    place = (row[:, None] - row + 3) * 7 + column[:, None] - column + 3
+    return attend(q, k, v, table[place.view(-1)].view(16, 16, -1).permute(2, 0, 1))
+
+
+def learned(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    return attend(q, k, v, table)
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "distances"),
+    [
+        (embedded, (BUCKETS, HEADS), True), (gathered, (BUCKETS, HEADS), True), (masked, (BUCKETS, HEADS), True),
+        (windows, (49, HEADS), False), (learned, (HEADS, 16, 16), False), (learned, (HEADS, 1, 16), False),
+    ],
+)  # fmt: skip
+def test_what_is_learned_of_distances_alone_is_told_apart(
+    fn: Callable[..., Tensor], shape: tuple[int, ...], distances: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+
+    def choose(*site: Any, **about: Any) -> Any:
+        told.append(about["distances"])
+        return plan.choose(*site, **about)
+
+    monkeypatch.setattr(attention, "choose", choose)
+    table = torch.randn(shape, requires_grad=True)
+    q, k, v = (torch.randn(2, HEADS, 16, 8, requires_grad=True) for _ in range(3))
+    torch.compile(fn, backend=xformers)(q, k, v, table).sum().backward()
+    assert told == [distances]

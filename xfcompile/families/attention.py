@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from xfcompile.diagonal import of_distances
 from xfcompile.emit import Emitter
 from xfcompile.family import Family, Route, Setting, Words, value_needs_grad
 from xfcompile.meaning import AttentionMeaning, Kernel, called, dtype_name, known_sizes, tensor_of
@@ -18,7 +19,7 @@ from xfcompile.patterns import attention
 from xfcompile.plan import UNKNOWN, AttentionCandidate, Told, choose
 from xfcompile.read import Reading
 from xfcompile.replace import replace_attention
-from xfcompile.score import S
+from xfcompile.score import Load, S
 from xfcompile.site import AttentionSite
 from xfcompile.sparsity import describe
 
@@ -47,11 +48,12 @@ def _at_node(reading: Reading, site: AttentionSite, node: fx.Node) -> AttentionC
 
 def _plan(reading: Reading, candidate: AttentionCandidate, setting: Setting) -> AttentionCandidate:
     training = setting.training
-    bias_grad = training and any(value_needs_grad(v, reading) for v in candidate.site.loads)
+    learned = [n for n, v in enumerate(candidate.site.loads) if training and value_needs_grad(v, reading)]
+    distances = bool(learned) and _of_distances(reading, candidate, learned)
 
     def chosen() -> tuple[Route, Told | None]:
-        site, score = candidate.site, candidate.score
-        return choose(site, score, training=training, bias_grad=bias_grad, forced=setting.routes)
+        about = {"training": training, "bias_grad": bool(learned), "distances": distances}
+        return choose(candidate.site, candidate.score, **about, forced=setting.routes)
 
     route, words = chosen()
     if route.reason == UNKNOWN:
@@ -68,6 +70,13 @@ def _plan(reading: Reading, candidate: AttentionCandidate, setting: Setting) -> 
         # torch refuses to compile it: SDPA counts as random, which no forward without a backward may recompute.
         route = Route("inductor", "SDPA can't be checkpointed where nothing needs a gradient")
     return replace(candidate, route=route, words=words, training=training)
+
+
+def _of_distances(reading: Reading, candidate: AttentionCandidate, learned: Sequence[int]) -> bool:
+    """Whether all that is loaded of what needs a gradient depends on how far a key is from its query."""
+    emitter = Emitter(reading, candidate.node, {})
+    loads = [load for load in candidate.score.atoms(Load) if load.operand in learned]
+    return all(of_distances(emitter, candidate.site, load) for load in loads)
 
 
 def _specialised(candidate: AttentionCandidate) -> AttentionCandidate:
