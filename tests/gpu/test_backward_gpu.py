@@ -9,15 +9,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from attention_cases import Case, Inputs, Sizes, error, inputs, named
-from backward_cases import DIFFERENTIABLE, check
+from attention_cases import CAUSAL, Case, Inputs, Sizes, error, inputs, named
+from backward_cases import DIFFERENTIABLE, check, distances
 from torch import Tensor
 
 from xfcompile.kernels.attention import lists_sizes, prepare, reference
+from xfcompile.score import H
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,6 +47,16 @@ def test_at_head_dims_of_models(case: Case, dtype: torch.dtype, dim: int, monkey
     z = case.sizes
     sizes = Sizes(2, 4, 2, max(z.lq, 300) if z.lq >= z.lk else 290, 300 if z.lq == z.lk else max(z.lk, 310), dim, dim)
     check(case, on_gpu(inputs(case, dtype, "transposed", sizes)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(300, 310), (310, 130), (256, 256), (1, 700), (1024, 999)])
+def test_biases_of_distances(lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Folded into an operand of the tensors' own dtype, as models have it."""
+    z = Sizes(2, 4, 2, *lengths, 64, 64)
+    for spec in (None, CAUSAL) if lengths[0] > 1 else (None,):
+        case = distances((sympy.S.Zero, H, sympy.S.Zero), z, spec, dtype=dtype)
+        check(case, on_gpu(inputs(case, dtype)))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "poisoned", "key_major", "expanded"])

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import sympy
 import torch
-from attention_cases import CASES, FLOAT, SCALE, Case, Inputs, X, call, error, left_padding, minus_infinity
+from attention_cases import (
+    CASES,
+    FLOAT,
+    SCALE,
+    Case,
+    Inputs,
+    Sizes,
+    X,
+    call,
+    error,
+    left_padding,
+    minus_infinity,
+    normal,
+)
 from torch import Tensor
 
 from xfcompile.kernels.attention import launch_backward, prepare, reference
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.kernels.attention.gradient import gradients, why_not
-from xfcompile.score import B, J, Load
+from xfcompile.score import B, H, I, J, Load
 from xfcompile.site import Operand, ScoreSpec
 
 DIFFERENTIABLE = [case for case in CASES if why_not(case.spec) is None]
@@ -27,6 +41,21 @@ CAPPED = [
     Case("capped after rounding", ScoreSpec(_CAP, coarse=True)),
 ]
 """Scores each of which has a slope of its own, beside those of `CASES`."""
+
+
+def distances(
+    axes: Sequence[sympy.Expr],
+    z: Sizes,
+    spec: ScoreSpec | None = None,
+    extra: int = 0,
+    dtype: torch.dtype = FLOAT,
+) -> Case:
+    """With a bias [.., Lq + Lk - 1 + extra], which has an element for each of these axes and each distance."""
+    spec = spec or ScoreSpec(SCALE)
+    score = spec.score + Load(0, *axes, J - I + z.lq - 1)
+    sizes = [{B: z.batch, H: z.heads}.get(a, 1) for a in axes]
+    whole = dataclasses.replace(spec, score=score, operands=(Operand(dtype, len(axes) + 1),))
+    return Case("distances", whole, lambda z: [normal(*sizes, z.lq + z.lk - 1 + extra).to(dtype)], sizes=z)
 
 
 def floating(x: Inputs) -> list[int]:

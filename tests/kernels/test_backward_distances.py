@@ -7,25 +7,15 @@ import math
 import pytest
 import sympy
 import torch
-from attention_cases import FLOAT, SCALE, Case, Inputs, Sizes, inputs, normal
-from backward_cases import check
+from attention_cases import CAUSAL, FLOAT, SCALE, Case, Inputs, Sizes, inputs, normal
+from backward_cases import check, distances
 from torch import Tensor
 
 from xfcompile.kernels.attention import launch_backward, prepare
 from xfcompile.kernels.attention.backward_layout import Layout, Needs
 from xfcompile.kernels.attention.backward_layout import prepare as prepare_backward
 from xfcompile.score import B, H, I, J, Load
-from xfcompile.site import Band, Operand, ScoreSpec
-
-CAUSAL = {"keep": J <= I, "band": Band(None, I + 1, True)}
-
-
-def distances(axes: tuple[sympy.Expr, ...], z: Sizes, extra: int = 0, **mask: object) -> Case:
-    """A bias [.., Lq + Lk - 1 + extra], which has an element for each of these axes and each distance."""
-    load = Load(0, *axes, J - I + z.lq - 1)
-    sizes = [{B: z.batch, H: z.heads}.get(a, 1) for a in axes]
-    spec = ScoreSpec(SCALE + load, operands=(Operand(FLOAT, len(axes) + 1),), **mask)  # type: ignore[arg-type]
-    return Case("distances", spec, lambda z: [normal(*sizes, z.lq + z.lk - 1 + extra)], sizes=z)
+from xfcompile.site import Operand, ScoreSpec
 
 
 def layout(case: Case, x: Inputs) -> Layout:
@@ -48,7 +38,7 @@ def test_any_lengths(lengths: tuple[int, int], interpreter: None) -> None:
 
 @pytest.mark.parametrize("axes", [(), (H,), (B,), (B, H), (H, B), (sympy.S.Zero, H, sympy.S.Zero)], ids=str)
 def test_any_axes_beside_distances(axes: tuple[sympy.Expr, ...], interpreter: None) -> None:
-    case = distances(axes, SMALL, **CAUSAL)
+    case = distances(axes, SMALL, CAUSAL)
     x = inputs(case, torch.float32)
     assert layout(case, x).direct.keys() == {0}
     check(case, x)
@@ -56,7 +46,7 @@ def test_any_axes_beside_distances(axes: tuple[sympy.Expr, ...], interpreter: No
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype: torch.dtype, interpreter: None) -> None:
-    case = distances((H,), SMALL, **CAUSAL)
+    case = distances((H,), SMALL, CAUSAL, dtype=dtype)
     check(case, inputs(case, dtype))
 
 
