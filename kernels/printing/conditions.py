@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sympy
 
+from xfcompile.kernels.printing.extent import extent
 from xfcompile.kernels.printing.printer import Printer, Rule
 from xfcompile.kernels.printing.term import AND, COMPARE, OR, UNARY, Kind, Term
 from xfcompile.score import Load, Where
@@ -27,8 +28,12 @@ def _relation(p: Printer, expr: sympy.Basic) -> Term:
     boolean = _boolean_comparison(p, expr)
     if boolean is not None:
         return boolean
-    (a, b), _ = p.alike((left, right))
-    return Term(f"{a.at(OR)} {RELATIONS[type(expr)]} {b.at(OR)}", "bool", COMPARE)
+    (a, b), kind = p.alike((left, right))
+    text = f"{a.at(OR)} {RELATIONS[type(expr)]} {b.at(OR)}"
+    if kind == "float" and not extent(expr):
+        # Triton's interpreter takes a comparison of two real numbers for a real number where it makes a tile of it.
+        text = f"tl.cast({text}, tl.int32) != 0"
+    return Term(text, "bool", COMPARE)
 
 
 def _boolean_comparison(p: Printer, expr: sympy.Basic) -> Term | None:

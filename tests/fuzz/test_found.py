@@ -73,6 +73,25 @@ def test_a_mask_of_keys_under_a_number_of_its_own_row_has_a_gradient() -> None:
     assert routes(outcome, "attention") == ["triton"]
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("shape", [(2, 2, 1, 1), ()], ids=str)
+@pytest.mark.parametrize(
+    "keep",
+    [lambda m, near: (m != 0) & near, lambda m, near: (m == 1) | ~near, lambda m, near: ~(m.bool() ^ near)],
+    ids=["and", "or", "xor"],
+)
+def test_a_real_number_of_each_head_is_a_condition(
+    keep: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+        i, j = torch.arange(5)[:, None], torch.arange(7)
+        return (q @ k.mT).masked_fill(~keep(m, j <= i + 1), -1e9).softmax(-1) @ v
+
+    q, k, v, m = tensors((2, 2, 5, 4), (2, 2, 7, 4), (2, 2, 7, 4), shape)
+    outcome = check(program, q, k, v, m.clamp(min=0).ceil(), routes={"attention": "triton"})
+    assert routes(outcome, "attention") == ["triton"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("added", [False, True])
 def test_a_mask_is_infinite_in_a_dtype_that_does_not_hold_its_number(dtype: torch.dtype, added: bool) -> None:
