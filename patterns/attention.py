@@ -15,10 +15,11 @@ from xfcompile.elementwise.positions import Index, broadcast
 from xfcompile.elementwise.rows import ROW, takes_off
 from xfcompile.elementwise.rules import RULES
 from xfcompile.indexing import integer, linear, unravel
-from xfcompile.magnitude import absorbs, bends, is_coarse
+from xfcompile.magnitude import absorbs, adds_coarse, bends, is_coarse
 from xfcompile.masking import Masked, adding, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
+from xfcompile.order import BIASES_FIRST, Order, one_order
 from xfcompile.score import B, H, I, J, Load, S, Where
 from xfcompile.site import AttentionSite, Band, Miss
 from xfcompile.values import Value, depends
@@ -189,6 +190,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         dead_bool="zero" if zeroed else "nan",
         chosen=left[0],
         multiplied=left[1],
+        orders=elements.orders,
     )
 
 
@@ -270,6 +272,7 @@ def _sdpa(call: Value) -> AttentionSite:
         dead_bool=dead_bool,
         keep=keep.xreplace(substitution),
         call=call,
+        orders=elements.orders,
     )
 
 
@@ -294,6 +297,7 @@ def _site(
     call: Value | None = None,
     chosen: Any = sympy.true,
     multiplied: Any = sympy.true,
+    orders: set[Order],
 ) -> AttentionSite:
     """chosen, multiplied: where weights are left, once they add up to 1; elsewhere they are 0, or times 0."""
     if bends(score, score_dtype, loads):
@@ -321,7 +325,15 @@ def _site(
             raise Miss("a row may see no key, and the fills of its masks do not agree", root)
         masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
     added_in = score_dtype if call is None else torch.float32  # SDPA's kernels add masks to what they accumulate
-    rounding = added_in if _rounds(masked.score, predicate, loads, added_in, ranges) else None
+    if call is not None:  # it adds one tensor, which is a sum where that says so
+        orders = {order for order in orders if order.summed is not None}
+    rounding = added_in if _rounds(masked.score, predicate, loads, added_in, orders, ranges) else None
+    if full is not None and any(added and adds_coarse(fill, added_in) for fill, added in masked.fills):
+        rounding = added_in
+    order = one_order(orders, score)
+    if order is None and (rounding is not None or full is not None):
+        if any(adds_coarse(score, dtype) for dtype in (added_in, *_summed(orders))):
+            raise Miss("a row may see no key, and its masks and biases are added up in more than one order", root)
     # Beside a sink the weights of a row without keys are 0, and so are their gradients.
     bare = not alive and sink is None
     bounds = band(predicate) if predicate != sympy.true else Band()
@@ -355,6 +367,8 @@ def _site(
         full=full,
         floor=max(finite) if full is not None else None,
         rounding=rounding,
+        added_in=added_in,
+        order=order or BIASES_FIRST,
         leaks=bare and not empty and any(added and fill.is_finite for fill, added in masked.fills),
         one_fill=len(masked.fills) == 1 and masked.fills[0][1] and keep == sympy.true,
         call=call,
@@ -362,13 +376,23 @@ def _site(
 
 
 def _rounds(
-    score: sympy.Expr, keep: Any, loads: tuple[Value, ...], dtype: torch.dtype, ranges: dict[sympy.Symbol, Any]
+    score: sympy.Expr,
+    keep: Any,
+    loads: tuple[Value, ...],
+    dtype: torch.dtype,
+    orders: set[Order],
+    ranges: dict[sympy.Symbol, Any],
 ) -> bool:
-    """Whether a row may see no key, and keeps of its scores what a large number that is added leaves in that dtype."""
-    masked = separate(score, dtype, rounded=True)
-    if any(added and fill.is_finite for fill, added in masked.fills):
-        return not has_live_key(prove(sympy.And(keep, masked.keep), ranges), ranges)
+    """Whether a row may see no key, and keeps of its scores what a large number that is added leaves in that dtype, or
+    of its biases in the one in which they are added up before."""
+    for masked in (separate(score, x, rounded=True) for x in (dtype, *_summed(orders))):
+        if any(added and fill.is_finite for fill, added in masked.fills):
+            return not has_live_key(prove(sympy.And(keep, masked.keep), ranges), ranges)
     return any(is_coarse(loads[load.operand], dtype) for load in score.atoms(Load))
+
+
+def _summed(orders: set[Order]) -> list[torch.dtype]:
+    return [order.summed for order in orders if order.summed is not None]
 
 
 def _separate_nothing(score: sympy.Expr) -> Masked:

@@ -50,6 +50,9 @@ _UNBOUNDED = frozenset("log log2 log10 log1p log_softmax logit reciprocal rsqrt 
 _POSITIONS = frozenset("slice slice_of narrow select select_of".split())
 """Operations whose numbers say where, not what."""
 
+_CHOOSING = frozenset("where add sub maximum minimum clamp clamp_min clamp_max".split())
+"""Operations whose numbers are elements of their results, or nearly so."""
+
 
 def absorbs(expr: sympy.Basic | None, loads: Sequence[Value], *, finite: bool = False, strict: bool = False) -> bool:
     """Whether a formula contains a number, or loads from a tensor that may, of more than `ABSORBING` in size.
@@ -103,9 +106,35 @@ def _beside_coarse(expr: sympy.Basic, dtype: torch.dtype, loads: Sequence[Value]
 
 
 def is_coarse(value: Value, dtype: torch.dtype) -> bool:
-    """Whether a tensor that is added in fp16 may hold its least number, of which too little is left to absorb scores
-    and too much to forget them. A mask in another dtype is taken to hold the least number of that, or -inf."""
-    return value.dtype == dtype == torch.float16 and may_absorb(value)
+    """Whether a tensor that is added in a dtype may hold a number of which too little is left to absorb scores and too
+    much to forget them: in fp16 its least one. A mask that is data in another dtype is taken to hold the least number
+    of that, or -inf; of one that the program makes we see its numbers."""
+    if value.dtype == dtype == torch.float16 and may_absorb(value):
+        return True
+    return any(_leaves_some(x, dtype) for x in _chosen(value))
+
+
+def adds_coarse(expr: sympy.Expr, dtype: torch.dtype) -> bool:
+    """Whether such a number stands in a formula."""
+    return any(_leaves_some(float(x), dtype) for x in expr.atoms(sympy.Number))
+
+
+def _leaves_some(x: float, dtype: torch.dtype) -> bool:
+    """Of scores that are added to it, in that dtype or, where that leaves nothing, in the fp32 of our kernels."""
+    return abs(x) < ABSORBING and coarse(x, dtype)
+
+
+def _chosen(value: Value) -> Iterator[float]:
+    """The numbers that a tensor may have for elements, as far as the program chooses or adds them."""
+    seen, todo = {value}, [value]
+    while todo:
+        top = todo.pop()
+        if not top.dtype.is_floating_point or top.op in _BOUNDED | _POSITIONS:
+            continue
+        if top.op in _CHOOSING:
+            yield from _numbers(tuple(top.args.values()))
+        todo.extend(v for v in top.inputs() if v not in seen)
+        seen.update(top.inputs())
 
 
 def may_absorb(value: Value, *, strict: bool = False) -> bool:

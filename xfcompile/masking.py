@@ -13,7 +13,8 @@ import torch
 from xfcompile.elementwise.choices import is_choice
 from xfcompile.elementwise.rows import ROW
 from xfcompile.magnitude import absorbing, coarse
-from xfcompile.score import Load, Rounded, Where
+from xfcompile.order import BIASES_FIRST, MASKS_FIRST, Order
+from xfcompile.score import Load, Rounded, S, Where
 from xfcompile.site import Miss
 
 
@@ -119,15 +120,18 @@ def separate(expr: sympy.Expr, dtype: torch.dtype, *, rounded: bool = False) -> 
     return replace(split(sympy.sympify(expr), False), dtype=dtype)
 
 
-def as_rounded(expr: sympy.Expr, dtype: torch.dtype, far: Callable[[Load], bool]) -> sympy.Expr:
+def as_rounded(
+    expr: sympy.Expr, dtype: torch.dtype, far: Callable[[Load], bool], order: Order = BIASES_FIRST
+) -> sympy.Expr:
     """A score of which, where a key is masked by a large number that is added, no more is left than in that dtype.
 
     far: whether a load may be such a number.
     """
-    digits = 1 - round(math.log2(torch.finfo(dtype).eps))
 
     def large(x: sympy.Expr) -> bool:
-        return bool(x.is_number and x.is_finite) and coarse(float(x), dtype)
+        return bool(x.is_number and x.is_finite) and (
+            coarse(float(x), dtype) or (order.summed is not None and coarse(float(x), order.summed))
+        )
 
     def of_large(x: sympy.Expr) -> bool:
         return any(of_large(y) for y in x.args[1:]) if isinstance(x, Where) else large(x)
@@ -142,26 +146,44 @@ def as_rounded(expr: sympy.Expr, dtype: torch.dtype, far: Callable[[Load], bool]
             times, numbers = sympy.S.One, [times * x for x in numbers]
         return [Where(condition, *numbers)] * int(times) if any(of_large(x) for x in numbers) else []
 
-    def plus(x: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
+    def is_far(x: sympy.Expr) -> bool:
+        return any(far(load) for load in x.atoms(Load))
+
+    def held(x: sympy.Expr) -> sympy.Expr:
+        return x if dtype == torch.float32 or x.is_number else _rounded(x, dtype)
+
+    def plus(x: sympy.Expr, bias: sympy.Expr, y: sympy.Expr) -> sympy.Expr:
         if isinstance(y, Where):
-            return Where(y.args[0], plus(x, y.args[1]), plus(x, y.args[2]))
-        if not large(y):
-            return x + y
-        return Rounded((x if dtype == torch.float32 else Rounded(x, digits)) + y, digits)
+            return Where(y.args[0], plus(x, bias, y.args[1]), plus(x, bias, y.args[2]))
+        if not large(y) and not is_far(y):
+            return x + bias + y
+        if order.summed is not None and bias != 0:
+            y = _rounded(bias + y, order.summed)
+        return _rounded(held(x) + y, dtype)
 
     def walk(x: sympy.Expr) -> sympy.Expr:
         if isinstance(x, Where):
             return Where(x.args[0], walk(x.args[1]), walk(x.args[2]))
         if isinstance(x, sympy.Add):
-            total = sympy.Add(*(walk(term) for term in x.args if not choices(term)))
-            for choice in (c for term in x.args for c in choices(term)):
-                condition, a, b = choice.args
-                total = Where(condition, plus(total, a), plus(total, b))
-            return Rounded(total, digits) if any(far(y) for term in x.args for y in term.atoms(Load)) else total
+            masks = [c for term in x.args for c in choices(term)]
+            rest = [term for term in x.args if not choices(term)]
+            apart = [t for t in rest if is_far(t) or (masks and order != BIASES_FIRST and S not in t.free_symbols)]
+            total = sympy.Add(*(walk(term) for term in rest if term not in apart))
+            biases = sympy.Add(*apart)
+            if biases != 0 and (order == BIASES_FIRST or not masks):
+                total, biases = _rounded(held(total) + biases, dtype), sympy.S.Zero
+            for condition, a, b in (c.args for c in masks):
+                bias = biases if order.summed is not None else sympy.S.Zero
+                total = Where(condition, plus(total, bias, a), plus(total, bias, b))
+            return _rounded(held(total) + biases, dtype) if biases != 0 and order == MASKS_FIRST else total
         coefficient, rest = x.as_coeff_Mul()
         return coefficient * walk(rest) if coefficient != 1 and rest != x else x
 
     return walk(expr)
+
+
+def _rounded(x: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    return Rounded(x, 1 - round(math.log2(torch.finfo(dtype).eps)))
 
 
 def _held(fill: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:

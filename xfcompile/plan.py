@@ -205,6 +205,9 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
     if site.rounding in HALF:
         name = str(site.rounding).removeprefix("torch.")
         return f"a row may see no key, and gets what {name} leaves of its scores beside its masks"
+    several = site.order.summed is None and len(sympy.Add.make_args(words.rest)) > 1
+    if site.rounding is not None and (several or site.full is not None):
+        return "a row may see no key, and SDPA adds its masks and biases in another order"
     if site.root.dtype not in (*HALF, torch.float32, torch.float64):
         return f"SDPA has no kernel for {site.root.dtype}"
     if site.head_dim != site.value_dim:

@@ -16,7 +16,7 @@ from xfcompile.evaluate import Unsupported
 from xfcompile.example import example_of
 from xfcompile.kernels.printing.extent import guarded_loads
 from xfcompile.layout import layout_matters, stride_key, with_layout
-from xfcompile.magnitude import ABSORBING, COARSE, absorbs, is_coarse
+from xfcompile.magnitude import ABSORBING, COARSE, absorbs, adds_coarse, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
@@ -310,15 +310,23 @@ def _tiles(
     return emitter.shared[name], block_m, block_n
 
 
+def _as_rounded(score: sympy.Expr, site: AttentionSite) -> sympy.Expr:
+    def far(load: Load) -> bool:
+        return is_coarse(site.loads[load.operand], site.added_in)
+
+    return as_rounded(score, site.added_in, far, site.order)
+
+
 def score_spec(emitter: Emitter, candidate: AttentionCandidate) -> tuple[ScoreSpec, list[fx.Node], list[Any]]:
     """The site as its kernel needs it, with the nodes of its operands and the sizes that its scalars are."""
     site = candidate.site
-    full = site.full
+    score, full = candidate.score, site.full
     if full is not None:
         full = full.xreplace({S: candidate.q.factor * candidate.k.factor * S})
-    score, rounding = candidate.score, site.rounding
-    if rounding is not None:
-        score = as_rounded(score, rounding, lambda load: is_coarse(site.loads[load.operand], rounding))
+        coarse = any(adds_coarse(full, dtype) for dtype in (site.added_in, site.order.summed) if dtype is not None)
+        full = _as_rounded(full, site) if coarse else full
+    if site.rounding is not None:
+        score = _as_rounded(score, site)
     far = full is not None or any(absorbs(f, site.loads, finite=True) for f in (score, site.sink))
     vectors, made = _vectors(emitter, site, candidate.score)
     score, full = (None if f is None else f.xreplace(vectors) for f in (score, full))

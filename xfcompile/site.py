@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import sympy
 import torch
 
+from xfcompile.order import BIASES_FIRST, Order
 from xfcompile.values import Value
 
 Dead = Literal["nan", "mean", "zero"]
@@ -156,6 +157,10 @@ class AttentionSite:
     floor: sympy.Expr | None = None
     rounding: torch.dtype | None = None
     """The dtype in which large numbers are added to the scores of rows that may see no key: it says what is left."""
+    added_in: torch.dtype = torch.float32
+    """The dtype in which masks are added to scores."""
+    order: Order = BIASES_FIRST
+    """In which order masks and biases are added to scores."""
     call: Value | None = None
     """The `scaled_dot_product_attention` call, if the site is one."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import Outcome, check, rewriting
+from equivalence import Outcome, check, rewriting, run
 from torch import Tensor
 
 from xfcompile.masking import as_rounded
@@ -250,3 +250,84 @@ def test_what_is_added_twice_is_rounded_twice() -> None:
     assert once == Where(J <= I, S / 2, Rounded(Rounded(S / 2, 11) - 10000, 11))
     assert twice == Where(J <= I, once, Rounded(Rounded(once, 11) - 10000, 11))
     assert as_rounded(S + Where(J <= I, 0, -100), torch.float16, lambda load: False) == S + Where(J <= I, 0, -100)
+
+
+def far_biases(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """So large that it matters whether they are added to a mask's number or after it."""
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 15).to(dtype)
+
+
+BIASED: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "one tensor that chooses": lambda s, b, m, f: s + torch.where(m, b, f),
+    "one tensor that adds": lambda s, b, m, f: s + (b + added(m, f, s)),
+    "the bias first": lambda s, b, m, f: s + b + added(m, f, s),
+    "the mask first": lambda s, b, m, f: s + added(m, f, s) + b,
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BIASED)
+def test_what_rounding_leaves_of_biases_too(name: str, dtype: torch.dtype, route: str) -> None:
+    """Of rows without keys, in the order in which the program adds."""
+    x, m = inputs(dtype), keep()
+    dead = ~m.any(-1).expand(BATCH, HEADS, QUERIES)
+    for fill in FILLS[dtype]:
+        for shape in ((HEADS, QUERIES, KEYS), (KEYS,)):
+            f = number(fill, dtype)
+
+            def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor, b: Tensor, f: float = f) -> Tensor:
+                return BIASED[name](q @ k.mT * 0.5, b, m, f).softmax(-1) @ v
+
+            torch._dynamo.reset()
+            outcome, b = Outcome(), far_biases(shape, dtype)
+            compiled = torch.compile(program, backend=rewriting(outcome, {"attention": route}), dynamic=False)
+            ours, eager = compiled(*x, m, b)[dead], program(*x, m, b)[dead]
+            torch.testing.assert_close(
+                ours, eager, rtol=0, atol=8 * torch.finfo(dtype).eps * x[2].abs().max().item(), equal_nan=True
+            )
+            assert [s.matched for s in outcome.sites] == [True], outcome.reasons
+
+
+def test_masks_and_biases_in_more_than_one_order_are_declined() -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor, b: Tensor) -> Tensor:
+        f = torch.finfo(q.dtype).min
+        return (q @ k.mT + b + added(m, f, q) + b.flip(-1)).softmax(-1) @ v
+
+    x, m = inputs(torch.float16), keep()
+    outcome = check(program, *x, m, far_biases((KEYS,), torch.float16))
+    assert "more than one order" in outcome.reasons
+    near = check(program, *x, torch.ones_like(m).tril(), far_biases((KEYS,), torch.float16))
+    assert "more than one order" in near.reasons, "a mask that is data may leave nothing"
+
+
+@pytest.mark.parametrize("number", [-1e9, -1e4, "min"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_of_rows_whose_mask_chooses_between_a_bias_and_a_number(
+    route: str, dtype: torch.dtype, number: float | str
+) -> None:
+    """All that the loss sees are rows without keys."""
+    fill = torch.finfo(dtype).min if number == "min" else float(number)
+    if dtype == torch.float16 and fill < torch.finfo(dtype).min:
+        return
+    m = keep()
+    dead = (~m.any(-1, keepdim=True)).to(dtype)
+
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor, b: Tensor) -> Tensor:
+        return (q @ k.mT * 0.5 + torch.where(m, b, fill)).softmax(-1) @ v * dead
+
+    for shape in ((HEADS, QUERIES, KEYS), (KEYS,)):
+        leaves = [y.requires_grad_() for y in (*inputs(dtype), far_biases(shape, dtype))]
+        outcome = Outcome()
+        torch._dynamo.reset()
+        compiled = torch.compile(program, backend=rewriting(outcome, {"attention": route}), dynamic=False)
+        given = [*leaves[:3], m, leaves[3]]
+        (_, ours), (_, eager) = (
+            run(program, given, grad=True, double=False, called=called) for called in (compiled, None)
+        )
+        assert eager[0].abs().max() > 1e-3, "rows without keys send something"
+        for mine, theirs in zip(ours, eager, strict=True):
+            scale = max(1.0, theirs.abs().max().item())
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=8 * torch.finfo(dtype).eps * scale)
+        assert [s.matched for s in outcome.sites] == [True], outcome.reasons

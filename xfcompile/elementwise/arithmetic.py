@@ -15,6 +15,7 @@ from xfcompile.elementwise.elements import Elements, Rule
 from xfcompile.elementwise.positions import Index
 from xfcompile.elementwise.rows import row_statistic
 from xfcompile.indexing import floordiv, mod, nonnegative
+from xfcompile.order import orders
 from xfcompile.score import Load
 from xfcompile.site import Miss
 from xfcompile.values import Value
@@ -24,6 +25,8 @@ def _add(e: Elements, v: Value, index: Index) -> Any:
     a, b = e.numeric(v["self"], index, v.shape), e.numeric(v["other"], index, v.shape)
     if e.depends_on_dot(v) and any(is_mask(t) or t.atoms(Load) for x in (a, b) for t in sympy.Add.make_args(x)):
         e.masked_in.add(v.dtype)
+    if v.dtype.is_floating_point:
+        e.orders.update(orders(a, b, v.dtype))
     sign = -1 if v.op == "sub" else 1
     alpha = literal(v.args.get("alpha", 1))
     if v.dtype == torch.bool:  # true and true are true, not 2

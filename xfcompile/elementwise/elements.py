@@ -13,6 +13,7 @@ from xfcompile.elementwise.constants import as_number, is_mask, literal, rounded
 from xfcompile.elementwise.digits import narrows
 from xfcompile.elementwise.positions import Index, broadcast
 from xfcompile.indexing import Ranges, extreme
+from xfcompile.order import Order
 from xfcompile.score import Load, S
 from xfcompile.site import Miss
 from xfcompile.values import Value, depends
@@ -50,6 +51,8 @@ class Elements:
         self.key_axis_size = key_axis_size
         self.masked_in: set[torch.dtype] = set()
         """The dtypes that the scores have where a mask or a bias is put on them."""
+        self.orders: set[Order] = set()
+        """In which order masks and biases are added."""
         self.maxima: list[sympy.Expr] = []
         """The scores of whose rows maxima are taken."""
         self.rounded: dict[Value, bool] = {}
