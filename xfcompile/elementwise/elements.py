@@ -180,6 +180,8 @@ class Elements:
             return False
         if not loads or value.dtype == torch.bool or is_mask(result):
             return True
+        if value.dtype.is_floating_point and _cancels(value, result):
+            return False
         if value.op in _VIEWS | _MOVES and not value.dtype.is_floating_point:
             return True
         if value.op in ("add", "sub") and any(is_mask(term) for term in sympy.Add.make_args(result)):
@@ -198,6 +200,17 @@ class Elements:
 
     def numeric(self, x: Any, index: Index, shape: tuple[Any, ...]) -> sympy.Expr:
         return as_number(self.arg(x, index, shape))
+
+
+def _cancels(value: Value, result: sympy.Expr) -> bool:
+    """Whether the terms of a formula may be far larger than their sum: beside a score, or distributed over by a factor,
+    they are rounded as they would not be in (1 - m) * -10000."""
+    terms = sympy.Add.make_args(result)
+    loaded = [term for term in terms if term.atoms(Load) and not is_mask(term)]
+    if len(terms) == 1 or not loaded:
+        return False
+    opposite = len({bool(term.as_coeff_Mul()[0] < 0) for term in loaded}) > 1
+    return opposite or value.op in ("mul", "div") or any(term.is_number and abs(term) > SMALL for term in terms)
 
 
 def _mentions(expr: Any, mark: int) -> bool:
