@@ -15,9 +15,10 @@ from xfcompile.emit import Emitter
 from xfcompile.evaluate import Unsupported
 from xfcompile.example import example_of
 from xfcompile.kernels.printing.extent import guarded_loads
-from xfcompile.layout import layout_matters, stride_key, with_layout
+from xfcompile.layout import is_carried_on, layout_matters, stride_key, with_layout
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, adds_coarse, is_coarse
 from xfcompile.masking import as_rounded
+from xfcompile.operands import D
 from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
@@ -443,9 +444,9 @@ def _coalesced(emitter: Emitter, site: AttentionSite, n: int, loads: list[Load])
 def _heads_first(candidate: AttentionCandidate) -> bool:
     """Whether a user could tell the layout of the result, and each head's rows are neighbours in it."""
     site, root = candidate.site, candidate.node
-    if len(site.lead) < 2 or not layout_matters(root):
-        return False
     where = {a: d for d, run in enumerate(site.layout) for a in run}
+    if len(site.lead) < 2 or not (layout_matters(root) or is_carried_on(root, _rows_first(site))):
+        return False
     example = example_of(root)
     if where[H] == where[I]:
         run = site.layout[where[H]]
@@ -453,3 +454,9 @@ def _heads_first(candidate: AttentionCandidate) -> bool:
     if not isinstance(example, torch.Tensor):
         return where[H] < where[I]
     return stride_key(example, where[H]) > stride_key(example, where[I])
+
+
+def _rows_first(site: AttentionSite) -> list[int]:
+    """The dimensions of the root in the order in which they lie in memory where the kernel is asked for nothing."""
+    rank = {a: n for n, a in enumerate((*site.lead[:-1], I, site.lead[-1], D))}
+    return sorted(range(len(site.layout)), key=lambda d: rank[site.layout[d][0]] if site.layout[d] else -1)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 from equivalence import check, tensors
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +19,11 @@ SHAPE = (2, 3, 4, 8)
 
 def as_rows(out: Tensor) -> Tensor:
     return out.view(6, 32) * 2
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 SEEN: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
@@ -51,3 +58,45 @@ def test_each_view_is_looked_at_once() -> None:
     assert not layout_matters(x)
     graph.output(y)
     assert last.users == {} and layout_matters(x)
+
+
+CARRIED: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
+    "scaled": (lambda out: out * 2, True),
+    "added to itself": (lambda out: out + out.exp(), True),
+    "added to other numbers": (lambda out: torch.zeros(SHAPE) + out, False),
+    "like it": (torch.zeros_like, True),
+    "scaled, as rows": (lambda out: as_rows(out * 2) + 1, True),
+    "scaled, in parts": (lambda out: (out * 2).chunk(2, 1), True),
+    "scaled, summed": (lambda out: (out * 2).sum(-1), False),
+    "scaled, in a body": (lambda out: checkpoint(torch.exp, out * 2, use_reentrant=False), True),
+    "scaled, normed": (lambda out: F.layer_norm(out * 2, (8,)), False),
+    "scaled, concatenated": (lambda out: torch.cat([out * 2, out.exp()], -1), False),
+    "scaled, as a batch of rows": (lambda out: (out * 2).transpose(1, 2).reshape(2, 4, 24), False),
+    "as a batch of rows, projected": (lambda out: F.linear(out.transpose(1, 2).flatten(2), torch.ones(5, 24)), False),
+}
+"""What is made of an attention's result [b, h, i, d], and whether it lies otherwise where that lies [b, i, h, d]."""
+
+
+@pytest.mark.parametrize("name", CARRIED)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_is_computed_of_a_result_lies_as_it_did(name: str, dynamic: bool, interpreter: None) -> None:
+    use, carried = CARRIED[name]
+
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return use((q @ k.mT).tanh().softmax(-1) @ v)
+
+    inputs = tensors(SHAPE, SHAPE, SHAPE)
+    outcome = check(program, *inputs, routes={"attention": "triton"}, family="attention", dynamic=dynamic)
+    assert [site.route for site in outcome.matched] == ["triton"]
+    (call,) = (n for gm in outcome.graphs for n in gm.graph.nodes if "attention.default" in str(n.target))
+    assert call.kwargs.get("heads_first", False) == carried
+
+
+def test_a_result_is_viewed_where_another_graph_begins(interpreter: None) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = (q @ k.mT).tanh().softmax(-1) @ v * q.sigmoid()
+        torch._dynamo.graph_break()
+        return as_rows(out)
+
+    outcome = check(program, *tensors(SHAPE, SHAPE, SHAPE), routes={"attention": "triton"}, family="attention")
+    assert [site.route for site in outcome.matched] == ["triton"]
