@@ -124,6 +124,30 @@ def test_the_exit_code_is_the_scripts(explain: Explain, tmp_path: Path, ending: 
     assert ("no more" in done.stderr) == (code == 1)
 
 
+@pytest.mark.parametrize("option", ["--html", "--json"])
+@pytest.mark.parametrize("path, why", [(".", "is a folder"), ("mine.py/page", "cannot be made")])
+def test_what_cannot_be_written_is_said_before_anything_runs(
+    explain: Explain, tmp_path: Path, option: str, path: str, why: str
+) -> None:
+    done = explain(tmp_path, script(tmp_path, "print('it ran')\n"), option, path)
+    assert done.returncode == 2 and "it ran" not in done.stdout
+    assert f"explain: {option}: " in done.stderr and why in done.stderr
+
+
+def test_files_are_where_they_were_asked_for_when_a_script_goes_elsewhere(explain: Explain, tmp_path: Path) -> None:
+    text = "import os\nos.mkdir('there')\nos.chdir('there')\ntorch.compile(attention, backend='xformers')(*QKV)\n"
+    done = explain(tmp_path, script(tmp_path, text), "--html", "new/p.html", "--json", "r.json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "new" / "p.html").exists() and (tmp_path / "r.json").exists()
+
+
+def test_one_file_that_fails_in_the_end_costs_no_other(explain: Explain, tmp_path: Path) -> None:
+    text = "import os\ntorch.compile(attention, backend='xformers')(*QKV)\nos.mkdir('p.html')\n"
+    done = explain(tmp_path, script(tmp_path, text), "--html", "p.html", "--json", "r.json")
+    assert done.returncode == 1 and "could not write" in done.stderr and "1 attention site" in done.stdout
+    assert [s["route"] for s in json.loads((tmp_path / "r.json").read_text())["sites"]] == ["sdpa"]
+
+
 def test_a_script_for_another_backend_is_told_so(explain: Explain, tmp_path: Path) -> None:
     done = explain(tmp_path, script(tmp_path, "torch.compile(attention, backend='eager')(*QKV)\n"), "--html", "p.html")
     assert done.returncode == 1 and not (tmp_path / "p.html").exists()

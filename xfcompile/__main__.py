@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from xfcompile.bench.command import app as bench
+from xfcompile.writable import why_not
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 # Its options alone: what measures is imported when a benchmark is asked for.
@@ -54,6 +56,8 @@ def explain(
     from xfcompile.page import page
     from xfcompile.running import WrongTarget, run
 
+    # Where they are now: a program may go to another folder.
+    html, as_json = (_writable(option, path) for option, path in (("--html", html), ("--json", as_json)))
     try:
         ran = run(target, arguments or [], no_grad=no_grad)
     except WrongTarget as error:
@@ -64,14 +68,35 @@ def explain(
         typer.echo(ran.problem, err=True)
         raise typer.Exit(ran.code)
     Console(legacy_windows=False).print(report)
-    if html is not None:
-        html.write_text(page(report, Path(target).name), encoding="utf-8")
-        typer.echo(f"explain: wrote {html}", err=True)
-    if as_json is not None:
-        as_json.write_text(json.dumps(report.to_dict(), indent=2), encoding="utf-8")
-        typer.echo(f"explain: wrote {as_json}", err=True)
-    if ran.code:
-        raise typer.Exit(ran.code)
+    written = [
+        _written(html, lambda: page(report, Path(target).name)),
+        _written(as_json, lambda: json.dumps(report.to_dict(), indent=2)),
+    ]
+    if ran.code or not all(written):
+        raise typer.Exit(ran.code or 1)
+
+
+def _writable(option: str, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    reason = why_not(path)
+    if reason is not None:
+        typer.echo(f"explain: {option}: {reason}.", err=True)
+        raise typer.Exit(2)
+    return path.absolute()
+
+
+def _written(path: Path | None, text: Callable[[], str]) -> bool:
+    """Write what was asked for; whether that went well."""
+    if path is None:
+        return True
+    try:
+        path.write_text(text(), encoding="utf-8")
+    except OSError as error:
+        typer.echo(f"explain: could not write {path}: {error.strerror}", err=True)
+        return False
+    typer.echo(f"explain: wrote {path}", err=True)
+    return True
 
 
 if __name__ == "__main__":

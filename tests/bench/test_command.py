@@ -56,6 +56,13 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path: Path) -> None:
     assert path.read_text() == "my thesis"
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(tmp_path: Path, option: str) -> None:
+    (tmp_path / "a").write_text("my thesis")
+    code, output = call("attention", "--quick", option, str(tmp_path / "a" / "b.png"))
+    assert code == 2 and "cannot be made" in output
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_and_columns_can_be_listed(name: str) -> None:
     code, output = call(name, "--list", "--quick")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from xfcompile.writable import why_not
+
 if TYPE_CHECKING:
     from xfcompile.bench.job import Row
 
@@ -308,6 +310,10 @@ def _checked(asked: Asked) -> None:
     """Refuse before anything is measured what would fail only in the end."""
     if asked.resume and asked.json is None:
         _refuse("--resume goes on with the file of --json, and none was given: give --json FILE too")
+    for option, path in (("--json", asked.json), ("--plot", asked.plot)):
+        reason = None if path is None or asked.listing else why_not(path)
+        if reason is not None:
+            _refuse(f"{option}: {reason}")
     if asked.json is not None and asked.json.exists() and not asked.resume and not asked.listing:
         _set_aside(asked.json)
     for option, seconds in (("--budget", asked.budget), ("--limit", asked.limit), ("--seconds", asked.seconds)):
