@@ -201,12 +201,16 @@ class Reading:
             example = self.inputs[index]
         outer = self._outer[index] if self._outer is not None and index < len(self._outer) else None
         if isinstance(example, torch.Tensor):
-            memory = self._memory(example)
-            why = "learned" if isinstance(example, torch.nn.Parameter) or example.requires_grad else "input"
-            known = outer if isinstance(outer, Value) else self.values.leaf(meta_of(example), why)
-            self.cells[node] = Cell(known, memory)
+            self.cells[node] = self._given(example, outer)
+        elif isinstance(example, (list, tuple)):  # compiled autograd passes a list
+            self.cells[node] = [self._given(x) if isinstance(x, torch.Tensor) else number(x) for x in example]
         else:
             self._scalar(node, example)
+
+    def _given(self, example: torch.Tensor, outer: Any = None) -> Cell:
+        why = "learned" if isinstance(example, torch.nn.Parameter) or example.requires_grad else "input"
+        known = outer if isinstance(outer, Value) else self.values.leaf(meta_of(example), why)
+        return Cell(known, self._memory(example))
 
     def _scalar(self, node: fx.Node, example: Any) -> None:
         self.cells[node] = number(example)

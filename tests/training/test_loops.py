@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from step import OPTIONS, ROUTE, Launches, check, compiled, doubled, judge, numbers, qkv, step
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import xfcompile
@@ -383,3 +383,20 @@ def test_a_second_derivative_of_a_rewritten_graph_is_refused(interpreter: None) 
     (dq,) = torch.autograd.grad(ours(*leaves).square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(NotImplementedError, match=r'second derivative.*"attention": "inductor"'):
         dq.square().sum().backward()
+
+
+def test_compiled_autograd_hands_a_list_to_the_graph_of_a_backward(route: str) -> None:
+    """Of which nothing can be said but that it is read."""
+    calls = xfcompile.Report()
+
+    def whole(gm: fx.GraphModule, example_inputs: Sequence[object]) -> Callable[..., object]:
+        calls.extend(xfcompile.rewrite(gm, example_inputs, {"strict": True}))
+        return gm.forward
+
+    def train(module: nn.Module) -> None:
+        loss = module(numbers(2, 19, 32, seed=3, grad=False).to(torch.get_default_dtype())).square().mean()
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=whole)):
+            loss.backward()
+
+    judged(layer(route), layer(route), route, train)
+    assert calls.graphs and not calls.failures
