@@ -154,6 +154,23 @@ def test_gradients_flow_through_a_loaded_program() -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_gradients_flow_through_a_linear_and_its_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says of an exported program whether its gradients will be wanted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    layer = nn.Sequential(nn.Linear(8, 12), nn.GELU())
+    x = torch.randn(3, 8, requires_grad=True)
+    program = export(layer, (x,))
+    options = {"routes": {"bias-act-dropout": "epilogue"}, "strict": True}
+    report = xfcompile.rewrite(program.graph_module, (x,), options)
+    assert [site.route for site in report.sites] == ["epilogue"]
+    module = program.module()
+    names = [name for name, _ in module.named_parameters()]
+    found = torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    theirs = dict(layer.named_parameters())
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, *(theirs[name] for name in names)])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_an_error_leaves_an_exported_program_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xfcompile.aten._as_operators", lambda reading, node: None)
     program = export(Called(attention), qkv())

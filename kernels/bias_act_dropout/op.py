@@ -28,7 +28,8 @@ LIBRARY.define(
     " str formula, float p, ScalarType dtype) -> Tensor",
     tags=_TAGS,
 )
-# Of x @ weight.T, weight [N, K]. The second result is that product, where `save`, else empty.
+# Of x @ weight.T, weight [N, K]. The second result is that product, where `save`, else empty: a backward that needs it
+# then multiplies again.
 LIBRARY.define(
     "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed,"
     " int stream, str formula, float p, ScalarType dtype, bool save) -> (Tensor, Tensor)",
@@ -318,9 +319,12 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.set_materialize_grads(False)
     needed = (needs_x or needs_weight, *needs)
     _keep(ctx, pre, bias, vectors, tensors, seed, call, needed, x.dtype)
-    if ctx.pointwise[0] is not None and not call[-1]:
-        raise ValueError("xfcompile::linear_act_dropout: a gradient is needed, for which `save` has to be True")
-    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, *ctx.pointwise)
+    # Not of an exported program: nobody knows whether its gradients will be wanted.
+    ctx.again = ctx.pointwise[0] is not None and not call[-1]
+    if ctx.again:
+        ctx.pointwise[0] = None
+    x_kept, weight_kept = (needs or ctx.again for needs in (needs_weight, needs_x))
+    ctx.save_for_backward(x if x_kept else None, weight if weight_kept else None, *ctx.pointwise)
     del ctx.pointwise
 
 
@@ -328,9 +332,12 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
     if dout is None:
         return (None,) * 11
     x, weight, *saved = ctx.saved_tensors
+    if ctx.again:
+        saved[0] = x @ weight.t()
     dpre, dbias, dv = _pointwise_gradients(ctx, dout, saved)
-    dx = None if weight is None else dpre @ weight
-    dweight = None if x is None else dpre.flatten(0, -2).t() @ x.flatten(0, -2)
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    dx = dpre @ weight if needs_x else None
+    dweight = dpre.flatten(0, -2).t() @ x.flatten(0, -2) if needs_weight else None
     lists = _listed(ctx, dv, dout, ctx.needs_input_grad[4])
     return dx, dweight, dbias, *lists, None, None, None, None, None, None
 

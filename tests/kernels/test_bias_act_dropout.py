@@ -352,9 +352,24 @@ def test_shapes_are_checked() -> None:
         bias_act_dropout(x, torch.ones(7), [], [], None, 0, text, 0.0, torch.float32)
     with pytest.raises(ValueError, match="tensors are"):
         bias_act_dropout(x, None, [], [torch.ones(1, 8)], None, 0, text_of(X + tensor(0)), 0.0, torch.float32)
-    w = torch.ones(8, 8, requires_grad=True)
-    with pytest.raises(ValueError, match="save"):
-        linear_act_dropout(x, w, None, [], [], None, 0, text_of(X**2), 0.0, torch.float32, False)
+
+
+@pytest.mark.parametrize("needs", ["x", "weight", "bias", "x weight bias"])
+def test_a_product_that_was_not_saved_is_made_again(needs: str) -> None:
+    at = operands(Case("gelu", p=0.25), True, grad=False)
+    more = ([], [], at.seed, 3, text_of(KEEP * ACTS["gelu"]), 0.25, torch.float32)
+    found = []
+    for save in (True, False):
+        leaves = [
+            x.detach().requires_grad_(name in needs.split())
+            for name, x in zip(("x", "weight"), (at.x, at.weight), strict=True)
+        ]
+        bias = torch.ones(at.weight.shape[0], requires_grad="bias" in needs)
+        out, product = linear_act_dropout(*leaves, bias, *more, save)
+        assert (product.numel() == 0) != save
+        found.append(torch.autograd.grad(out.sum(), [x for x in (*leaves, bias) if x.requires_grad]))
+    for saved, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, saved)
 
 
 def test_nothing_of_nothing() -> None:
