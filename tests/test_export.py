@@ -171,6 +171,42 @@ def test_gradients_flow_through_a_linear_and_its_activation(monkeypatch: pytest.
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+class Padded(nn.Module):
+    """Rows of padding see no key, under a mask that is added: gradients go through their scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        scores = self.q(x) @ x.mT * 0.25 + torch.where(keep, 0.0, torch.finfo(torch.float32).min)
+        return scores.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("how", ["exported", "traced"])
+def test_gradients_of_rows_without_keys(how: str) -> None:
+    torch.manual_seed(0)
+    layer, x = Padded(), torch.randn(2, 3, 5, 16)
+    keep = torch.rand(2, 1, 5, 5) > 0.3
+    keep[0, :, 2] = False
+    expected = torch.autograd.grad(layer(x, keep).square().sum(), list(layer.parameters()))
+    program = export(layer, (x, keep)) if how == "exported" else None
+    gm = torch.fx.symbolic_trace(layer) if program is None else program.graph_module
+    (site,) = xfcompile.rewrite(gm, (x, keep), {"strict": True}).sites
+    assert site.route == "inductor" and "send gradients" in (site.reason or "")
+    module = gm if program is None else program.module()
+    found = torch.autograd.grad(module(x, keep).square().sum(), list(module.parameters()))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_is_rewritten_where_gradients_are_off_is_for_inference() -> None:
+    layer, x, keep = Padded(), torch.randn(2, 3, 5, 16), torch.rand(2, 1, 5, 5) > 0.3
+    program = export(layer, (x, keep))
+    with torch.no_grad():
+        (site,) = xfcompile.rewrite(program.graph_module, (x, keep), {"strict": True}).sites
+    assert site.route == "sdpa"
+
+
 def test_an_error_leaves_an_exported_program_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xfcompile.aten._as_operators", lambda reading, node: None)
     program = export(Called(attention), qkv())

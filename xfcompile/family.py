@@ -133,12 +133,12 @@ def needs_grad(node: fx.Node, reading: Reading) -> bool:
     if not reading.scope[node].grad:
         return False
     example = example_of(node)
-    if isinstance(example, torch.Tensor):
-        return example.requires_grad or (
-            any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
-            and example.grad_fn is not None
-        )
-    return any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+    if isinstance(example, torch.Tensor) and example.requires_grad:
+        return True
+    if "example_value" not in node.meta:  # an exported program, or what FX traced: only its inputs tell
+        return reading.may_need_grad(node)
+    learned = any(_requires_grad(n) for n in reading.time if n.op in ("placeholder", "get_attr"))
+    return learned and (not isinstance(example, torch.Tensor) or example.grad_fn is not None)
 
 
 def value_needs_grad(value: Value, reading: Reading) -> bool:

@@ -89,6 +89,7 @@ class Reading:
         self._learned: dict[Value, bool] = {}
         self.around = self._scope = scope or Scope(grad=torch.is_grad_enabled())
         """The modes that it is called in."""
+        self._is_inner = scope is not None
         self.modes_differ = False
         """Whether it is called in others, too."""
         for self._now, node in enumerate(gm.graph.nodes):
@@ -136,6 +137,12 @@ class Reading:
                 whole = self.cells.get(x)
                 found += [(x if whole is c else None, c) for c in pytree.tree_leaves(whole) if isinstance(c, Cell)]
         return found
+
+    def may_need_grad(self, node: fx.Node) -> bool:
+        """Whether a node's result is computed from a parameter, or from an input that needs a gradient. Of the inputs
+        of an inner graph nothing is known."""
+        value = self.value(node)
+        return value is None or (value.dtype.is_floating_point and (self._is_inner or self._may_need_grad(value)))
 
     def number_node(self, expr: Any) -> fx.Node | None:
         """The node that holds a symbolic size or number."""
