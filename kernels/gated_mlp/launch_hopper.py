@@ -19,9 +19,9 @@ def epilogue(formula: sympy.Expr, save: bool, drops: bool = False) -> Epilogue:
     return hopper.gated(formula, saves=save, drops=drops)
 
 
-def unavailable(formula: sympy.Expr) -> str | None:
-    """Why there is no kernel of a formula here; None if there is one."""
-    return missing(epilogue(formula, False))
+def unavailable(formula: sympy.Expr, save: bool = False) -> str | None:
+    """Why there is no kernel of a formula here; None if there is one. save: that stores the projections too."""
+    return missing(epilogue(formula, save))
 
 
 def declines(

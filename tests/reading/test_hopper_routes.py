@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from xfcompile import gated_routes, rewrite
+from xfcompile.activation import GATE, UP
 from xfcompile.families import bias_act_dropout
 from xfcompile.kernels.attention import tiles
 from xfcompile.measured import Fact
@@ -127,16 +130,37 @@ def test_the_usual_route_on_hopper(name: str) -> None:
     assert all(reason != "asked for" for _, reason in found)
 
 
-def test_training_is_left_to_inductor_but_for_dropout() -> None:
-    gated = {fact.value for (_, when, *_), fact in gated_routes.USUAL.items() if when == "training"}
+def test_what_runs_in_training() -> None:
+    gated = {
+        place[2:] for place, fact in gated_routes.USUAL.items() if place[1] == "training" and fact.value == "triton"
+    }
     linear = {fact.value.route for (_, _, training), fact in bias_act_dropout.USUAL.items() if training}
-    assert gated == {"inductor"}
+    assert gated == {("separate", "many rows")}
     assert linear == {"inductor", "triton"}
     assert all(
         kind in ("activated, dropped", "added, dropped")
         for (_, kind, _), fact in bias_act_dropout.USUAL.items()
         if fact.value.route == "triton"
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "rows", "dtype", "dropout", "route"),
+    [
+        ("separate", 8192, torch.bfloat16, 0.0, "triton"), ("separate", 1024, torch.float16, 0.0, "triton"),
+        ("separate", 1023, torch.bfloat16, 0.0, "inductor"), ("separate", 1, torch.bfloat16, 0.0, "inductor"),
+        ("separate", 8192, torch.float32, 0.0, "inductor"), ("separate", 8192, torch.bfloat16, 0.1, "inductor"),
+        ("gate first", 8192, torch.bfloat16, 0.0, "inductor"),
+    ],
+)  # fmt: skip
+def test_gated_mlps_in_training(layout: str, rows: int, dtype: torch.dtype, dropout: float, route: str) -> None:
+    """Decided from the site alone: there are no gradients of pretended tensors on a GPU."""
+    pretended = SimpleNamespace(dtype=dtype, meta=SimpleNamespace(device=torch.device("cuda", 0)))
+    site: Any = SimpleNamespace(
+        experts=None, dtype=dtype, layout=layout, root=pretended, rows=sympy.Integer(rows), inner=sympy.Integer(512),
+        features=sympy.Integer(2048), dropout=dropout, formula=GATE * UP, weights=(SimpleNamespace(order=(0, 1)),),
+    )  # fmt: skip
+    assert gated_routes.choose(site, training=True, forced=None).name == route
 
 
 # -- few rows ------------------------------------------------------------------------------------------------------
