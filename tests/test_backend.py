@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import xfcompile
 from xfcompile import Options, Report, SiteReport, explain, rewrite, xformers
+from xfcompile.family import FROM_CPP
 
 backend = importlib.import_module("xfcompile.backend")
 identity = importlib.import_module("xfcompile.identity")
@@ -423,3 +424,52 @@ def test_a_pass_without_a_name_is_not_cached() -> None:
         uuid = identity.identified({identity.FIELD: passes}, "f")[identity.FIELD].uuid()
         assert (uuid is not None) is known
     assert identity.identified({identity.FIELD: lambda graph: None}, "f")[identity.FIELD].uuid() is None
+
+
+def _biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+def _dropped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.dropout(F.gelu(F.linear(x, weight, bias)), 0.1)
+
+
+@pytest.mark.parametrize("cpp", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("fn", "family", "shapes"),
+    [
+        (_biased_attention, "attention", [(1, 2, 9, 8)] * 3 + [(2, 9, 9)]),
+        (_dropped, "bias-act-dropout", [(9, 8), (16, 8), (16,)]),
+    ],
+)
+def test_gradients_in_lists_are_not_for_a_wrapper_in_cpp(
+    fn: Callable[..., Tensor],
+    family: str,
+    shapes: list[tuple[int, ...]],
+    training: bool,
+    cpp: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    found: list[tuple[str | None, str | None]] = []
+
+    def planned(gm: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        with torch._inductor.config.patch(cpp_wrapper=cpp):
+            report = rewrite(gm, examples, {"routes": {family: "triton"}, "strict": True})
+        found.extend((s.route, s.reason) for s in report.sites)
+        return gm.forward
+
+    inputs = [torch.randn(s, requires_grad=training) for s in shapes]
+    torch.compile(fn, backend=planned)(*inputs)
+    declined = cpp and training
+    assert found == [("inductor", FROM_CPP) if declined else ("triton", "asked for")]
+
+
+@pytest.mark.slow
+def test_a_training_step_with_a_wrapper_in_cpp() -> None:
+    inputs = [torch.randn(s, requires_grad=True) for s in [(1, 2, 9, 8)] * 3 + [(2, 9, 9)]]
+    compiled = torch.compile(_biased_attention, backend="xformers", options={"cpp_wrapper": True, "strict": True})
+    found = torch.autograd.grad(compiled(*inputs).sum(), inputs)
+    for mine, theirs in zip(found, torch.autograd.grad(_biased_attention(*inputs).sum(), inputs), strict=True):
+        torch.testing.assert_close(mine, theirs)

@@ -100,11 +100,12 @@ def _rewritten(
 ) -> tuple[Report, Verification | None]:
     # Reading traces, which sets flags of torch's that all threads share: no other thread may compile meanwhile.
     from torch._dynamo.convert_frame import compile_lock
+    from torch._inductor import config
 
     report = Report(graphs=1)
     verification: Verification | None = None
     try:
-        with compile_lock:
+        with compile_lock, config.patch(cpp_wrapper=(patches or {}).get("cpp_wrapper", config.cpp_wrapper)):
             tuner = Tuner(options, patches or {}) if options.autotune else None
             verification = rewrite_graph(gm, example_inputs, options, report, tuner)
     except Exception as error:

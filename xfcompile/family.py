@@ -70,12 +70,22 @@ class Setting:
     """What the choice of a route depends on besides the site.
 
     training: whether a gradient may flow into the site's result. recomputed: whether it stands in a checkpoint's body.
-    routes: the routes that the user asks for, by family.
+    routes: the routes that the user asks for, by family. cpp_wrapper: whether Inductor calls kernels from C++, which
+    can't call operators that return lists of tensors, as some of our backwards do.
     """
 
     training: bool = False
     recomputed: bool = False
     routes: Mapping[str, str] = field(default_factory=dict)
+    cpp_wrapper: bool = False
+
+    @property
+    def why_no_backward(self) -> str | None:
+        """Why no operator that returns a list of gradients is to be called; None if one may be, or there are none."""
+        return FROM_CPP if self.training and self.cpp_wrapper else None
+
+
+FROM_CPP = "our backward returns a list of gradients, which Inductor's C++ wrapper can't call"
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,16 @@ def choose(
     bias_grad: bool,
     forced: Mapping[str, str],
     distances: bool = False,
+    why_no_backward: str | None = None,
 ) -> tuple[Route, Told | None]:
     """The route of a site whose score, in terms of the chosen operands, is `score`. distances: whether what of it needs
-    a gradient depends on how far a key is from its query, and on nothing else of the two."""
+    a gradient depends on how far a key is from its query, and on nothing else of the two. why_no_backward: of our
+    kernel, if that can't be had whatever the score."""
     device = site.root.meta.device.type
     wanted = forced.get(site.family)
     words = told(site, score)
     sayable = words if isinstance(words, Told) else None
-    kernel = _why_no_kernel(site, score, sayable, training, bias_grad)
+    kernel = why_no_backward or _why_no_kernel(site, score, sayable, training, bias_grad)
     sdpa = _why_no_sdpa(site, words, device, bias_grad)
     if training and site.call is None and (site.leaks or swallows(site, sayable)):
         sdpa = "rows that may see no key send gradients through their added masks, which no fused kernel does"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import fx
@@ -233,10 +235,23 @@ def _live(reading: Reading, changes: Changes, planned: Iterable[Candidate] = ())
 # -- the choice ---------------------------------------------------------------------------------------------------
 
 
+def _setting(
+    reading: Reading,
+    candidate: Candidate,
+    options: Options,
+    recomputed: bool,
+    routes: Mapping[str, str] = MappingProxyType({}),
+) -> Setting:
+    """routes: in place of the user's."""
+    inductor = sys.modules.get("torch._inductor.config")  # what is not there yet has not been told anything
+    from_cpp = bool(getattr(inductor, "cpp_wrapper", False))
+    return Setting(needs_grad(candidate.node, reading), recomputed, {**options.routes, **routes}, from_cpp)
+
+
 def _planned(
     reading: Reading, family: Family[Any, Any], candidate: Candidate, options: Options, recomputed: bool, report: Report
 ) -> Candidate:
-    setting = Setting(needs_grad(candidate.node, reading), recomputed, options.routes)
+    setting = _setting(reading, candidate, options, recomputed)
     try:
         return family.plan(reading, candidate, setting)
     except Exception as error:
@@ -257,7 +272,7 @@ def _tuned(
     """The candidates by the routes that are the fastest when they are timed."""
 
     def setting(candidate: Candidate, routes: Mapping[str, str]) -> Setting:
-        return Setting(needs_grad(candidate.node, reading), recomputed, {**options.routes, **routes})
+        return _setting(reading, candidate, options, recomputed, routes)
 
     def failed(candidate: Candidate, error: Exception) -> str:
         return report.failed(f"timing {family.title} at {_place(candidate.node)}", error, strict=options.strict)
@@ -273,7 +288,7 @@ def _other_routes(
         family.routes[family.routes.index(candidate.route.name) + 1 :] if candidate.route.name in family.routes else ()
     )
     for name in later:
-        setting = Setting(needs_grad(candidate.node, reading), recomputed, {**options.routes, family.name: name})
+        setting = _setting(reading, candidate, options, recomputed, {family.name: name})
         try:
             planned = family.plan(reading, candidate, setting)
         except Exception:

@@ -52,8 +52,15 @@ def _plan(reading: Reading, candidate: AttentionCandidate, setting: Setting) -> 
     distances = bool(learned) and _of_distances(reading, candidate, learned)
 
     def chosen() -> tuple[Route, Told | None]:
-        about = {"training": training, "bias_grad": bool(learned), "distances": distances}
-        return choose(candidate.site, candidate.score, **about, forced=setting.routes)
+        return choose(
+            candidate.site,
+            candidate.score,
+            training=training,
+            bias_grad=bool(learned),
+            distances=distances,
+            forced=setting.routes,
+            why_no_backward=setting.why_no_backward,
+        )
 
     route, words = chosen()
     if route.reason == UNKNOWN:

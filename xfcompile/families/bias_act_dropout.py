@@ -173,7 +173,7 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
     wanted = setting.routes.get(site.family)
     if wanted == "inductor":
         return Route("inductor", "asked for")
-    reason = _why_not(site, wanted)
+    reason = setting.why_no_backward or _why_not(site, wanted)
     if reason is not None:
         return Route("inductor", reason)
     if wanted is not None:
