@@ -207,8 +207,7 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
     if site.rounding in HALF:
         name = str(site.rounding).removeprefix("torch.")
         return f"a row may see no key, and gets what {name} leaves of its scores beside its masks"
-    several = site.order.summed is None and len(sympy.Add.make_args(words.rest)) > 1
-    if site.rounding is not None and (several or site.full is not None):
+    if site.rounding is not None and (site.full is not None or _added_apart(site, words)):
         return "a row may see no key, and SDPA adds its masks and biases in another order"
     if site.root.dtype not in (*HALF, torch.float32, torch.float64):
         return f"SDPA has no kernel for {site.root.dtype}"
@@ -228,6 +227,11 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
     if device == "cpu" and _materialised(site, words) > 4:
         return "SDPA would need a bias of the size of all scores"
     return None
+
+
+def _added_apart(site: AttentionSite, words: Told) -> bool:
+    """Whether masks and biases are added to scores one after the other."""
+    return site.order.summed is None and len(sympy.Add.make_args(words.rest)) > 1
 
 
 def _materialised(site: AttentionSite, words: Told) -> int:
