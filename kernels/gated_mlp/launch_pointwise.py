@@ -33,17 +33,10 @@ def product(key: str, saved: Tensor, layout: Layout, dropout: Dropout, out: Tens
 
 
 def backward(
-    key: str,
-    dout: Tensor,
-    saved: Tensor,
-    layout: Layout,
-    seed: Tensor | None,
-    p: float,
-    product: bool,
-    into: Tensor | None = None,
+    key: str, dout: Tensor, saved: Tensor, layout: Layout, seed: Tensor | None, p: float, product: bool
 ) -> tuple[Tensor, Tensor]:
     """grad [.., M, 2 N], laid out as saved, from dout [.., M, N]; and the product [.., M, N] if it is wanted, else
-    nothing. into: where that is written, contiguous, and may be dout."""
+    nothing."""
     prepared = program(key)
     seed = seed if p != 0.0 else None
     tensors = (dout, saved, seed)
@@ -52,7 +45,7 @@ def backward(
     def make() -> Callable[..., tuple[Tensor, Tensor]]:
         return _backward(prepared, dout, saved, layout, Dropout(seed, p), product)
 
-    return prepared.remembered(described, make)(*tensors, into)
+    return prepared.remembered(described, make)(*tensors)
 
 
 def backward_outputs(dout: Tensor, saved: Tensor, product: bool) -> tuple[Tensor, Tensor]:
@@ -65,15 +58,15 @@ def _backward(
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     blank_grad, blank_made = (Blank.like(x) for x in backward_outputs(dout, saved, product))
     if dout.numel() == 0:
-        return lambda dout, saved, seed, into: (blank_grad(), blank_made() if into is None else into)
+        return lambda *tensors: (blank_grad(), blank_made())
     features = dout.shape[-1]
     whole = three(dout)
     sizes = [dout.numel() // features, features, whole.shape[1], *whole.stride()]
     numbers = [*sizes, *starts(layout, features)[:2]]
     launch = _pointwise(prepared, "gated_backward", dout, numbers, layout, dropout, {"PRODUCT": product})
 
-    def call(dout: Tensor, saved: Tensor, seed: Tensor | None, into: Tensor | None) -> tuple[Tensor, Tensor]:
-        grad, made = blank_grad(), blank_made() if into is None else into
+    def call(dout: Tensor, saved: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+        grad, made = blank_grad(), blank_made()
         launch([dout, saved, grad, made if product else saved, saved if seed is None else seed])
         return grad, made
 

@@ -34,11 +34,6 @@ LIBRARY.define(
     " float p=0.) -> (Tensor grad, Tensor product)",
     tags=TAGS,
 )
-LIBRARY.define(
-    "gated_mlp_backward_(Tensor(a!) dproduct, Tensor projections, str kernel, str layout, Tensor? seed=None,"
-    " float p=0.) -> Tensor grad",
-    tags=TAGS,
-)
 
 
 def _error(name: str, what: str) -> ValueError:
@@ -281,30 +276,6 @@ def _backward_fake(
     return launch_pointwise.backward_outputs(dout, projections, product)
 
 
-def _backward_in_place(
-    dproduct: Tensor, projections: Tensor, kernel: str, layout: str, seed: Tensor | None = None, p: float = 0.0
-) -> Tensor:
-    """`_backward`, whose product takes the place of its gradient: half of that is in the GPU's cache still, where it is
-    written over before it is ever written to memory."""
-    _check_backward(dproduct, projections)
-    if dproduct.is_contiguous() and (dproduct.device.type != "cpu" or interpreting()):
-        try:
-            about = (cast(Layout, layout), seed, p)
-            return launch_pointwise.backward(kernel, dproduct, projections, *about, True, dproduct)[0]
-        except fit.Unavailable as error:
-            fit.give_way(error, kernel, "its gradients are computed by their definition, in plain PyTorch")
-    grad, product = _backward(dproduct, projections, kernel, layout, True, seed, p)
-    dproduct.copy_(product)
-    return grad
-
-
-def _backward_in_place_fake(
-    dproduct: Tensor, projections: Tensor, kernel: str, layout: str, seed: Tensor | None = None, p: float = 0.0
-) -> Tensor:
-    _check_backward(dproduct, projections)
-    return torch.empty_like(projections)
-
-
 def _check_backward(dout: Tensor, projections: Tensor) -> None:
     if projections.shape != (*dout.shape[:-1], 2 * dout.shape[-1]) or not projections.is_contiguous():
         found = f"{list(dout.shape)} and {list(projections.shape)}"
@@ -349,7 +320,12 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
         return (*(None,) * 5, *((None, dout.sum(0) if needed[6] else None) if ctx.down else ()), *none)
     if projections is None:
         projections = project(x, weight, up_weight, gate_bias, up_bias, layout)
-    grad, product = _of_projections(ctx, dout, projections, down_weight, seed, inner, remade)
+    if not ctx.down:
+        dproduct = dout
+    else:  # of a product that needs no gradient, any will do
+        dproduct = torch.mm(dout, down_weight) if inner else reference.parts(projections, layout)[0]
+    backward = torch.ops.xfcompile.gated_mlp_backward
+    grad, product = backward(dproduct, projections, ctx.kernel, layout, remade, seed, ctx.p)
     if ctx.down:
         d_weight = _weight_gradient(dout, product, down_weight) if needed[5] else None
         d_down = (d_weight, dout.sum(0) if needed[6] else None)
@@ -372,29 +348,6 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
     return (d_x, *d_weights, *d_biases, *d_down, *none)
 
 
-def _of_projections(
-    ctx: Any,
-    dout: Tensor,
-    projections: Tensor,
-    down_weight: Tensor | None,
-    seed: Tensor | None,
-    inner: bool,
-    remade: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the projections, and the product if it is to be made again. inner: whether any of what the
-    projections are made of needs a gradient."""
-    about = (ctx.kernel, ctx.layout)
-    if not ctx.down:
-        return gated_mlp_backward(dout, projections, *about, remade, seed, ctx.p)
-    if not inner or down_weight is None:  # of a product that needs no gradient, any will do
-        dproduct = reference.parts(projections, ctx.layout)[0]
-        return gated_mlp_backward(dproduct, projections, *about, remade, seed, ctx.p)
-    dproduct = torch.mm(dout, down_weight)
-    if not remade or torch.is_grad_enabled():  # what is written over has no second derivative that could be refused
-        return gated_mlp_backward(dproduct, projections, *about, remade, seed, ctx.p)
-    return gated_mlp_backward_(dproduct, projections, *about, seed, ctx.p), dproduct
-
-
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """gradᵀ x, laid out as the weight is."""
     return (x.mT @ grad).mT if weight.stride(-2) == 1 and weight.shape[-1] != 1 else grad.mT @ x
@@ -403,9 +356,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 register(LIBRARY, "gated_mlp", _gated_mlp, _gated_mlp, _gated_mlp_fake, (_gradients, _setup))
 register(LIBRARY, "gated_mlp_down", _gated_mlp_down, _gated_mlp_down, _gated_mlp_down_fake, (_gradients, _setup))
 register(LIBRARY, "gated_mlp_backward", _backward, _backward, _backward_fake, refused("gated_mlp", "gated_mlp"))
-register(LIBRARY, "gated_mlp_backward_", _backward_in_place, _backward_in_place, _backward_in_place_fake)
 
 gated_mlp = torch.ops.xfcompile.gated_mlp
 gated_mlp_down = torch.ops.xfcompile.gated_mlp_down
 gated_mlp_backward = torch.ops.xfcompile.gated_mlp_backward
-gated_mlp_backward_ = torch.ops.xfcompile.gated_mlp_backward_
