@@ -151,12 +151,14 @@ class Emitter:
                 return placed
         raise Miss("an operand is changed before the product with values", readings[-1].value)
 
-    def operand(self, placed: Placed, site: AttentionSite, row: sympy.Symbol, *, grouped: bool) -> fx.Node:
-        """A node of [b, h, row, d]; b is 1 or whole, h is whole, or whole divided by its group if `grouped`."""
+    def operand(
+        self, placed: Placed, site: AttentionSite, row: sympy.Symbol, dim: sympy.Expr, *, grouped: bool
+    ) -> fx.Node:
+        """A node of [b, h, row, dim]; b is 1 or whole, h is whole, or whole divided by its group if `grouped`."""
         x = self.holder(placed.value)
         assert x is not None
         axes: list[sympy.Symbol] = []
-        sizes = dict(zip(site.lead, site.sizes, strict=True))
+        sizes = {**dict(zip(site.lead, site.sizes, strict=True)), row: site.queries if row == I else site.keys, D: dim}
         groups = dict(placed.groups)
         # Flattened runs are split, single elements are picked, from the last dimension to the first.
         for d in range(len(placed.dims) - 1, -1, -1):
@@ -164,7 +166,7 @@ class Emitter:
             if not here:
                 x = self.call("select", x, d, self.size(placed.picks[d]))
             elif len(here) > 1:
-                rest = [self.size(sizes.get(a, self._own(site, a, row, placed))) for a in here[1:]]
+                rest = [self.size(sizes[a]) for a in here[1:]]
                 x = self.call("unflatten", x, d, (-1, *rest))
             axes = [*here, *axes]
         order = [a for a in (*site.lead, row, D) if a in axes]
@@ -178,11 +180,6 @@ class Emitter:
                 x = self.call("repeat_interleave", x, group, site.lead.index(a))
         x = self._four(x, site, axes)
         return x
-
-    def _own(self, site: AttentionSite, axis: sympy.Symbol, row: sympy.Symbol, placed: Placed) -> Any:
-        if axis == row:
-            return site.queries if row == I else site.keys
-        return site.head_dim if axis == D else 1
 
     def _four(self, x: fx.Node, site: AttentionSite, axes: list[sympy.Symbol]) -> fx.Node:
         """[..lead, row, d] to [b, h, row, d]."""
