@@ -17,6 +17,7 @@ from xfcompile.operands import D
 from xfcompile.read import Reading
 from xfcompile.score import POSITION, B, H, I, J, Load, Where
 from xfcompile.site import AttentionSite, Miss, Placed
+from xfcompile.sums import summands
 from xfcompile.unseen import unseen
 from xfcompile.values import Value
 
@@ -270,7 +271,7 @@ class Emitter:
         if expr.func in _RELATIONS:
             return self.call(_RELATIONS[expr.func], *(sub(a) for a in expr.args))
         if isinstance(expr, sympy.Add):
-            return self._chain(operator.add, [sub(a) for a in expr.args])
+            return self._chain(operator.add, [sub(a) for a in summands(expr)])
         if isinstance(expr, sympy.Mul):
             return self._chain(operator.mul, [sub(a) for a in expr.args])
         if isinstance(expr, sympy.Pow):
