@@ -17,6 +17,7 @@ from xfcompile.operands import D
 from xfcompile.read import Reading
 from xfcompile.score import POSITION, B, H, I, J, Load, Where
 from xfcompile.site import AttentionSite, Miss, Placed
+from xfcompile.sums import summands
 from xfcompile.unseen import unseen
 from xfcompile.values import Value
 
@@ -151,12 +152,14 @@ class Emitter:
                 return placed
         raise Miss("an operand is changed before the product with values", readings[-1].value)
 
-    def operand(self, placed: Placed, site: AttentionSite, row: sympy.Symbol, *, grouped: bool) -> fx.Node:
-        """A node of [b, h, row, d]; b is 1 or whole, h is whole, or whole divided by its group if `grouped`."""
+    def operand(
+        self, placed: Placed, site: AttentionSite, row: sympy.Symbol, dim: sympy.Expr, *, grouped: bool
+    ) -> fx.Node:
+        """A node of [b, h, row, dim]; b is 1 or whole, h is whole, or whole divided by its group if `grouped`."""
         x = self.holder(placed.value)
         assert x is not None
         axes: list[sympy.Symbol] = []
-        sizes = dict(zip(site.lead, site.sizes, strict=True))
+        sizes = {**dict(zip(site.lead, site.sizes, strict=True)), row: site.queries if row == I else site.keys, D: dim}
         groups = dict(placed.groups)
         # Flattened runs are split, single elements are picked, from the last dimension to the first.
         for d in range(len(placed.dims) - 1, -1, -1):
@@ -164,7 +167,7 @@ class Emitter:
             if not here:
                 x = self.call("select", x, d, self.size(placed.picks[d]))
             elif len(here) > 1:
-                rest = [self.size(sizes.get(a, self._own(site, a, row, placed))) for a in here[1:]]
+                rest = [self.size(sizes[a]) for a in here[1:]]
                 x = self.call("unflatten", x, d, (-1, *rest))
             axes = [*here, *axes]
         order = [a for a in (*site.lead, row, D) if a in axes]
@@ -178,11 +181,6 @@ class Emitter:
                 x = self.call("repeat_interleave", x, group, site.lead.index(a))
         x = self._four(x, site, axes)
         return x
-
-    def _own(self, site: AttentionSite, axis: sympy.Symbol, row: sympy.Symbol, placed: Placed) -> Any:
-        if axis == row:
-            return site.queries if row == I else site.keys
-        return site.head_dim if axis == D else 1
 
     def _four(self, x: fx.Node, site: AttentionSite, axes: list[sympy.Symbol]) -> fx.Node:
         """[..lead, row, d] to [b, h, row, d]."""
@@ -273,7 +271,7 @@ class Emitter:
         if expr.func in _RELATIONS:
             return self.call(_RELATIONS[expr.func], *(sub(a) for a in expr.args))
         if isinstance(expr, sympy.Add):
-            return self._chain(operator.add, [sub(a) for a in expr.args])
+            return self._chain(operator.add, [sub(a) for a in summands(expr)])
         if isinstance(expr, sympy.Mul):
             return self._chain(operator.mul, [sub(a) for a in expr.args])
         if isinstance(expr, sympy.Pow):

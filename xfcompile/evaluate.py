@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.score import ROUNDED, Load, Where
+from xfcompile.sums import summands
 
 Value = Tensor | int | float | bool
 
@@ -56,7 +57,7 @@ class Evaluator:
             return torch.sigmoid(self._real(self(-sigmoid.args[0])))
         if name not in FUNCTIONS:
             raise Unsupported(f"{name} has no PyTorch form, in {expr}")
-        args = [self(a) for a in expr.args]
+        args = [self(a) for a in (summands(expr) if name == "Add" else expr.args)]
         if name in REAL or (name == "Pow" and not (expr.exp.is_Integer and expr.exp.is_nonnegative)):
             args = [self._real(a) for a in args]
         return FUNCTIONS[name](*args)

@@ -42,10 +42,10 @@ def replace_attention(emitter: Emitter, candidate: AttentionCandidate) -> fx.Nod
 
 def _operands(emitter: Emitter, candidate: AttentionCandidate, dtype: torch.dtype, grouped: bool) -> list[fx.Node]:
     site = candidate.site
-    placed = ((candidate.q, I), (candidate.k, J), (candidate.v, J))
+    placed = ((candidate.q, I, site.head_dim), (candidate.k, J, site.head_dim), (candidate.v, J, site.value_dim))
     nodes = []
-    for p, row in placed:
-        x = emitter.operand(p, site, row, grouped=grouped and row == J)
+    for p, row, dim in placed:
+        x = emitter.operand(p, site, row, dim, grouped=grouped and row == J)
         nodes.append(emitter.call("to", x, dtype) if p.value.dtype != dtype else x)
     return nodes
 

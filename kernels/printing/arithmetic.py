@@ -12,6 +12,7 @@ from xfcompile.kernels.printing.extent import extent
 from xfcompile.kernels.printing.printer import Printer, Rule
 from xfcompile.kernels.printing.term import ATOM, PRODUCT, SUM, UNARY, Term
 from xfcompile.score import ROUNDED, J, Where
+from xfcompile.sums import summands
 
 LOG2E = sympy.Float(math.log2(math.e), 17)
 
@@ -39,7 +40,7 @@ def _nan(p: Printer, expr: sympy.Basic) -> Term:
 
 def _add(p: Printer, expr: sympy.Add, real: bool = False) -> Term:
     # Positive terms first, so that the text starts without a sign; numbers last, as one writes them.
-    args = sorted(expr.args, key=lambda a: (_is_negative(a), a.is_number))
+    args = sorted(summands(expr), key=lambda a: (_is_negative(a), a.is_number))
     signs = ["-" if _is_negative(a) else "+" for a in args]
     terms, kind = p.alike([-a if sign == "-" else a for a, sign in zip(args, signs, strict=True)], real)
     text = ("-" if signs[0] == "-" else "") + terms[0].at(PRODUCT if signs[0] == "+" else UNARY)
