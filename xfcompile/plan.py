@@ -17,6 +17,7 @@ from xfcompile.meaning import Tensor
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.score import B, H, J, Load, S
 from xfcompile.site import AttentionSite, Placed
+from xfcompile.sums import summands
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -56,9 +57,9 @@ _CPU = Measured(
 
 CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "few queries", "other")
 """plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient, and one for each
-score: of T5's, which has one for each distance, SDPA takes the mathematics in fp32, for a table of such biases is no
-mask that its fused kernels take (8 x 12 x 256 x 256: 0.35 ms of kernels a layer, examples/profile_model.py). few queries: fewer
-than `FEW_QUERIES`, of what may be many keys."""
+score; of T5's, which has one for each distance, SDPA computes the mathematics in fp32, for as its table lies in memory
+no fused kernel takes it (0.35 ms of kernels for 8 x 12 x 256 x 256, examples/profile_model.py). few queries: fewer than
+`FEW_QUERIES`, of what may be many keys."""
 
 _GPU: dict[str, Fact[tuple[str, ...]]] = {
     "plain": Fact(("sdpa", "triton"), _PROGRAMS),
@@ -127,8 +128,9 @@ def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
         return "the score is not linear in q·k"
     if J in coefficient.free_symbols:
         return "the scale depends on the key"
-    # What is the same for a whole row is a shift that softmax does not see, as long as the scores survive it.
-    terms = sympy.Add.make_args(rest)
+    # What is the same for a whole row is a shift that softmax does not see, as long as the scores survive it, and as
+    # what is left is no larger: of slope * (j - i), slope * j would be rounded where it is far from 0.
+    terms = summands(rest) if isinstance(rest, sympy.Add) else [rest]
     rest = sympy.Add(*(t for t in terms if J in t.free_symbols or absorbs(t, site.loads, strict=True)))
     causal = rest == 0 and is_causal(site.keep) and sympy.expand(site.queries - site.keys) == 0
     return Told(coefficient, rest, causal, sympy.true if causal else site.keep)
@@ -231,7 +233,7 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
 
 def _added_apart(site: AttentionSite, words: Told) -> bool:
     """Whether masks and biases are added to scores one after the other."""
-    return site.order.summed is None and len(sympy.Add.make_args(words.rest)) > 1
+    return site.order.summed is None and isinstance(words.rest, sympy.Add) and len(summands(words.rest)) > 1
 
 
 def _materialised(site: AttentionSite, words: Told) -> int:

@@ -171,7 +171,14 @@ LITTLE = 8192.0
 def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
     """Whether a whole row may be biased by a number of great size, or by -inf."""
     loads = any(site.loads[load.operand].dtype.is_floating_point for load in rest.atoms(Load))
-    return loads or any(x <= -FAR for x in rest.atoms(sympy.Number))
+    return loads or _of_positions(rest) or any(x <= -FAR for x in rest.atoms(sympy.Number))
+
+
+def _of_positions(x: sympy.Basic) -> bool:
+    """Whether positions are computed with, and not only compared or looked up by."""
+    if isinstance(x, (Load, sympy.logic.boolalg.Boolean)):
+        return False
+    return x in POSITION or any(map(_of_positions, x.args))
 
 
 def _coarse(candidate: AttentionCandidate, words: Told, dtype: torch.dtype) -> float:
