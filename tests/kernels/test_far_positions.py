@@ -22,6 +22,7 @@ BIASES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "of floats": lambda i, j: (j.float() - i.float()) * 0.37,
     "a third": lambda i, j: (j - i) / 3,
     "twice": lambda i, j: (2 * j - 2 * i) * 0.37,
+    "a product": lambda i, j: (i - j) * (j - i + 3) * 0.01,
 }
 
 

@@ -19,6 +19,7 @@ BIASES: dict[str, Bias] = {
     "moved": lambda i, j: (j - i - 7) * 0.5,
     "of floats": lambda i, j: (j.float() - i.float()) * 0.37,
     "both ways": lambda i, j: -(j - i).abs() * 0.37,
+    "a product": lambda i, j: (i - j) * (j - i + 3) * 0.01,
 }
 
 
