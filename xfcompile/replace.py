@@ -19,7 +19,7 @@ from xfcompile.layout import is_carried_on, layout_matters, stride_key, with_lay
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, adds_coarse, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.operands import D
-from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
+from xfcompile.plan import FEW_QUERIES, HALF, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
 
@@ -119,7 +119,10 @@ def _sdpa(emitter: Emitter, candidate: AttentionCandidate, words: Told, dtype: t
         if swallows(site, words):
             q = emitter.call("masked_fill", q, _four(emitter, absorbed, words), 0.0)
     if mask is not None:
-        mask = emitter.call("to", mask, dtype) if words.rest != 0 else mask
+        if words.rest != 0:
+            # GPUs take masks of the dtype of q alone; where a program adds one in fp32, rounded it is another.
+            exact = site.call is None and dtype in HALF and site.root.meta.device.type == "cpu"
+            mask = emitter.call("to", mask, torch.float32 if exact else dtype)
         kwargs["attn_mask"] = _dense(emitter, _four(emitter, mask, words))
     q, k, v = (_aligned(emitter, x) for x in (q, k, v))
     out = emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs)
@@ -176,9 +179,9 @@ def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
 
 def _of_positions(x: sympy.Basic) -> bool:
     """Whether positions are computed with, and not only compared or looked up by."""
-    if isinstance(x, (Load, sympy.logic.boolalg.Boolean)):
-        return False
-    return x in POSITION or any(map(_of_positions, x.args))
+    if x in POSITION:
+        return True
+    return not isinstance(x, (Load, sympy.logic.boolalg.Boolean)) and any(map(_of_positions, x.args))
 
 
 def _coarse(candidate: AttentionCandidate, words: Told, dtype: torch.dtype) -> float:
