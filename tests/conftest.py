@@ -24,6 +24,9 @@ THINNED = {
     "test_backward.py": 2,
     "test_gradients.py": 2,
     "test_bias_models.py": 3,
+    "test_distances_by_sdpa.py": 3,
+    "test_backward_distances.py": 2,
+    "test_dead_rows.py": 2,
     "test_gated_models.py": 3,
 }
 """Long tables, of which one case in so many runs each time; the others are `slow`: they vary what these do too."""
