@@ -236,7 +236,9 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
 
 def _added_apart(site: AttentionSite, words: Told) -> bool:
     """Whether masks and biases are added to scores one after the other."""
-    return site.order.summed is None and isinstance(words.rest, sympy.Add) and len(summands(words.rest)) > 1
+    if site.order.summed is not None or not isinstance(words.rest, sympy.Add):
+        return False
+    return sum(J in term.free_symbols for term in words.rest.args) > 1
 
 
 def _materialised(site: AttentionSite, words: Told) -> int:

@@ -426,7 +426,6 @@ TERMS: dict[str, tuple[Callable[..., torch.Tensor], tuple[int, ...]]] = {
     "two masks by and": (lambda s, m: s.masked_fill(~((m > -1) & ~blocked()), -torch.inf), KEYS),
     "two masks by or": (lambda s, m: s.masked_fill((m < -1) | blocked(), -torch.inf), KEYS),
     "two masks by multiplication": (lambda s, m: s.masked_fill(~((m > -1) * ~blocked()), -torch.inf), KEYS),
-    "mask, then bias": (lambda s, m: s.masked_fill(blocked(), -1e9) + m, HEADS),
     "bias, then mask": (lambda s, m: (s + m).masked_fill(blocked(), -1e9), HEADS),
     "mask, then scale": (lambda s, m: s.masked_fill(blocked(), -1e9) / 2, HEADS),
     "-100 and -10000 as arithmetic": (lambda s, m: s + (m < -1) * -100.0 + blocked() * -10000.0, KEYS),
