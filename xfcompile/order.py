@@ -33,12 +33,12 @@ def orders(a: sympy.Expr, b: sympy.Expr, dtype: torch.dtype) -> Iterator[Order]:
             yield Order(summed=dtype)
 
 
-def one_order(found: set[Order], *scores: sympy.Expr) -> Order | None:
-    """The order in which scores add masks and biases, or None where it is not known."""
+def one_order(found: set[Order], score: sympy.Expr) -> Order | None:
+    """The order in which a score adds masks and biases, or None where it is not known."""
     if len(found) > 1:
         return None
     order = next(iter(found), BIASES_FIRST)
-    return None if order.summed is not None and any(_count(x) > 1 for x in scores) else order
+    return None if order.summed is not None and _count(score) > 1 else order
 
 
 def _count(score: sympy.Expr) -> int:
@@ -51,12 +51,17 @@ def _count(score: sympy.Expr) -> int:
 
 
 def _has_bias(x: sympy.Basic) -> bool:
-    """Whether a number of each key's or each row's own is computed with, and not only compared."""
-    if isinstance(x, sympy.logic.boolalg.Boolean) and not isinstance(x, sympy.Symbol):
-        return False
+    """Whether a number of each key's or each row's own is computed with."""
+    return any(True for _ in computed_with(x))
+
+
+def computed_with(x: sympy.Basic) -> Iterator[sympy.Basic]:
+    """The loads and positions of a formula that are computed with, and not only compared or looked up by."""
     if isinstance(x, Load) or x in POSITION:
-        return True
-    return any(_has_bias(y) for y in (x.args[1:] if isinstance(x, Where) else x.args))
+        yield x
+    elif isinstance(x, sympy.Symbol) or not isinstance(x, sympy.logic.boolalg.Boolean):
+        for y in x.args[1:] if isinstance(x, Where) else x.args:
+            yield from computed_with(y)
 
 
 def _has_mask(x: sympy.Basic) -> bool:

@@ -19,6 +19,7 @@ from xfcompile.layout import is_carried_on, layout_matters, stride_key, with_lay
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, adds_coarse, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.operands import D
+from xfcompile.order import computed_with
 from xfcompile.plan import FEW_QUERIES, HALF, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Dead, Miss, Operand, ScoreSpec
@@ -174,14 +175,8 @@ LITTLE = 8192.0
 def _far(rest: sympy.Expr, site: AttentionSite) -> bool:
     """Whether a whole row may be biased by a number of great size, or by -inf."""
     loads = any(site.loads[load.operand].dtype.is_floating_point for load in rest.atoms(Load))
-    return loads or _of_positions(rest) or any(x <= -FAR for x in rest.atoms(sympy.Number))
-
-
-def _of_positions(x: sympy.Basic) -> bool:
-    """Whether positions are computed with, and not only compared or looked up by."""
-    if x in POSITION:
-        return True
-    return not isinstance(x, (Load, sympy.logic.boolalg.Boolean)) and any(map(_of_positions, x.args))
+    positions = any(x in POSITION for x in computed_with(rest))
+    return loads or positions or any(x <= -FAR for x in rest.atoms(sympy.Number))
 
 
 def _coarse(candidate: AttentionCandidate, words: Told, dtype: torch.dtype) -> float:
