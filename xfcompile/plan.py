@@ -126,11 +126,10 @@ def told(site: AttentionSite, score: sympy.Expr) -> Told | str:
         rest = sympy.expand(expanded - coefficient * S)
     if S in rest.free_symbols or S in coefficient.free_symbols or coefficient == 0:
         return "the score is not linear in q·k"
-    rest = score.xreplace(
-        {S: sympy.S.Zero}
-    )  # as the program has it: expanded, (j - i)**2 is a difference of far numbers
     if J in coefficient.free_symbols:
         return "the scale depends on the key"
+    # As the program has it: expanded, (j - i) * (j - i + 3) is a difference of far numbers.
+    rest = score.xreplace({S: sympy.S.Zero})
     # What is the same for a whole row is a shift that softmax does not see, as long as the scores survive it, and as
     # what is left is no larger: of slope * (j - i), slope * j would be rounded where it is far from 0.
     terms = summands(rest) if isinstance(rest, sympy.Add) else [rest]

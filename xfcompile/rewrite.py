@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -243,9 +242,10 @@ def _setting(
     routes: Mapping[str, str] = MappingProxyType({}),
 ) -> Setting:
     """routes: in place of the user's."""
-    inductor = sys.modules.get("torch._inductor.config")  # what is not there yet has not been told anything
-    from_cpp = bool(getattr(inductor, "cpp_wrapper", False))
-    return Setting(needs_grad(candidate.node, reading), recomputed, {**options.routes, **routes}, from_cpp)
+    from torch._inductor import config
+
+    training = needs_grad(candidate.node, reading)
+    return Setting(training, recomputed, {**options.routes, **routes}, bool(config.cpp_wrapper))
 
 
 def _planned(

@@ -177,11 +177,9 @@ class Layout:
         self.rows = [n for n, _ in found.of("rows")]
         self.columns = [n for n, _ in found.of("columns")]
         shape = (*q.shape[:3], k.shape[2])
-        self.direct: dict[int, Place] = {}
-        for n, x in enumerate(found.loads):
-            place = _direct(found, x, doperands, shape)
-            if place is not None:
-                self.direct[n] = place
+        self.direct = {
+            n: place for n, x in enumerate(found.loads) if (place := _direct(found, x, doperands, shape)) is not None
+        }
         whole = {found.loads[n].load.operand for n in self.direct}
         self.added_to = [n for n in needs.operands if n not in whole]
         self.launches: dict[str, Launch] = {}
