@@ -7,8 +7,8 @@
 
 Times are ms of a step, in the mean of some. "Waiting" is what a step takes beyond its kernels: the GPU waits for its
 host there. A step's time is measured without the profiler, whose own work would be part of it. With --host the threads
-that run Python are looked at now and then: at which line each is, and which of the lines that called it is compiled
-code's or this backend's.
+that run Python are looked at now and then: the share of looks that found each line at work, "at" it or below it. Looks
+come where Python or a library gives its lock up, so that calls that do so are seen more often than they last.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ _CPU = Measured(
 CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "few queries", "other")
 """plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient, and one for each
 score; of T5's, which has one for each distance, SDPA computes the mathematics in fp32, for as its table lies in memory
-no fused kernel takes it (0.35 ms of kernels for 8 x 12 x 256 x 256, examples/profile_model.py). few queries: fewer than
+no fused kernel takes it (8 x 12 x 256 x 256, examples/results/t5_profile_h200.json). few queries: fewer than
 `FEW_QUERIES`, of what may be many keys."""
 
 _GPU: dict[str, Fact[tuple[str, ...]]] = {

@@ -49,6 +49,18 @@ def test_what_kernels_take_adds_up() -> None:
     assert found.waiting >= 0
 
 
+def test_lines_that_are_at_work_are_seen_with_those_that_call_them() -> None:
+    def busy() -> int:
+        return sum(range(20_000))
+
+    found = profile_model.looked_at(lambda: busy(), lambda: None, 0.3)
+    here = {line: share for line, share in found.items() if line.endswith((" busy", " <lambda>"))}
+    assert any(line.startswith("at ") and line.endswith(" busy") for line in here), found
+    assert sum(line.endswith(" <lambda>") and not line.startswith("at ") for line in here) >= 1
+    assert all(0 < share <= 1 for share in found.values())
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
 def test_a_model_is_profiled_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "profile.json"
     arguments = ["GPT-2", "--mode", "infer", "--scale", "quick", "--steps", "1", "--most", "3"]
