@@ -301,6 +301,21 @@ def test_masks_and_biases_in_more_than_one_order_are_declined() -> None:
     assert "more than one order" in near.reasons, "a mask that is data may leave nothing"
 
 
+def test_a_mask_and_then_a_bias_that_may_mask_too_are_not_sdpas() -> None:
+    """Where the bias masks what the mask keeps, what is left of a row depends on which is added first."""
+
+    def program(q: Tensor, k: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        later = torch.ones(QUERIES, KEYS, dtype=torch.bool).triu(3)
+        return ((q @ k.mT).masked_fill(later, -1e9) + b).softmax(-1) @ v
+
+    outcome = check(program, *inputs(torch.float32), far_biases((KEYS,), torch.float32))
+    (site,) = outcome.sites
+    assert site.route == "inductor"
+    assert "in another order" in (site.reason or "")
+    kernel = check(program, *inputs(torch.float32), far_biases((KEYS,), torch.float32), routes={"attention": "triton"})
+    assert [s.matched for s in kernel.sites] == [True], kernel.reasons
+
+
 @pytest.mark.parametrize("number", [-1e9, -1e4, "min"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("route", ROUTES)
