@@ -339,6 +339,9 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
     d_weights: tuple[Tensor | None, ...]
     if up_weight is None:
         d_weights = (_weight_gradient(grad, x, weight) if needed[1] else None, None)
+    elif needed[1] and needed[2] and x.ndim == 2 and _by_rows(weight) and _by_rows(up_weight):
+        # One product for both. Of experts the halves would not lie as their weights do.
+        d_weights = reference.parts(grad.mT @ x, layout, -2)
     else:
         d_weights = (
             _weight_gradient(d_gate, x, weight) if needed[1] else None,
@@ -350,7 +353,11 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """gradᵀ x, laid out as the weight is."""
-    return (x.mT @ grad).mT if weight.stride(-2) == 1 and weight.shape[-1] != 1 else grad.mT @ x
+    return grad.mT @ x if _by_rows(weight) else (x.mT @ grad).mT
+
+
+def _by_rows(weight: Tensor) -> bool:
+    return weight.stride(-2) != 1 or weight.shape[-1] == 1
 
 
 register(LIBRARY, "gated_mlp", _gated_mlp, _gated_mlp, _gated_mlp_fake, (_gradients, _setup))
