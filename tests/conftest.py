@@ -13,23 +13,42 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 THINNED = {
-    "test_bias_act_dropout.py": 4,
-    "test_gated_spellings.py": 4,
-    "test_gated_near_misses.py": 2,
-    "test_gated_mlp.py": 3,
-    "test_generate.py": 2,
-    "test_guards.py": 3,
-    "test_decode.py": 2,
-    "test_far_masks.py": 2,
-    "test_backward.py": 2,
-    "test_gradients.py": 2,
-    "test_bias_models.py": 3,
-    "test_distances_by_sdpa.py": 3,
+    "test_attention.py": 3,
+    "test_attention_dropout.py::test_values_and_gradients": 4,
+    "test_backward.py": 6,
     "test_backward_distances.py": 2,
-    "test_dead_rows.py": 2,
+    "test_backward_work.py::test_tiles_that_the_forward_leaves_out_are_left_out_of_every_gradient": 3,
+    "test_bias_act_dropout.py": 4,
+    "test_bias_models.py": 9,
+    "test_blocks.py": 3,
+    "test_dead_rows.py": 4,
+    "test_decode.py": 5,
+    "test_diagonal.py::test_a_bias_of_distances_is_a_vector": 6,
+    "test_diagonal.py::test_what_is_learned_of_distances_alone_is_told_apart": 3,
+    "test_distances_by_sdpa.py": 6,
+    "test_dynamic.py::test_one_compilation_serves_all_batches_and_lengths": 3,
+    "test_dynamic.py::test_one_compilation_serves_dimensions_that_are_marked": 2,
+    "test_elementwise.py": 2,
+    "test_far_masks.py": 5,
+    "test_far_positions.py::test_distances_are_subtracted_before_they_are_scaled": 4,
+    "test_gated_mlp.py": 3,
     "test_gated_models.py": 3,
+    "test_gated_near_misses.py": 2,
+    "test_gated_spellings.py": 4,
+    "test_generate.py": 3,
+    "test_generated_source.py::test_constants_are_what_they_are_or_are_declined": 3,
+    "test_guards.py": 3,
+    "test_hopper_backward.py": 3,
+    "test_hopper_forward_text.py": 4,
+    "test_hopper_variant.py": 3,
+    "test_masked_weights.py": 4,
+    "test_masks.py": 2,
+    "test_models.py": 3,
+    "test_replace.py::test_of_a_mask_of_parts_none_is_read_beyond_its_end": 3,
+    "test_scopes.py": 2,
 }
-"""Long tables, of which one case in so many runs each time; the others are `slow`: they vary what these do too."""
+"""Long tables, by their file or by it and a function, of which one case in so many runs each time; the others are
+`slow`: they vary what these do too."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,9 +65,15 @@ def numbered(items: list[pytest.Item]) -> list[tuple[int, pytest.Item]]:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     every = config.getoption("--every")
     items[:] = [item for number, item in numbered(items) if number % every == 0]
-    for number, item in numbered(items):
-        if number % THINNED.get(item.path.name, 1):
-            item.add_marker(pytest.mark.slow)
+    tables = {name: [item for item in items if name in (item.path.name, _function(item))] for name in THINNED}
+    for name, table in tables.items():
+        for number, item in enumerate(table):
+            if number % THINNED[name]:
+                item.add_marker(pytest.mark.slow)
+
+
+def _function(item: pytest.Item) -> str:
+    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
 
 
 @pytest.fixture(autouse=True)

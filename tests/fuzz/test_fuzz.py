@@ -14,9 +14,9 @@ from writer import Program
 
 PROGRAMS = {
     ("attention", "default"): 150, ("attention", "triton"): 180,
-    ("gated_mlp", "default"): 60, ("gated_mlp", "triton"): 240,
-    ("bias-act-dropout", "default"): 60, ("bias-act-dropout", "triton"): 240,
-    ("blocks", "default"): 30, ("blocks", "triton"): 60,
+    ("gated_mlp", "default"): 30, ("gated_mlp", "triton"): 240,
+    ("bias-act-dropout", "default"): 90, ("bias-act-dropout", "triton"): 270,
+    ("blocks", "default"): 30, ("blocks", "triton"): 30,
 }  # fmt: skip
 """How many programs of each kind run: by the routes that are chosen on a CPU, and by our kernels in the interpreter."""
 
