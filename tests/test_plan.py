@@ -124,3 +124,36 @@ def test_learned_distances_are_our_kernels(
     )  # fmt: skip
     about = {"training": True, "bias_grad": True, "distances": distances, "forced": {}}
     assert plan.choose(site, S + Load(0, H, I, J), **about)[0].name == name
+
+
+MASK = Load(0, B, 0, I, J)
+
+
+def own_mask(monkeypatch: pytest.MonkeyPatch, keys: Any = 256, **fields: Any) -> Any:
+    """Of the program's own call of SDPA with a mask."""
+    keep = fields.pop("keep", sympy.Ne(MASK, 0))
+    return route(monkeypatch, **{"queries": keys, "keys": keys, "keep": keep, "call": object()} | fields)
+
+
+def test_a_call_of_few_keys_with_a_mask_of_which_nothing_is_known_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = own_mask(monkeypatch)
+    assert (chosen.name, chosen.reason) == ("sdpa", "nothing is known of its mask, and there are no more than 256 keys")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keys": 257},
+        {"keys": sympy.Symbol("s0", integer=True)},
+        {"call": None},
+        {"keep": sympy.Ne(Load(0, B, 0, 0, J), 0)},
+        {"keep": sympy.Ne(MASK, 0) & (J <= I)},
+        {"keep": sympy.Ne(Load(0, I - J + 255), 0)},
+        {"keep": sympy.Ne(Load(0, B, 0, J, I), 0)},
+        {"queries": 1},
+    ],
+    ids=["more keys", "unknown", "eager", "padding", "causal too", "of distances", "transposed", "a step"],
+)
+def test_other_masks_of_few_keys_are_our_kernels(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is known of them tiles are left out, or no mask of the size of the scores is made."""
+    assert own_mask(monkeypatch, **fields).name == "triton"

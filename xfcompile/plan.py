@@ -15,7 +15,7 @@ from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
 from xfcompile.meaning import Tensor
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
-from xfcompile.score import B, H, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Placed
 from xfcompile.sums import summands
 
@@ -28,6 +28,10 @@ BIAS_KEYS = 256
 """More keys than this, and SDPA's backward for a bias that needs a gradient is slower than Inductor's: it makes that of
 every batch, of the size of all scores, before it is added up. Measured on an H200 (examples/results/models_h200.json):
 with 144 keys both take as long (Swin), with 1024 SDPA loses (T5)."""
+
+FEW_KEYS = 256
+"""Up to this many keys a mask has two tiles a row: looking which of them can be left out saves nothing. In a training
+step of Whisper, 16 x 12 x 256 x 256, SDPA's kernels and ours differ by less than 1 % of the step."""
 
 FEW_QUERIES = 32
 """Fewer query rows than this leave most of a GPU idle in a kernel that gives each block of queries all of its keys.
@@ -51,20 +55,28 @@ _DECODING = Measured(
     "H100, torch 2.11, triton 3.6",
     "examples/results/decode_h100.json",
 )
+_PROFILES = Measured(
+    "examples/profile_model.py",
+    "2026-11-29",
+    "H200, torch 2.11, triton 3.6",
+    "examples/results/profiles_h200.json",
+)
 _CPU = Measured(
     "python -m xfcompile bench attention", "2026-11-24", "2 CPU threads, torch 2.13", "examples/results/cpu.json"
 )
 
-CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "few queries", "other")
+CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "own mask, few keys", "few queries", "other")
 """plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient, and one for each
 score; of T5's, which has one for each distance, SDPA computes the mathematics in fp32, for as its table lies in memory
-no fused kernel takes it (8 x 12 x 256 x 256, examples/results/t5_profile_h200.json). few queries: fewer than
-`FEW_QUERIES`, of what may be many keys."""
+no fused kernel takes it (8 x 12 x 256 x 256, examples/results/t5_profile_h200.json). own mask: the program calls SDPA
+with a mask of which nothing is known; of so few keys SDPA's kernels take no longer than ours, which are more launches
+(Whisper's decoder). few queries: fewer than `FEW_QUERIES`, of what may be many keys."""
 
 _GPU: dict[str, Fact[tuple[str, ...]]] = {
     "plain": Fact(("sdpa", "triton"), _PROGRAMS),
     "plain, few queries": Fact(("sdpa", "triton"), _DECODING),
     "learned bias, few keys": Fact(("sdpa", "triton"), _MODELS),
+    "own mask, few keys": Fact(("sdpa", "triton"), _PROFILES),
     "few queries": Fact(("triton", "sdpa"), _DECODING),
     "other": Fact(("triton", "sdpa"), _PROGRAMS),
 }
@@ -181,6 +193,8 @@ def choose(
         reason = "few queries: their keys are split over the GPU"
     elif name == "sdpa" and kind == "learned bias, few keys":
         reason = f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
+    elif name == "sdpa" and kind == "own mask, few keys":
+        reason = f"nothing is known of its mask, and there are no more than {FEW_KEYS} keys"
     elif name == "sdpa" and name != order[0]:
         reason = why_not[order[0]]
     return Route(name, reason), sayable
@@ -194,7 +208,18 @@ def shape_class(site: AttentionSite, words: Told | None, bias_grad: bool) -> str
         return "plain, few queries" if few else "plain"
     if bias_grad and sympy.sympify(site.keys).is_Integer and site.keys <= BIAS_KEYS and words is not None:
         return "learned bias, few keys"
-    return "few queries" if few else "other"
+    if few:
+        return "few queries"
+    few_keys = sympy.sympify(site.keys).is_Integer and site.keys <= FEW_KEYS
+    return "own mask, few keys" if few_keys and site.call is not None and _is_given(words) else "other"
+
+
+def _is_given(words: Told | None) -> bool:
+    """Whether all that stands between is a mask with an element for each query and key, as it lies in memory."""
+    if words is None or words.rest != 0 or not isinstance(words.keep, sympy.Ne):
+        return False
+    load, zero = words.keep.args
+    return isinstance(load, Load) and load.args[-2:] == (I, J) and zero == 0
 
 
 def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad: bool) -> str | None:
