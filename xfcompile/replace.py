@@ -15,7 +15,8 @@ from xfcompile.emit import Emitter
 from xfcompile.evaluate import Unsupported
 from xfcompile.example import example_of
 from xfcompile.kernels.printing.extent import guarded_loads
-from xfcompile.layout import is_carried_on, layout_matters, stride_key, with_layout
+from xfcompile.layout import stride_key, with_layout
+from xfcompile.layout_seen import is_carried_on, layout_matters
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs, adds_coarse, is_coarse
 from xfcompile.masking import as_rounded
 from xfcompile.operands import D

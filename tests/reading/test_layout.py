@@ -12,7 +12,7 @@ from equivalence import check, tensors
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from xfcompile.layout import layout_matters
+from xfcompile.layout_seen import layout_matters
 
 SHAPE = (2, 3, 4, 8)
 
