@@ -28,7 +28,7 @@ FILES = tuple(
     "xfcompile/magnitude.py xfcompile/activation.py xfcompile/projections.py xfcompile/rewrite.py "
     "xfcompile/replace.py xfcompile/contraction.py xfcompile/indexing.py xfcompile/emit.py xfcompile/trace.py "
     "xfcompile/unfold.py xfcompile/plan.py xfcompile/layout.py xfcompile/layout_seen.py xfcompile/gated_routes.py "
-    "xfcompile/diagonal.py "
+    "xfcompile/diagonal.py xfcompile/query_key.py "
     "xfcompile/values.py xfcompile/families/attention.py xfcompile/families/gated_mlp.py "
     "xfcompile/families/bias_act_dropout.py".split()
 )
