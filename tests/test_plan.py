@@ -10,7 +10,7 @@ import pytest
 import sympy
 import torch
 
-from xfcompile.score import B, H, I, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S, Where
 
 plan = importlib.import_module("xfcompile.plan")
 
@@ -49,6 +49,44 @@ def test_sdpa_may_refuse_what_it_does_not_compute_itself(monkeypatch: pytest.Mon
 def test_sdpa_drops_out_on_gpus_alone() -> None:
     assert "drops no weights out" in (objection(144, bias_grad=False, device="cpu", dropout=0.1) or "")
     assert objection(144, bias_grad=False, dropout=0.1) is None
+
+
+def load(dtype: torch.dtype) -> Any:
+    return SimpleNamespace(dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("rest", "dtype"),
+    [
+        (sympy.Float(0.37) * (J - I), torch.bfloat16),
+        (Load(0, H) * (J - I), torch.bfloat16),
+        (Load(0, H, I, J), torch.float32),
+        (Load(0, H, J) + sympy.Float(-1e9), torch.float64),
+    ],
+    ids=["a slope", "learned slopes", "fp32", "fp64"],
+)
+def test_biases_of_more_digits_are_not_rounded_for_sdpa_on_gpus(rest: Any, dtype: torch.dtype) -> None:
+    words = plan.Told(sympy.S.One, rest, False, sympy.true)
+    about = {"words": words, "bias_grad": False, "loads": (load(dtype),)}
+    assert "takes biases in bfloat16" in (objection(4096, **about) or "")
+    assert objection(4096, **about, call=object()) is None  # the program's own
+    assert objection(4096, **about, root=SimpleNamespace(dtype=torch.float32)) is None
+    assert objection(4096, **about, device="cpu", lead=(B, H)) is None  # there they are added in fp32
+
+
+@pytest.mark.parametrize(
+    ("rest", "dtype"),
+    [
+        (Load(0, H, I, J), torch.bfloat16),
+        (Where(J <= I, sympy.S.Zero, sympy.Float(-1e9)), torch.bfloat16),
+        (Where(sympy.Ne(Load(0, B, J), 0), sympy.S.Zero, sympy.Float(-1e9)), torch.bool),
+        (Load(0, Load(1, I, J), H), torch.bfloat16),
+    ],
+    ids=["bf16", "a mask of positions", "a mask", "looked up"],
+)
+def test_biases_of_as_many_digits_are_sdpas_on_gpus(rest: Any, dtype: torch.dtype) -> None:
+    words = plan.Told(sympy.S.One, rest, False, sympy.true)
+    assert objection(4096, words=words, bias_grad=False, loads=(load(dtype), load(torch.int64))) is None
 
 
 def test_a_bias_that_is_larger_than_what_it_is_made_of_is_not_made_on_cpus() -> None:

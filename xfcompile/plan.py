@@ -15,6 +15,7 @@ from xfcompile.magnitude import absorbs
 from xfcompile.masks import is_causal
 from xfcompile.meaning import Tensor
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
+from xfcompile.order import computed_with
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Placed
 from xfcompile.sums import summands
@@ -253,9 +254,23 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
     keys = sympy.sympify(site.keys)
     if bias_grad and site.call is None and not (keys.is_Integer and keys <= BIAS_KEYS):
         return f"a term of the score needs a gradient, for which SDPA is slower beyond {BIAS_KEYS} keys"
+    if device == "cuda" and site.call is None and site.root.dtype in HALF and _is_wide(words.rest, site):
+        name = str(site.root.dtype).removeprefix("torch.")
+        return f"on GPUs SDPA takes biases in {name}, which rounds those that are computed in fp32"
     if device == "cpu" and _materialised(site, words) > 4:
         return "SDPA would need a bias of the size of all scores"
     return None
+
+
+def _is_wide(rest: sympy.Expr, site: AttentionSite) -> bool:
+    """Whether a bias is computed of positions, or of numbers of more than 16 bits."""
+    for x in computed_with(rest):
+        if not isinstance(x, Load):
+            return True
+        dtype = site.loads[x.operand].dtype
+        if dtype.is_floating_point and dtype.itemsize > 2:
+            return True
+    return False
 
 
 def _added_apart(site: AttentionSite, words: Told) -> bool:

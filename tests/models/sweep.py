@@ -2,7 +2,7 @@
 
     python tests/models/sweep.py                       # all, their default attention and eager; hours on two cores
     python tests/models/sweep.py bert "qwen.*" --attention eager --modes training
-    TRITON_INTERPRET=1 python tests/models/sweep.py --routes triton    # by the kernels, interpreted
+    TRITON_INTERPRET=1 python tests/models/sweep.py --routes kernels   # by the kernels, interpreted
     python tests/models/sweep.py --build               # which can be built and called: half an hour
     python tests/models/sweep.py --show                # what is in --json: counts, and reasons of what is left
 
@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[".*"], help="model types, or patterns of their names")
     parser.add_argument("--attention", choices=["default", "eager", "sdpa"], action="append")
     parser.add_argument("--modes", choices=["training", "inference"], action="append")
-    parser.add_argument("--routes", choices=["sdpa", "triton", "inductor"], help="force attention's")
+    parser.add_argument(
+        "--routes", choices=["sdpa", "triton", "inductor", "kernels"], help="force attention's, or all to our kernels"
+    )
     parser.add_argument("--build", action="store_true", help="build and call them, and that is all")
     parser.add_argument("--show", action="store_true", help="say what was found, and run nothing")
     parser.add_argument("--json", type=Path, default=Path("sweep.jsonl"))

@@ -43,6 +43,10 @@ def warm_up() -> None:
     torch._dynamo.reset()
 
 
+KERNELS = {"attention": "triton", "gated_mlp": "triton", "bias-act-dropout": "epilogue"}
+"""The routes by which as much as can runs by our kernels."""
+
+
 def judge(name: str, attention: str, route: str | None, modes: tuple[str, ...] = ("training", "inference")) -> Found:
     """What came of one model type: "how" and why, and the sites."""
     model, given, reason = built(name, attention)
@@ -50,7 +54,7 @@ def judge(name: str, attention: str, route: str | None, modes: tuple[str, ...] =
         return {"how": "not built", "why": reason}
     if given is None:
         return {"how": "not called", "why": reason}
-    options = {"routes": {"attention": route}} if route else {}
+    options = {"routes": KERNELS if route == "kernels" else {"attention": route}} if route else {}
     found = {mode: _judged(name, model, given, options, mode == "training") for mode in modes}
     worst = max(found.values(), key=lambda x: SEVERITY.index(x["how"]))
     sites = {mode: x.pop("sites") for mode, x in found.items() if "sites" in x}
