@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -309,6 +310,36 @@ def test_two_threads_may_tune_at_a_time() -> None:
     with ThreadPoolExecutor(2) as pool:
         for mine, theirs in [f.result(timeout=120) for f in [pool.submit(work, s) for s in (0.25, 0.5)]]:
             torch.testing.assert_close(mine, theirs)
+    assert not torch.compiler.is_compiling()
+
+
+def test_a_thread_that_tunes_while_another_does_keeps_its_own_modes() -> None:
+    """torch puts the modes of the thread that compiles away, in one place for all threads."""
+    from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+    class Passing(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    started = threading.Barrier(2)
+
+    def work(scale: float) -> tuple[list[Any], list[Any]]:
+        def scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.softmax(q @ k.transpose(-2, -1) * scale, -1) @ v
+
+        given = inputs()
+        with Passing(), measured_by(Stopwatch(sdpa=1, inductor=2)):
+            before = _get_current_function_mode_stack()
+            started.wait(60)
+            with torch.no_grad():
+                torch.compile(scaled, backend="xformers", options={"autotune": True, "strict": True})(*given)
+            return before, _get_current_function_mode_stack()
+
+    with ThreadPoolExecutor(2) as pool:
+        for before, after in [f.result(timeout=120) for f in [pool.submit(work, s) for s in (0.25, 0.5)]]:
+            assert before == after
+            assert len(after) == 1
+    assert not torch.compiler.is_compiling()
 
 
 def test_what_is_wrong_never_runs() -> None:

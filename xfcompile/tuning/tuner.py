@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -171,7 +172,7 @@ def _in_a_thread(run: Callable[[], T], patience: float) -> T:
             ended.notify()
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(target,), name="xfcompile", daemon=True)
-    with ended:
+    with ended, _put_away():
         thread.start()
         ended.wait_for(lambda: found or errors, patience)
     if errors:
@@ -179,6 +180,20 @@ def _in_a_thread(run: Callable[[], T], patience: float) -> T:
     if not found:
         raise TimeoutError("timing did not come to an end")
     return found[0]
+
+
+@contextmanager
+def _put_away() -> Iterator[None]:
+    """What torch keeps of a compilation for the whole process is as if there were none: others that compile while the
+    lock is free take what they find for what was before them, and leave it behind."""
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr as modes
+
+    flag, stack = torch.compiler._is_compiling_flag, modes.stack
+    torch.compiler._is_compiling_flag, modes.stack = False, []
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, modes.stack = flag, stack
 
 
 def _with_reason(candidate: Candidate, reason: str) -> Candidate:
