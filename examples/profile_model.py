@@ -2,6 +2,7 @@
 
     python examples/profile_model.py "T5 1.1" --mode train                  # on a CUDA device, a minute or two
     python examples/profile_model.py "GPT-2" --attention eager --json gpt2.json
+    python examples/profile_model.py Whisper --route attention=sdpa --recompile-limit 64
     python examples/profile_model.py "GPT-2" --scale quick                  # on a CPU, its operators: does it run
     python examples/profile_model.py "T5 1.1" --host                        # and which lines its host is at
 
@@ -32,6 +33,7 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from xfcompile import families
 from xfcompile.bench import columns as c
 from xfcompile.bench import models
 from xfcompile.bench.job import Place, Row
@@ -206,6 +208,10 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--backends", default=f"{c.INDUCTOR},{c.XFORMERS}", help="columns, separated by commas")
     parser.add_argument("--scale", choices=["gpu", "cpu", "quick"], help="gpu on a CUDA device, else cpu")
+    parser.add_argument(
+        "--route", action="append", default=[], metavar="FAMILY=ROUTE", help="attention=sdpa, as options"
+    )
+    parser.add_argument("--recompile-limit", type=int, default=8, help="compilations of a function that Dynamo allows")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--most", type=int, default=20, help="kernels of each column that are shown")
     parser.add_argument("--host", action="store_true", help="show which lines the host is at, too")
@@ -214,6 +220,11 @@ def main(given: Sequence[str] | None = None) -> None:
     columns = asked.backends.split(",")
     if unknown := [name for name in columns if name not in models.BENCHMARK.columns]:
         parser.error(f"--backends: {', '.join(unknown)}: there are {', '.join(models.BENCHMARK.columns)}")
+    for route in asked.route:
+        family, equals, name = route.partition("=")
+        if not equals or name not in families.routes().get(family, ()):
+            known = ", ".join(f"{family}={'|'.join(names)}" for family, names in families.routes().items())
+            parser.error(f"--route {route}: it is one of {known}")
     if asked.attention not in MODELS[asked.model].attentions:
         parser.error(f"--attention: {asked.model} has {', '.join(MODELS[asked.model].attentions)}")
 
@@ -223,10 +234,12 @@ def main(given: Sequence[str] | None = None) -> None:
         torch.bfloat16 if device == "cuda" else torch.float32,
         asked.scale or ("gpu" if device == "cuda" else "cpu"),
     )
-    work = models.prepare(Row(asked.model, asked.mode, (), asked.attention), place)
+    routes = dict(route.partition("=")[::2] for route in asked.route)
+    work = models.prepare(Row(asked.model, asked.mode, (), asked.attention), place, routes)
     console = Console()
     profiles = []
-    with torch.set_grad_enabled(asked.mode == models.TRAIN):
+    limit = torch._dynamo.config.patch(recompile_limit=asked.recompile_limit)
+    with torch.set_grad_enabled(asked.mode == models.TRAIN), limit:
         for column in columns:
             with console.status(f"{asked.model}, {asked.mode}: {column}"):
                 profiles.append(profiled(column, work.way(column), device, asked.steps, 4.0 if asked.host else 0.0))
@@ -239,7 +252,8 @@ def main(given: Sequence[str] | None = None) -> None:
             console.print()
             console.print(host_table(p, 3 * asked.most))
     if asked.json is not None:
-        about = {"model": asked.model, "mode": asked.mode, "attention": asked.attention, "scale": place.scale}
+        about = {"model": asked.model, "mode": asked.mode, "attention": asked.attention, "scale": place.scale,
+                 "routes": routes, "recompile_limit": asked.recompile_limit}  # fmt: skip
         found = {**surroundings(device), **about, "columns": [asdict(p) for p in profiles]}
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
         console.print(f"results: {asked.json}")

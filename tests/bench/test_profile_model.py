@@ -73,9 +73,24 @@ def test_a_model_is_profiled_and_written(tmp_path: Path, capsys: pytest.CaptureF
     assert "the step" in shown
 
 
+def test_a_route_can_be_asked_for(tmp_path: Path) -> None:
+    """Of eager attention on a CPU, where SDPA is the usual one."""
+
+    def seen(name: str, *more: str) -> tuple[bool, dict[str, str]]:
+        arguments = ["GPT-2", "--mode", "infer", "--attention", "eager", "--scale", "quick", "--steps", "1", *more]
+        profile_model.main([*arguments, "--backends", "xformers", "--json", str(tmp_path / name)])
+        found = json.loads((tmp_path / name).read_text())
+        return any("attention" in kernel["name"] for kernel in found["columns"][0]["kernels"]), found["routes"]
+
+    assert seen("usual.json") == (True, {})
+    assert seen("asked.json", "--route", "attention=inductor") == (False, {"attention": "inductor"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["GPT-2", "--route", "attention"], "--route attention: it is one of"),
+        (["GPT-2", "--route", "attention=cublas"], "attention=triton|sdpa|inductor"),
         (["GPT-2", "--backends", "nothing"], "nothing: there are eager"),
         (["BLOOM", "--attention", "sdpa"], "BLOOM has eager"),
     ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +72,18 @@ def ours(column: str) -> bool:
 
 
 def compiled(
-    fn: Any, column: str, family: str | None = None, *, mode: str | None = None, dynamic: bool | None = None
+    fn: Any,
+    column: str,
+    family: str | None = None,
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    routes: Mapping[str, str] | None = None,
 ) -> Any:
     """A function or module as a column compiles it.
 
-    family: whose route the columns "xformers-<route>" force. mode: what all compiled columns have in place of the
+    family: whose route the columns "xformers-<route>" force. routes: by family, those that are asked for where a column
+    of this backend forces none. mode: what all compiled columns have in place of the
     default; with "reduce-overhead" the columns of max-autotune have CUDA graphs too. dynamic: as for torch.compile.
     """
     if column == EAGER:
@@ -91,7 +98,7 @@ def compiled(
     from xfcompile.backend import xformers
 
     route = column.removeprefix(OURS).removeprefix("-")
-    options: dict[str, Any] | None = None
+    options: dict[str, Any] | None = {"routes": dict(routes)} if routes else None
     if route and column != XFORMERS_MAX:
         if family is None:
             raise Skip("no single family to force a route of")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,7 +92,8 @@ def result_of(outcome: Any) -> Tensor:
     raise TypeError(f"a {type(outcome).__name__} has neither logits nor a sample nor last states")
 
 
-def prepare(row: Row, place: Place) -> Work | Start:
+def prepare(row: Row, place: Place, routes: Mapping[str, str] | None = None) -> Work | Start:
+    """routes: by family, what this backend's columns are asked for."""
     entry, attention = MODELS[row.name], row.variant
     entry.needs()
     if row.mode in STARTS:
@@ -112,7 +113,7 @@ def prepare(row: Row, place: Place) -> Work | Start:
         if column in (c.FLEX, c.TOLD):
             module = _otherwise(entry, model, row, place, "flex_attention" if column == c.FLEX else "told")
             column = c.INDUCTOR
-        return step(model, c.compiled(module, column), arguments, row.mode)
+        return step(model, c.compiled(module, column, routes=routes), arguments, row.mode)
 
     def seen(outcome: Any) -> Sequence[Tensor]:
         if row.mode == TRAIN:
