@@ -131,3 +131,25 @@ def test_a_slope_times_a_distance_is_no_mask_that_may_be_infinite(step: int, mat
     outcome = check(program, *tensors(*[(1, 2, 6, 8)] * 3), torch.tensor([0.5, 0.25]))
     assert [site.matched for site in outcome.sites] == [matched]
     assert ("infinite in the dtype" in outcome.reasons) != matched
+
+
+def test_what_torch_lays_out_otherwise_by_itself_is_no_failure_of_ours() -> None:
+    """Its rrelu in evaluation gives what is dense in eager, and what lies as its input does where it is decomposed."""
+    from outcome import fate
+    from writer import Program
+
+    source = """
+def program(x, w{more}):
+    h = F.rrelu(F.gelu((w.mT @ x.mT).mT))
+    return {dropped}
+"""
+    program = Program(
+        source.format(more="", dropped="torch.dropout(h, 0.1, True)"),
+        shapes=((2, 3, 4), (4, 16)),
+        dtype=torch.float32,
+        grad=False,
+        dynamic=False,
+        dropped=0.1,
+        kept=source.format(more=", keep", dropped="h * keep"),
+    )
+    assert fate(program) == ("wrong without us too", [])
