@@ -70,8 +70,8 @@ CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "own mask, f
 """plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient, and one for each
 score; of T5's, which has one for each distance, SDPA computes the mathematics in fp32, for as its table lies in memory
 no fused kernel takes it (8 x 12 x 256 x 256, examples/results/t5_profile_h200.json). own mask: the program calls SDPA
-with a mask of which nothing is known; of so few keys SDPA's kernels take no longer than ours, which are more launches
-(Whisper's decoder). few queries: fewer than `FEW_QUERIES`, of what may be many keys."""
+with a mask of which nothing is known; of so few keys SDPA's kernels take no longer than ours, which Python launches one
+by one (Whisper's decoder). few queries: fewer than `FEW_QUERIES`, of what may be many keys."""
 
 _GPU: dict[str, Fact[tuple[str, ...]]] = {
     "plain": Fact(("sdpa", "triton"), _PROGRAMS),
