@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -55,25 +55,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, help="run one test in so many of each file: a first look")
 
 
-def numbered(items: list[pytest.Item]) -> list[tuple[int, pytest.Item]]:
-    """Each with its number in its file."""
+def _file(item: pytest.Item) -> str:
+    return item.path.name
+
+
+def _function(item: pytest.Item) -> str:
+    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
+
+
+def numbered(items: list[pytest.Item], table: Callable[[pytest.Item], str]) -> list[tuple[int, pytest.Item]]:
+    """Each with its number in its table."""
     numbers: defaultdict[str, Iterator[int]] = defaultdict(count)
-    return [(next(numbers[item.path.name]), item) for item in items]
+    return [(next(numbers[table(item)]), item) for item in items]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     every = config.getoption("--every")
-    items[:] = [item for number, item in numbered(items) if number % every == 0]
-    tables = {name: [item for item in items if name in (item.path.name, _function(item))] for name in THINNED}
-    for name, table in tables.items():
-        for number, item in enumerate(table):
-            if number % THINNED[name]:
+    items[:] = [item for number, item in numbered(items, _file) if number % every == 0]
+    for table in (_file, _function):
+        for number, item in numbered(items, table):
+            if number % THINNED.get(table(item), 1):
                 item.add_marker(pytest.mark.slow)
-
-
-def _function(item: pytest.Item) -> str:
-    return f"{item.path.name}::{getattr(item, 'originalname', item.name)}"
 
 
 @pytest.fixture(autouse=True)

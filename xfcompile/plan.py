@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -207,12 +208,19 @@ def shape_class(site: AttentionSite, words: Told | None, bias_grad: bool) -> str
     few = _few_queries(site)
     if words is not None and words.plain:
         return "plain, few queries" if few else "plain"
-    if bias_grad and sympy.sympify(site.keys).is_Integer and site.keys <= BIAS_KEYS and words is not None:
+    if bias_grad and _at_most(site.keys, BIAS_KEYS) and words is not None:
         return "learned bias, few keys"
     if few:
         return "few queries"
-    few_keys = sympy.sympify(site.keys).is_Integer and site.keys <= FEW_KEYS
-    return "own mask, few keys" if few_keys and site.call is not None and _is_given(words) else "other"
+    if _at_most(site.keys, FEW_KEYS) and site.call is not None and _is_given(words):
+        return "own mask, few keys"
+    return "other"
+
+
+def _at_most(keys: Any, most: int) -> bool:
+    """As far as sizes are known."""
+    n = sympy.sympify(keys)
+    return bool(n.is_Integer and n <= most)
 
 
 def _is_given(words: Told | None) -> bool:
@@ -251,8 +259,7 @@ def _why_no_sdpa(site: AttentionSite, words: Told | str, device: str, bias_grad:
         return "the weights of rows that may see no key are dropped out too"
     if bias_grad and device == "cpu":
         return "a term of the score needs a gradient, which SDPA on CPUs has only unfused"
-    keys = sympy.sympify(site.keys)
-    if bias_grad and site.call is None and not (keys.is_Integer and keys <= BIAS_KEYS):
+    if bias_grad and site.call is None and not _at_most(site.keys, BIAS_KEYS):
         return f"a term of the score needs a gradient, for which SDPA is slower beyond {BIAS_KEYS} keys"
     if device == "cuda" and site.call is None and site.root.dtype in HALF and _is_wide(words.rest, site):
         name = str(site.root.dtype).removeprefix("torch.")
