@@ -40,6 +40,24 @@ def test_sdpa_takes_short_biases_that_need_a_gradient() -> None:
     assert objection(256) is None
 
 
+def windows(dtype: torch.dtype = torch.bfloat16, keys: int = 144, dim: int = 32, value_dim: int = 32) -> Any:
+    site = SimpleNamespace(queries=sympy.Integer(keys), keys=sympy.Integer(keys), head_dim=dim, value_dim=value_dim)
+    return SimpleNamespace(**vars(site), root=SimpleNamespace(dtype=dtype), call=object())
+
+
+def test_windows_with_learned_biases_are_a_class_of_their_own() -> None:
+    bias = plan.Told(sympy.S.One, Load(0, H, I, J), False, sympy.true)
+    assert plan.shape_class(windows(), bias, True) == "learned bias, windows"
+    assert plan.shape_class(windows(), bias, False) == "other"  # at inference
+    for site in (windows(dim=64, value_dim=64), windows(value_dim=16), windows(torch.float32)):
+        assert plan.shape_class(site, bias, True) == "learned bias, few keys"
+    assert plan.shape_class(windows(keys=272), bias, True) == "other"
+    kinds = {kind: fact.value for (kind, name), fact in plan.ROUTES.items() if name == "learned bias, windows"}
+    assert kinds == {"sm_90": ("triton", "sdpa"), "cpu": ("sdpa",)} | dict.fromkeys(
+        ("sm_80", "sm_100", "gfx942"), ("sdpa", "triton")
+    )
+
+
 def test_sdpa_may_refuse_what_it_does_not_compute_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda, "math_sdp_enabled", lambda: False)
     assert "switched off" in (objection(144) or "")

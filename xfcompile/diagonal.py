@@ -65,9 +65,6 @@ def _moved(load: Load) -> Index:
     return tuple(sympy.expand(x.xreplace({J: I + DISTANCE})) for x in load.indices)
 
 
-HALF = (torch.float16, torch.bfloat16)
-
-
 class _Diagonal:
     """Plans how elements at (b, h, distance) are computed."""
 
@@ -167,12 +164,7 @@ class _Diagonal:
             held = self.emitter.holder(table)
             assert held is not None
             at = [self._tensor(x, torch.int64) if isinstance(x, sympy.Basic) else x() for x in index]
-            example = held.meta.get("example_value")
-            if not isinstance(example, torch.Tensor) or not example.requires_grad or example.dtype not in HALF:
-                return self.emitter.call(torch.ops.aten.index.Tensor, held, at)
-            # Many distances read one row, and its gradients are added up one by one: in fp32, exactly and at once.
-            rows = self.emitter.call(torch.ops.aten.index.Tensor, self.emitter.call("float", held), at)
-            return self.emitter.call("to", rows, table.dtype)
+            return self.emitter.indexed(held, at)
 
         return make
 

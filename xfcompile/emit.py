@@ -21,6 +21,8 @@ from xfcompile.sums import summands
 from xfcompile.unseen import unseen
 from xfcompile.values import Value
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class Emitter:
     """Inserts nodes before `anchor`.
@@ -132,6 +134,14 @@ class Emitter:
         if node is None:
             raise Miss("an operand is changed before the result is computed", value)
         return node
+
+    def indexed(self, table: fx.Node, at: list[Any]) -> fx.Node:
+        """What a tensor holds at indices. Of a learned one in 16 bits many places read one element, whose gradients are
+        added up one by one: in fp32 here, where they lose nothing and hardware adds them at once."""
+        if not is_learned_half(table):
+            return self.call(torch.ops.aten.index.Tensor, table, at)
+        rows = self.call(torch.ops.aten.index.Tensor, self.call("float", table), at)
+        return self.call("to", rows, table.meta["example_value"].dtype)
 
     def seed(self, device: torch.device) -> tuple[fx.Node, int]:
         """The seed of dropout's random numbers, one for a graph, and a stream of them that is this call's own.
@@ -377,6 +387,12 @@ class Emitter:
         if axis == H:
             return site.sizes[-1]
         return sympy.prod(site.sizes[:-1]) if len(site.lead) >= 2 else site.sizes[0]
+
+
+def is_learned_half(node: fx.Node) -> bool:
+    """Whether a node is a tensor of 16 bits that needs a gradient."""
+    example = node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and example.requires_grad and example.dtype in HALF
 
 
 def _is_extremum(expr: sympy.Basic) -> bool:

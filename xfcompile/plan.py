@@ -26,10 +26,13 @@ HALF = (torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 """Where SDPA is put in place of something else; ROCm's devices are called cuda too."""
 
+NARROW = 32
+"""The head dim of windows, for which our kernels' tiles were measured (kernels/attention/tiles.py has it too)."""
+
 BIAS_KEYS = 256
 """More keys than this, and SDPA's backward for a bias that needs a gradient is slower than Inductor's: it makes that of
 every batch, of the size of all scores, before it is added up. Measured on an H200 (examples/results/models_h200.json):
-with 144 keys both take as long (Swin), with 1024 SDPA loses (T5)."""
+with 144 keys both take as long (Swin, beside Inductor's), with 1024 SDPA loses (T5)."""
 
 FEW_KEYS = 256
 """Up to this many keys a mask has two tiles a row: looking which of them can be left out saves nothing. In a training
@@ -67,17 +70,26 @@ _CPU = Measured(
     "python -m xfcompile bench attention", "2026-11-24", "2 CPU threads, torch 2.13", "examples/results/cpu.json"
 )
 
-CLASSES = ("plain", "plain, few queries", "learned bias, few keys", "own mask, few keys", "few queries", "other")
+_WINDOWS = Measured(
+    "examples/bench_few_keys.py", "2026-11-29", "H200, torch 2.11, triton 3.6", "examples/results/few_keys_h200.json"
+)
+
+CLASSES = (
+    "plain", "plain, few queries", "learned bias, few keys", "learned bias, windows", "own mask, few keys",
+    "few queries", "other",
+)  # fmt: skip
 """plain: SDPA is told all without a mask tensor. learned bias: a term of the score needs a gradient, and one for each
 score; of T5's, which has one for each distance, SDPA computes the mathematics in fp32, for as its table lies in memory
-no fused kernel takes it (8 x 12 x 256 x 256, examples/results/t5_profile_h200.json). own mask: the program calls SDPA
-with a mask of which nothing is known; of so few keys SDPA's kernels take no longer than ours, which Python launches one
-by one (Whisper's decoder). few queries: fewer than `FEW_QUERIES`, of what may be many keys."""
+no fused kernel takes it (8 x 12 x 256 x 256, examples/results/t5_profile_h200.json). windows: the same of few keys, and
+heads for which the kernels have tiles of their own (`tiles.few_keys`). own mask: the program calls SDPA with a mask of
+which nothing is known; of so few keys SDPA's kernels take no longer than ours, which Python launches one by one
+(Whisper's decoder). few queries: fewer than `FEW_QUERIES`, of what may be many keys."""
 
 _GPU: dict[str, Fact[tuple[str, ...]]] = {
     "plain": Fact(("sdpa", "triton"), _PROGRAMS),
     "plain, few queries": Fact(("sdpa", "triton"), _DECODING),
     "learned bias, few keys": Fact(("sdpa", "triton"), _MODELS),
+    "learned bias, windows": Fact(("triton", "sdpa"), _WINDOWS),
     "own mask, few keys": Fact(("sdpa", "triton"), _PROFILES),
     "few queries": Fact(("triton", "sdpa"), _DECODING),
     "other": Fact(("triton", "sdpa"), _PROGRAMS),
@@ -86,6 +98,7 @@ _GPU: dict[str, Fact[tuple[str, ...]]] = {
 ROUTES: dict[tuple[str, str], Fact[tuple[str, ...]]] = {
     **{(SM_90, name): fact for name, fact in _GPU.items()},
     **{(kind, name): Fact(fact.value) for kind in (SM_80, SM_100, GFX942) for name, fact in _GPU.items()},
+    **{(kind, "learned bias, windows"): Fact(("sdpa", "triton")) for kind in (SM_80, SM_100, GFX942)},
     **{(CPU, name): Fact(("sdpa",), _CPU) for name in CLASSES},
 }
 """By hardware and class of sites: the routes in the order in which they are taken, the first that can be. Where none
@@ -193,7 +206,7 @@ def choose(
     reason = None
     if name == "triton" and _few_queries(site):
         reason = "few queries: their keys are split over the GPU"
-    elif name == "sdpa" and kind == "learned bias, few keys":
+    elif name == "sdpa" and kind.startswith("learned bias"):
         reason = f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
     elif name == "sdpa" and kind == "own mask, few keys":
         reason = f"nothing is known of its mask, and there are no more than {FEW_KEYS} keys"
@@ -209,7 +222,8 @@ def shape_class(site: AttentionSite, words: Told | None, bias_grad: bool) -> str
     if words is not None and words.plain:
         return "plain, few queries" if few else "plain"
     if bias_grad and _at_most(site.keys, BIAS_KEYS) and words is not None:
-        return "learned bias, few keys"
+        windows = site.head_dim == site.value_dim == NARROW and site.root.dtype in HALF
+        return "learned bias, windows" if windows else "learned bias, few keys"
     if few:
         return "few queries"
     if _at_most(site.keys, FEW_KEYS) and site.call is not None and _is_given(words):

@@ -21,6 +21,7 @@ from xfcompile.kernels.attention.tiles import (
     choose_backward,
     columns,
     device_generation,
+    few_keys,
     smaller,
 )
 
@@ -182,10 +183,12 @@ class Call:
             wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
             launch_with(wanted)
             return wanted
-        kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs)
+        few = few_keys(self.dq, self.dv, self.lk)
+        kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs, few)
 
         def find() -> Tiles:
             kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)
+            traits = [few, *traits] if few is not None else traits
             first = choose_backward(_source(name), kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))

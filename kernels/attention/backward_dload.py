@@ -5,8 +5,10 @@ from __future__ import annotations
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_text import (
     DENSE_PLACE,
+    DENSE_RANGE,
     DENSE_STORE,
     DIAGONAL_PLACE,
+    DIAGONAL_RANGE,
     DIAGONAL_STORE,
     LOAD_KERNEL,
     SCORES,
@@ -14,6 +16,12 @@ from xfcompile.kernels.attention.backward_text import (
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, indented
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.score import B, H
+
+WHAT = {
+    True: "of a tile of scores, or of a part of its batches and heads",
+    False: "of the tiles along one diagonal, whose scores are as far apart",
+}
+"""Of which scores a program adds gradients up, by whether they are a dense load's."""
 
 
 def dload(w: Writer, n: int, x: LoadGradient) -> str:
@@ -37,20 +45,27 @@ def dload(w: Writer, n: int, x: LoadGradient) -> str:
     tensors = ["q_ptr", "k_ptr", "v_ptr", "dout_ptr", "pair_ptr", "inverse_ptr", "dload_ptr"]
     axes = [("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("g", "bhmd")]
     if dense:
-        axes.append(("l", "bhmn"))
+        axes.append(("l", "pbhmn"))
+    numbers = ["batch", "parts"] if dense else ["batch"]
     place = DENSE_PLACE.format(skip=indented(skip)) if dense else DIAGONAL_PLACE
     return LOAD_KERNEL.format(
         options=w.options(lists=False),
         signature=w.signature(
-            f"attention_backward_load{n}", tensors, axes, [*CONSTANTS, *w.flags], numbers=["batch"], lists=False
+            f"attention_backward_load{n}",
+            tensors,
+            axes,
+            [*CONSTANTS, *w.flags],
+            numbers=numbers,
+            lists=False,
         ),
         load=x.load,
-        what="of a tile of scores" if dense else "of the tiles along one diagonal, whose scores are as far apart",
+        what=WHAT[dense],
         batches="batch" if B in x.axes else "1",
         own_heads="heads" if H in x.axes else "1",
         batch="own_b" if B in x.axes else "n // steps // (heads // own_heads)",
         head="own_h" if H in x.axes else "n // steps % heads",
         place=place.rstrip("\n"),
+        range=DENSE_RANGE if dense else DIAGONAL_RANGE,
         rows=indented([*w.row_lines, *(template.RANDOM if w.random else [])], 2),
         columns=indented(w.column_lines, 2),
         body=indented(body, 2),

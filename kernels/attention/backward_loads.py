@@ -16,6 +16,7 @@ from xfcompile.kernels.attention.blocks import DISTANCE, along_diagonal
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.repeat import Blank, Launch
 from xfcompile.kernels.attention.tiles import Tiles
+from xfcompile.measured import multiprocessors
 from xfcompile.score import POSITION, B, H, Load
 
 
@@ -49,34 +50,63 @@ def launch_load(call: Call, n: int, dense: Tensor | None = None, own: tuple[int,
     free = [*call.scalars, *call.random[1:]]
     ready = call.layout.launches.get(name)
     if ready is not None:
-        total = call.layout.totals[name]() if dense is None else dense
+        blank = call.layout.totals.get(name)
+        total = dense if blank is None else blank()
+        assert total is not None
         ready([*before, total, *after], free)
-        return total
+        return _whole(total, dense)
 
-    numbers = [stride for x in (call.q, call.k, call.v, call.dout) for stride in x.stride()]
-    numbers += () if dense is None else dense.stride()
-    numbers += [call.batch, call.heads, call.heads // call.kv_heads, call.lq, call.lk]
+    strides = [stride for x in (call.q, call.k, call.v, call.dout) for stride in x.stride()]
+    numbers = [call.heads, call.heads // call.kv_heads, call.lq, call.lk]
     numbers += [stride for x in call.operands for stride in x.stride()]
     made: dict[Tiles, tuple[Launch, Tensor]] = {}
 
     def launch_with(sizes: Tiles) -> Any:
         rows, tiles = -(-call.lq // sizes.block_m), -(-call.lk // sizes.block_n)
-        blocks, total = rows * tiles, dense
-        if total is None:
+        if dense is not None:
+            programs = dense.shape[0] * dense.shape[1] * rows * tiles
+            parts = _parts(call, programs, call.batch // dense.shape[0] * (call.heads // dense.shape[1]))
+            total = dense[None] if parts == 1 else Blank((parts, *dense.shape), torch.float32, call.q.device)()
+            programs, places = programs * parts, [*total.stride(), call.batch, parts]
+        else:
             if sizes.block_m != sizes.block_n:  # as if it did not fit: the next one may be square
                 raise OutOfResources(sizes.block_m, sizes.block_n, "square tiles")
             blocks = rows + tiles - 1
             total = Blank((*own, blocks, sizes.block_m, sizes.block_n), torch.float32, call.q.device)()
+            programs, places = own[0] * own[1] * blocks, [call.batch]
         tensors = [*before, total, *after]
-        programs = total.shape[0] * total.shape[1] * blocks
-        one = call.made(name, programs, numbers, call.constants(sizes), sizes, tensors)
+        one = call.made(name, programs, [*strides, *places, *numbers], call.constants(sizes), sizes, tensors)
         made[sizes] = one, total
         return one(tensors, free)
 
     chosen, total = made[call.tiles(name, launch_with)]
-    call.layout.totals[name] = Blank.like(total)
+    if dense is None or total.shape[0] > 1:
+        call.layout.totals[name] = Blank.like(total)
     call.layout.launches[name] = chosen
-    return total
+    return _whole(total, dense)
+
+
+PROGRAMS = 6
+"""Of the kernel of a dense load, on a multiprocessor: where there are fewer tiles, what shares one is divided."""
+
+MULTIPROCESSORS = 2
+"""In the interpreter."""
+
+
+def _parts(call: Call, programs: int, shared: int) -> int:
+    """Into how many parts `shared` batches and heads, which have one gradient together, are divided."""
+    device = call.q.device
+    wanted = PROGRAMS * (MULTIPROCESSORS if device.type == "cpu" else multiprocessors(device.index))
+    return max(1, min(shared, -(-wanted // max(programs, 1))))
+
+
+def _whole(total: Tensor, dense: Tensor | None) -> Tensor:
+    """What a kernel wrote, with the parts of a dense gradient added up: always in one order."""
+    if dense is None:
+        return total
+    if total.ndim > dense.ndim and total.shape[0] > 1:
+        dense.copy_(total.sum(0))
+    return dense
 
 
 FOLD = "fold"

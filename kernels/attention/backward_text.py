@@ -182,7 +182,7 @@ LOAD_KERNEL = '''\
     batches, own_heads = {batches}, {own_heads}
 {place}
     total = tl.full([BLOCK_M, BLOCK_N], 0.0, tl.float32)
-    for n in tl.range(0, steps * (batch // batches) * (heads // own_heads)):
+{range}
         b = {batch}
         h = {head}
         first = (first_row + n % steps) * BLOCK_M
@@ -217,6 +217,9 @@ LOAD_KERNEL = '''\
 '''
 
 DENSE_PLACE = """\
+    each = rows * tiles * own_heads * batches
+    part = pid // each
+    pid = pid % each
     first_tile = pid % tiles
     first_row = pid // tiles % rows
     own_h = pid // tiles // rows % own_heads
@@ -224,9 +227,15 @@ DENSE_PLACE = """\
     steps = 1
 {skip}"""
 
+DENSE_RANGE = """\
+    count = steps * (batch // batches) * (heads // own_heads)
+    share = (count + parts - 1) // parts
+    for n in tl.range(part * share, tl.minimum((part + 1) * share, count)):"""
+
 DENSE_STORE = """\
     offs_m = first_row * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     offs_n = first_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    dload_ptr += tl.cast(part, tl.int64) * stride_lp
     dload_ptr += tl.cast(own_b, tl.int64) * stride_lb + tl.cast(own_h, tl.int64) * stride_lh
     places = offs_m.to(tl.int64) * stride_lm + offs_n.to(tl.int64) * stride_ln
     tl.store(dload_ptr + places, total.to(dload_ptr.dtype.element_ty), mask=(offs_m < lq) & (offs_n < lk))"""
@@ -239,6 +248,8 @@ DIAGONAL_PLACE = """\
     first_row = tl.maximum(rows - 1 - diagonal, 0)
     first_tile = tl.maximum(diagonal - (rows - 1), 0)
     steps = tl.minimum(rows - first_row, tiles - first_tile)"""
+
+DIAGONAL_RANGE = "    for n in tl.range(0, steps * (batch // batches) * (heads // own_heads)):"
 
 DIAGONAL_STORE = """\
     dload_ptr += tl.cast(pid, tl.int64) * (BLOCK_M * BLOCK_N)

@@ -317,7 +317,7 @@ def _filled(text: str, parts: Mapping[str, str]) -> str:
 
 def _place(spec: ScoreSpec, names: template.Names) -> str:
     lines = ["b = work // blocks // heads", "h = work // blocks % heads"]
-    if template._batches_share(spec):
+    if template.batches_share(spec):
         # All batches load the same tile of the bias: one after the other.
         batch = "batch = total // (blocks * heads)"
         lines = [batch, "b = work % batch", "work = work // batch", "h = work // blocks"]

@@ -18,6 +18,7 @@ from xfcompile.kernels.attention.tiles import (
     alternatives,
     choose,
     device_generation,
+    few_keys,
     padded,
     smaller,
 )
@@ -78,7 +79,7 @@ class Blocks:
                 chosen = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
             launch(chosen)
         else:
-            chosen = _fitting(self.prepared, q, self.dv, launch, self.listed)
+            chosen = _fitting(self.prepared, q, k.shape[2], self.dv, launch, self.listed)
         self.launch = self.launches[chosen]
 
     def _launch(self, sizes: Tiles) -> Launch:
@@ -99,14 +100,15 @@ class Blocks:
 
 
 def _fitting(
-    prepared: Program, q: Tensor, dv: int, launch: Callable[[Tiles], Any], listed: tuple[int, int] | None
+    prepared: Program, q: Tensor, lk: int, dv: int, launch: Callable[[Tiles], Any], listed: tuple[int, int] | None
 ) -> Tiles:
     """Launches with the tiles that this kernel was found to fit in, and returns them; at first, by launching.
 
     listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
-    kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed)
-    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2])
+    few = few_keys(q.shape[3], dv, lk)
+    kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
+    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], lk)
     if listed is not None:
         first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
 

@@ -65,6 +65,17 @@ TABLE: dict[tuple[str, int, int], Fact[Tiles]] = {
     (AMD, 32, 256): Fact(Tiles(32, 16, 4, 1)),
 }
 
+_WINDOWS = Measured(
+    "examples/bench_few_keys.py", "2026-11-29", "H200, torch 2.11, triton 3.6", "examples/results/few_keys_h200.json"
+)
+
+# Heads of 32 columns in windows: by hardware, bits, and what `few_keys` says. Tiles so small that each of the one or
+# two warps of a program has its own rows leave room for many programs; larger ones wait.
+WINDOWS: dict[tuple[str, int, str], Fact[Tiles]] = {
+    (HOPPER, 16, "few keys, even"): Fact(Tiles(32, 16, 2, 3), _WINDOWS),
+    (HOPPER, 16, "few keys"): Fact(Tiles(16, 32, 1, 2), _WINDOWS),
+}
+
 # Spilled registers a thread up to which the loop is as fast as without: a few are spilled outside of it.
 FEW_SPILLS = 16
 
@@ -79,24 +90,45 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
+NARROW = 32
+"""Columns of heads in windows (Swin's)."""
+
+FEW_KEYS = 256
+"""Up to this many, a row has so few tiles that what counts is how many programs a multiprocessor has room for."""
+
+FewKeys = Literal["few keys", "few keys, even"]
+"""even: in tiles of 16 there is no ragged one."""
+
+
+def few_keys(dq: int, dv: int, lk: int) -> FewKeys | None:
+    """What is said of windows, None of others."""
+    if not (dq == dv == NARROW and 0 < lk <= FEW_KEYS):
+        return None
+    return "few keys" if lk % 16 else "few keys, even"
+
+
 def columns(dq: int, dv: int, *, interpreted: bool = False) -> tuple[int, int]:
     """The columns of a tile of q and k, and of one of v.
 
     On GPUs no fewer than 64, and for v no fewer than for k up to 128: with narrower values (D 40 against 24, 64 against
     16 or 32, 128 against 32) whose rows do not start at multiples of 16 bytes, triton 3.6 compiled kernels for sm_90
     that gave wrong numbers or read outside of their memory, with one stage as with three; all wider pairs were right
-    (tests/gpu/test_attention_gpu.py, test_head_dims).
+    (tests/gpu/test_attention_gpu.py, test_head_dims), and so were 32 of each, which windows have.
     """
     if interpreted:
         return padded(dq), padded(dv)
+    if dq == dv == NARROW:
+        return NARROW, NARROW
     wide = max(64, padded(dq))
     return wide, max(64, padded(dv), min(wide, 128))
 
 
-def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int) -> Tiles:
-    """The first tiles to try."""
+def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int, lk: int | None = None) -> Tiles:
+    """The first tiles to try. lk: None for as many keys as may be."""
     bits = 8 * dtype.itemsize
-    tiles = TABLE[kind, bits, max(64, padded(max(dq, dv)))].value
+    few = None if lk is None else few_keys(dq, dv, lk)
+    fact = WINDOWS.get((kind, bits, few)) if few is not None else None
+    tiles = (fact or TABLE[kind, bits, max(64, padded(max(dq, dv)))]).value
     # Rows that do not exist are computed all the same: short queries get short tiles.
     rows = min(tiles.block_m, padded(lq))
     return replace(tiles, block_m=rows, num_warps=4 if rows < tiles.block_m else tiles.num_warps)
@@ -110,11 +142,11 @@ _MORE = Measured(
     "examples/results/backward_more_h200.json",
 )  # fmt: skip
 
-Trait = Literal["window", "listed", "dense", "diagonal", "linear", "other"]
-"""What tiles of a backward are chosen by. window: a row sees a window of keys, of which small tiles waste least.
-listed: it sees tiles of a list, of 64 or less. dense: what is added has a value of its own for each score, or a place
-that it is read from, which take registers; diagonal: it goes by distance, so that what one diagonal of tiles has is
-summed (of kernels of loads). linear: the score's derivative by q·k is one number. other: it is not."""
+Trait = Literal["few keys", "few keys, even", "window", "listed", "dense", "diagonal", "linear", "other"]
+"""What tiles of a backward are chosen by. few keys: see `few_keys`. window: a row sees a window of keys, of which small
+tiles waste least. listed: it sees tiles of a list, of 64 or less. dense: what is added has a value of its own for each
+score, or a place that it is read from, which take registers; diagonal: it goes by distance, so that what one diagonal
+of tiles has is summed (of kernels of loads). linear: the score's derivative by q·k is one number. other: it is not."""
 
 Place = tuple[str, str, int, int, Trait]
 """(kernel, hardware, bits of an element, head dim padded to a power of two, trait)."""
@@ -140,6 +172,14 @@ BACKWARD: dict[Place, Fact[Tiles]] = {
     **_hopper(_MORE, "load", 128, dense=Tiles(64, 128, 8, 2), diagonal=Tiles(64, 64, 4, 2)),
     **_hopper(None, "load", 256, dense=Tiles(64, 64, 8, 1), diagonal=Tiles(64, 64, 8, 1)),
 }
+BACKWARD |= {
+    ("dq", HOPPER, 16, NARROW, "few keys, even"): Fact(Tiles(32, 16, 2, 3), _WINDOWS),
+    ("dkdv", HOPPER, 16, NARROW, "few keys, even"): Fact(Tiles(16, 16, 1, 2), _WINDOWS),
+    ("load", HOPPER, 16, NARROW, "few keys, even"): Fact(Tiles(16, 32, 1, 2), _WINDOWS),
+    ("dq", HOPPER, 16, NARROW, "few keys"): Fact(Tiles(64, 32, 4, 1), _WINDOWS),
+    ("dkdv", HOPPER, 16, NARROW, "few keys"): Fact(Tiles(16, 32, 1, 2), _WINDOWS),
+    ("load", HOPPER, 16, NARROW, "few keys"): Fact(Tiles(64, 64, 4, 2), _WINDOWS),
+}
 # Blackwell's are Hopper's.
 BACKWARD |= {(name, BLACKWELL, *rest): Fact(fact.value) for (name, _, *rest), fact in BACKWARD.items()}  # type: ignore
 
@@ -151,7 +191,8 @@ def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, 
     wide = max(64, padded(max(dq, dv)))
     name = "load" if name.startswith("load") else name
     for trait in traits:
-        found = BACKWARD.get((name, kind, 8 * dtype.itemsize, wide, trait))
+        dim = NARROW if trait.startswith("few keys") else wide
+        found = BACKWARD.get((name, kind, 8 * dtype.itemsize, dim, trait))
         if found is not None:
             return found.value
     # Elsewhere nothing is measured: tiles that spill few registers (examples/cross_compile.py).

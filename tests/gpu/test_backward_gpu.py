@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from attention_cases import CAUSAL, Case, Inputs, Sizes, error, inputs, named
-from backward_cases import DIFFERENTIABLE, check, distances
+from attention_cases import check as check_forward
+from backward_cases import BIAS, BOTH, DIFFERENTIABLE, check, distances
 from torch import Tensor
 
 from xfcompile.kernels.attention import lists_sizes, prepare, reference
@@ -101,3 +102,13 @@ def test_dropout(name: str, dtype: torch.dtype) -> None:
     sizes = [*right[:3], step(definition, dout.abs(), torch.float64, torch.float64)[3]]
     for a, b, exact, size in zip(ours, eager, right, sizes, strict=True):
         assert error(a, exact) <= 2 * error(b, exact) + 4 * torch.finfo(dtype).eps * size.abs().max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [16, 49, 64, 144, 197, 256])
+@pytest.mark.parametrize("case", [BIAS, BOTH], ids=lambda case: case.name)
+def test_windows(case: Case, keys: int, dtype: torch.dtype) -> None:
+    """Heads of 32 columns: tiles and columns of their own, and sums over batches in parts."""
+    x = inputs(case, dtype, "transposed", Sizes(64, 4, 4, keys, keys, 32, 32))
+    check_forward(case, on_gpu(x))
+    check(case, on_gpu(x))

@@ -43,6 +43,22 @@ CAPPED = [
 """Scores each of which has a slope of its own, beside those of `CASES`."""
 
 
+WINDOWS = Sizes(batch=5, heads=3, kv_heads=3, lq=35, lk=35, dq=8, dv=8)
+BIAS = Case(
+    "biases of windows",
+    ScoreSpec(SCALE + Load(0, 0, H, I, J), operands=(Operand(FLOAT, 4),)),
+    lambda z: [normal(1, z.heads, z.lq, z.lk)],
+    sizes=WINDOWS,
+)
+BOTH = Case(
+    "biases and masks of windows",
+    ScoreSpec(SCALE + Load(0, 0, H, I, J) + Load(1, B, 0, I, J), operands=(Operand(FLOAT, 4), Operand(FLOAT, 4))),
+    lambda z: [normal(1, z.heads, z.lq, z.lk), -100.0 * (normal(z.batch, 1, z.lq, z.lk) > 1)],
+    sizes=WINDOWS,
+)
+"""Many batches and few keys: what all batches add, and masks of each."""
+
+
 def distances(
     axes: Sequence[sympy.Expr],
     z: Sizes,

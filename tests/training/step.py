@@ -30,9 +30,9 @@ def numbers(*shape: int, seed: int = 0, grad: bool = True) -> Tensor:
     return made.requires_grad_(grad)
 
 
-def qkv(batch: int = 2, heads: int = 2, lq: int = 19, lk: int = 23, dim: int = 16) -> list[Tensor]:
+def qkv(batch: int = 2, heads: int = 2, lq: int = 19, lk: int = 23, dim: int = 16, draw: int = 0) -> list[Tensor]:
     """q, k, v, which need gradients: no size a multiple of a tile's, queries and keys not of one length."""
-    return [numbers(batch, heads, n, dim, seed=s) for s, n in enumerate((lq, lk, lk))]
+    return [numbers(batch, heads, n, dim, seed=s) for s, n in enumerate((lq, lk, lk), 3 * draw)]
 
 
 def compiled(program: Program, route: str, report: xfcompile.Report, **how: Any) -> Program:

@@ -98,8 +98,28 @@ def test_the_tiles_that_were_measured_are_those_that_are_taken() -> None:
         ("dkdv", 128, ["other"], Tiles(64, 64, 4, 2)),
         ("dkdv", 128, ["listed", "other"], Tiles(32, 64, 4, 3)),
         ("load0", 128, ["dense"], Tiles(64, 128, 8, 2)),
+        ("dq", 32, ["few keys, even", "dense", "linear"], Tiles(32, 16, 2, 3)),
+        ("dq", 32, ["few keys", "dense", "linear"], Tiles(64, 32, 4, 1)),
+        ("dq", 32, ["dense", "linear"], Tiles(64, 32, 4, 3)),
+        ("load1", 32, ["few keys, even", "dense"], Tiles(16, 32, 1, 2)),
     ):
         assert tiles.choose_backward(name, "sm_90", half, dim, dim, traits) == expected, (name, dim, traits)
+
+
+def test_windows_have_tiles_of_their_own() -> None:
+    half = torch.bfloat16
+    assert tiles.choose("sm_90", half, 32, 32, 144, 144) == Tiles(32, 16, 2, 3)
+    assert tiles.choose("sm_90", half, 32, 32, 49, 49) == Tiles(16, 32, 1, 2)
+    usual = tiles.choose("sm_90", half, 64, 64, 144)
+    for kind, dtype, dq, dv, lk in (
+        ("sm_90", half, 32, 32, 257), ("sm_90", half, 32, 32, None), ("sm_90", half, 32, 16, 144),
+        ("sm_90", half, 64, 64, 144), ("sm_90", half, 24, 24, 144),
+    ):  # fmt: skip
+        assert tiles.choose(kind, dtype, dq, dv, 144, lk) == usual, (kind, dtype, dq, dv, lk)
+    for kind, dtype in (("sm_90", torch.float32), ("sm_80", half), ("gfx942", half)):  # not measured there
+        assert tiles.choose(kind, dtype, 32, 32, 144, 144) == tiles.choose(kind, dtype, 32, 32, 144)
+    assert tiles.columns(32, 32) == (32, 32)
+    assert tiles.columns(32, 16) == tiles.columns(24, 24) == (64, 64)
 
 
 def test_classes_of_hardware() -> None:
