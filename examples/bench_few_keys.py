@@ -226,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the numbers, versions and hardware there")
     parser.add_argument("--processes", type=int, default=1, help="that compile at once")
+    parser.add_argument("--usual", action="store_true", help="only with the tiles that are taken without being told")
     parser.add_argument("--try", dest="tiny", action="store_true", help="tiny sizes, interpreted, on a CPU")
     parser.add_argument("--part", type=int, nargs=2, metavar=("N", "OF"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -247,7 +248,7 @@ def main() -> None:
         prepared(shape, trial, device)
         if device == "cuda" and not options.part:
             rows.append({**named(shape), "kernel": "SDPA", **sdpa(shape)})
-        for number in (DEFAULT, *NUMBERS):
+        for number in (DEFAULT,) if options.usual else (DEFAULT, *NUMBERS):
             if options.part and number % options.part[1] != options.part[0]:
                 continue
             trial.number = number
