@@ -203,16 +203,23 @@ def choose(
     name = next((name for name in order if why_not[name] is None), "inductor")
     if name == "inductor":
         return Route("inductor", sdpa if device == "cpu" else why_not["triton"] or sdpa), None
-    reason = None
+    reason: str | None = None
     if name == "triton" and _few_queries(site):
         reason = "few queries: their keys are split over the GPU"
-    elif name == "sdpa" and kind.startswith("learned bias"):
-        reason = f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
-    elif name == "sdpa" and kind == "own mask, few keys":
-        reason = f"nothing is known of its mask, and there are no more than {FEW_KEYS} keys"
-    elif name == "sdpa" and name != order[0]:
+    elif name == order[0]:
+        reason = _REASONS.get((name, kind))
+    elif name == "sdpa":
         reason = why_not[order[0]]
     return Route(name, reason), sayable
+
+
+_LEARNED = f"a term of the score needs a gradient, and there are no more than {BIAS_KEYS} keys"
+_REASONS: dict[tuple[str, str], str] = {
+    ("sdpa", "learned bias, few keys"): _LEARNED,
+    ("sdpa", "learned bias, windows"): _LEARNED,
+    ("sdpa", "own mask, few keys"): f"nothing is known of its mask, and there are no more than {FEW_KEYS} keys",
+}
+"""Why a route is taken that is not the one that one would expect, by itself and the class of a site."""
 
 
 def shape_class(site: AttentionSite, words: Told | None, bias_grad: bool) -> str:

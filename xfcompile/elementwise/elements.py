@@ -14,7 +14,7 @@ from xfcompile.elementwise.digits import narrows
 from xfcompile.elementwise.positions import Index, broadcast
 from xfcompile.indexing import Ranges, extreme
 from xfcompile.order import Order
-from xfcompile.score import Load, S
+from xfcompile.score import I, J, Load, S
 from xfcompile.site import Miss
 from xfcompile.values import Value, depends
 
@@ -188,9 +188,19 @@ class Elements:
             return True
         if value.op in ("mul", "div") and isinstance(result.as_coeff_Mul()[1], Load):
             return True  # costs nothing, and baddbmm's beta leaves no tensor to load
+        if value.op in _VIEWS and isinstance(result, Load) and self._repeats(value, result):
+            return True
         # Fewer bytes: every load spans fewer of the axes than the value itself does.
         symbols = set().union(*(x.free_symbols for x in index)) if index else set()
         return all(load.free_symbols < symbols for load in loads) and len(loads) <= 4
+
+    def _repeats(self, value: Value, load: Load) -> bool:
+        """Whether a view holds each element of what is loaded several times (the masks of windows, for each image), at
+        places that are the same for all queries and keys of a batch and head."""
+        if any(x.has(I, J) and x not in (I, J) for x in load.indices):
+            return False
+        times = sympy.Mul(*value.shape) / sympy.Mul(*self.loads[load.operand].shape)
+        return bool(times.is_integer) and times not in (0, 1)
 
     def arg(self, x: Any, index: Index, shape: tuple[Any, ...]) -> Any:
         """The element of an operand of a broadcasting operation; numbers are themselves."""
