@@ -112,7 +112,7 @@ class _Diagonal:
             return self.plan(*step)
         if value.op == "full":
             return lambda: self._number(value["fill"], value.dtype)
-        if value.op in _POINTWISE:
+        if value.op in POINTWISE:
             return self._pointwise(value, index)
         if value.op == "embedding":
             rows = self.plan(value["indices"], index[:-1])
@@ -122,7 +122,7 @@ class _Diagonal:
         return self._gather(value, list(index))
 
     def _pointwise(self, value: Value, index: Index) -> Make | None:
-        emit = _POINTWISE[value.op]
+        emit = POINTWISE[value.op]
         parts: dict[str, Any] = {}
         for name, x in value.args.items():
             if isinstance(x, Value):
@@ -204,7 +204,7 @@ def _clamp(emitter: Emitter, value: Value, given: dict[str, Any]) -> fx.Node:
     return emitter.call(torch.clamp, given["self"], given.get("min"), given.get("max"))
 
 
-_POINTWISE: dict[str, Emit] = {
+POINTWISE: dict[str, Emit] = {
     "add": _function(torch.add, "self", "other"), "sub": _function(torch.sub, "self", "other"),
     "mul": _function(torch.mul, "self", "other"), "div": _division,
     "pow": _function(torch.pow, "self", "exponent"), "where": _function(torch.where, "condition", "self", "other"),

@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from xfcompile.diagonal import vector
+from xfcompile.diagonal import POINTWISE, vector
 from xfcompile.emit import Emitter, is_learned_half
 from xfcompile.kernels.printing.extent import guarded_loads
 from xfcompile.magnitude import absorbs, adds_coarse, is_coarse
@@ -155,8 +155,9 @@ def _coalesced(emitter: Emitter, candidate: AttentionCandidate, n: int, loads: l
 
 
 def _of_table(emitter: Emitter, value: Value) -> fx.Node | None:
-    """A bias whose rows are those of a learned table of 16 bits, in another order (Swin's relative positions), read
-    anew by a node that adds the table's gradients up in fp32; None for all others.
+    """A bias whose rows are those of a learned table of 16 bits, in another order (Swin's relative positions), and of
+    each of its numbers something else perhaps (Swin V2's), computed anew from a read of the table that adds its
+    gradients up in fp32; None for all others.
 
     Inductor adds them in the table's dtype, one after the other: 0.38 ms for 144 x 144 places of 529 rows, where all
     that the attention kernels take is 0.37 (H200, examples/results/profiles_h200.json).
@@ -164,10 +165,10 @@ def _of_table(emitter: Emitter, value: Value) -> fx.Node | None:
     key = ("rows of a table", value)
     if key in emitter.shared:
         return emitter.shared[key]
-    moved = []
-    while value.op in ("reshape", "permute"):
-        moved.append(value)
-        value = value["self"]
+    steps = []
+    while value.op in ("reshape", "permute") or _is_of_one(value):
+        steps.append(value)
+        (value,) = value.inputs()
     if value.op == "index":
         table, at = value["self"], list(value["indices"])
     elif value.op == "embedding" and value.args.get("padding_idx", -1) in (None, -1):
@@ -180,10 +181,26 @@ def _of_table(emitter: Emitter, value: Value) -> fx.Node | None:
     if held is None or not is_learned_half(held) or places.count(None) != at.count(None):
         return None
     made = emitter.indexed(held, places)
-    for step in reversed(moved):
+    for step in reversed(steps):
         if step.op == "permute":
             made = emitter.call("permute", made, *step["dims"])
-        else:
+        elif step.op == "reshape":
             made = emitter.call("reshape", made, *(emitter.size(n) for n in step.shape))
+        else:
+            given = {name: made if isinstance(x, Value) else x for name, x in step.args.items()}
+            made = POINTWISE[step.op](emitter, step, given)
     emitter.shared[key] = emitter.call("contiguous", made)
     return emitter.shared[key]
+
+
+_NUMBERS = frozenset(("self", "other", "min", "max", "exponent", "dtype"))
+"""What `POINTWISE` is given of operations on one tensor."""
+
+
+def _is_of_one(value: Value) -> bool:
+    """Whether each number of a value is computed of one of another value of its shape, and of constants."""
+    if value.op not in POINTWISE or not value.args.keys() <= _NUMBERS | {"alpha"} or value.args.get("alpha", 1) != 1:
+        return False
+    sources = list(value.inputs())
+    constants = all(isinstance(x, (Value, int, float, torch.dtype)) or x is None for x in value.args.values())
+    return constants and len(sources) == 1 and sources[0].shape == value.shape
