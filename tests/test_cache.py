@@ -240,6 +240,7 @@ for family in test_cache.FAMILIES:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_begin_with_an_empty_folder_at_once(folder: Path) -> None:
     import time
 

@@ -117,6 +117,7 @@ def is_new(found: dict[str, Any]) -> bool:
 # -- options --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_option_is_another_entry(tmp_path: Path) -> None:
     (first,) = run(tmp_path, ("attention", False, KERNELS))
     others = ({"routes": {"attention": "sdpa"}}, {**KERNELS, "patterns": []}, KERNELS)

@@ -106,6 +106,7 @@ def test_one_turn_after_the_other() -> None:
     assert order == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_two_processes_measure_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     turns = Turns()
     both = [Apart("breaking", Settings(Place("cpu", torch.float32, "quick"), QUICK), 60.0, turns) for _ in range(2)]

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import xfcompile
 
 STEP = """
@@ -78,6 +80,7 @@ def change(package: Path, what: tuple[str, str, str]) -> None:
     (package / name).write_text(text.replace(before, after))
 
 
+@pytest.mark.slow
 def test_a_changed_backward_is_seen_by_the_next_process(tmp_path: Path) -> None:
     packages, caches = tmp_path / "packages", tmp_path / "caches"
     package = copied(packages)

@@ -350,6 +350,7 @@ def test_max_autotune(route: str) -> None:
     judge(step(program, doubled(inputs)), step(program, inputs), found, torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.slow
 def test_the_mode_max_autotune() -> None:
     """A mode takes the place of options: what runs is what was timed to be the fastest, here and now."""
     with xfcompile.collect() as report:
