@@ -37,8 +37,9 @@ from xfcompile.kernels.attention.tiles import (
     choose_decoding,
     columns,
     decoding_alternatives,
+    few_keys,
 )
-from xfcompile.score import B, I, J, Load, S
+from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
 NAMES = {
@@ -53,6 +54,10 @@ LENGTH = 4096
 """Of the programs that are compiled."""
 LISTED = 64
 """Queries and keys of the tiles that verdicts are compiled for."""
+
+WINDOW, WINDOW_DIM = "window", 32
+"""Of kernels of windows what their names begin with; and the columns of their heads."""
+WINDOW_KEYS = {"windows of 144": 144, "windows of 49": 49}
 
 LENGTHS = sympy.symbols("lq lk", integer=True, positive=True)
 CACHES = {
@@ -83,6 +88,8 @@ def compile_attention(
     if kernel == "tile_verdicts":
         return compile_lists(spec_of(program, kernel, dtype, dim), target), Tiles(LISTED, LISTED, 4, 1)
     kind = kind_of(target)
+    if kernel.startswith(WINDOW):
+        return compile_window(WINDOW_KEYS[program], kernel.removeprefix(f"{WINDOW}_"), dtype, target, kind)
     if kernel in (*BACKWARD, LOAD, *DEAD):
         backward = backward_of(program, kernel, dtype, dim)
         tiles = choose_backward(kernel, kind, dtype, dim, dim, backward.traits(kernel, None))
@@ -100,6 +107,19 @@ def compile_attention(
         if spills <= 4 * FEW_SPILLS and not crowded:
             break
     return compiled, tiles
+
+
+def compile_window(keys: int, kernel: str, dtype: torch.dtype, target: GPUTarget, kind: str) -> tuple[Any, Tiles]:
+    """Of a site with a bias of each head that is learned, and a mask of each window."""
+    dim, half = WINDOW_DIM, Operand(dtype, 4)
+    spec = ScoreSpec(S * dim**-0.5 + Load(0, 0, H, I, J) + Load(1, B, 0, I, J), operands=(half, half))
+    if kernel == "forward":
+        tiles = choose(kind, dtype, dim, dim, keys, keys)
+        return compile_kernel(spec, dtype, dim, target, tiles), tiles
+    backward, few = backward_layout.prepare(prepare(spec), (0,)), few_keys(dim, dim, keys)
+    assert few is not None
+    tiles = choose_backward(kernel, kind, dtype, dim, dim, [few, *backward.traits(kernel, None)])
+    return compile_backward(backward, kernel, dtype, dim, target, tiles), tiles
 
 
 def spec_of(program: str, kernel: str, dtype: torch.dtype, dim: int) -> ScoreSpec:

@@ -16,7 +16,7 @@ import gemm_jobs
 import hopper_attention_jobs
 import torch
 import triton
-from attention_jobs import BACKWARD, CACHES, DEAD, LEAKING, LOAD, NAMES
+from attention_jobs import BACKWARD, CACHES, DEAD, LEAKING, LOAD, NAMES, WINDOW, WINDOW_DIM, WINDOW_KEYS
 from resources import loads, resources
 from rich.console import Console
 from rich.progress import track
@@ -84,6 +84,9 @@ def jobs(all_programs: bool) -> Iterator[Job]:
         for name in ("documents", "causal from a buffer"):
             yield Job(name, torch.bfloat16, 64, target, "tile_verdicts")
         if target == "sm_90":
+            for program in WINDOW_KEYS if all_programs else list(WINDOW_KEYS)[:1]:
+                for kernel in ("forward", *BACKWARD, LOAD):
+                    yield Job(program, torch.bfloat16, WINDOW_DIM, target, f"{WINDOW}_{kernel}")
             for dim in (64, 128):
                 yield Job("causal", torch.bfloat16, dim, target, "hopper")
                 yield Job("key padding", torch.bfloat16, dim, target, "hopper")

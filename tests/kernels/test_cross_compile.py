@@ -90,6 +90,16 @@ def test_the_backward_compiles_for_every_target(results: list[dict[str, Any]]) -
     assert [r for r in found if r["spills"] > 64 and r["target"] not in ("sm_90", "sm_100")] == []
 
 
+def test_windows_leave_room_for_many_programs(results: list[dict[str, Any]]) -> None:
+    """On a multiprocessor: 64 K registers and 227 KB of shared memory; and spill none."""
+    found = {r["kernel"]: r for r in results if r["kernel"].startswith("window_")}
+    assert set(found) == {f"window_{kernel}" for kernel in ("forward", *BACKWARD)}
+    for r in found.values():
+        threads = 32 * r["tiles"]["num_warps"]
+        assert r["spills"] == 0, r
+        assert min(65536 // (r["registers"] * threads), 227 * 1024 // r["shared"]) >= 8, r
+
+
 def test_kernels_of_rows_without_keys_compile(results: list[dict[str, Any]]) -> None:
     found = {(r["target"], r["kernel"]): r["wgmma"] for r in results if r["kernel"].startswith("dead_")}
     assert found == {
