@@ -119,3 +119,27 @@ def test_any_number_of_images(program: Program) -> None:
 def test_what_is_not_stays_as_it_was_made(program: Program) -> None:
     (site,) = run(program, "triton").sites
     assert "Mod" not in site.expression and "//" not in site.expression, site.expression
+
+
+@pytest.mark.parametrize("program", REPEATED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("route", ["triton", "sdpa"])
+def test_what_is_learned_of_each_window_has_its_gradient(program: Program, route: str) -> None:
+    """The sum over all images."""
+    x = [y.requires_grad_() for y in inputs()]
+    x[3] = torch.randn_like(x[3]).requires_grad_()
+    report = xfcompile.Report()
+
+    def backend(gm: fx.GraphModule, example_inputs: list[object]) -> fx.GraphModule:
+        report.extend(xfcompile.rewrite(gm, example_inputs, {"strict": True, "routes": {"attention": route}}))
+        return gm
+
+    def gradients(fn: Program, given: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fn(*given).square().sum(), given)
+
+    ours = gradients(torch.compile(program, backend=backend, fullgraph=True), x)
+    right = gradients(program, [y.detach().double().requires_grad_() for y in x])
+    for a, b, c in zip(ours, gradients(program, x), right, strict=True):
+        error, eager = ((y - c).abs().max() for y in (a, b))
+        assert error <= 2 * eager + 2e-6 * c.abs().max(), (error, eager)
+    (site,) = report.sites
+    assert site.route == (route if route == "triton" else "inductor"), site.reason  # SDPA on CPUs: only unfused
