@@ -144,8 +144,8 @@ def compile_kernel(
     constants: dict[str, object] = {
         "DQ": dim,
         "DV": dim,
-        "BLOCK_DQ": columns(dim, dim)[0],
-        "BLOCK_DV": columns(dim, dim)[1],
+        "BLOCK_DQ": columns(dim, dim, narrow=dim == WINDOW_DIM)[0],
+        "BLOCK_DV": columns(dim, dim, narrow=dim == WINDOW_DIM)[1],
         "PRECISION": "ieee",
         "UPCAST": False,
         "HEADS_FIRST": False,
@@ -189,7 +189,7 @@ def compile_backward(
 ) -> Any:
     """As a launch would."""
     kernel = backward.kernel(name, False)
-    wide_q, wide_v = columns(dim, dim)
+    wide_q, wide_v = columns(dim, dim, narrow=dim == WINDOW_DIM)
     constants: dict[str, object] = {
         "DQ": dim, "DV": dim, "BLOCK_DQ": wide_q, "BLOCK_DV": wide_v, "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n, "PRECISION": "ieee", "UPCAST": False, "EXACT": dtype == torch.float32,

@@ -132,7 +132,7 @@ class Call:
         self.fitting(name, with_tiles, tensors, free)
 
     def constants(self, sizes: Tiles) -> dict[str, Any]:
-        wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted)
+        wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted, narrow=self.layout.narrow)
         return {
             "DQ": self.dq,
             "DV": self.dv,
@@ -183,7 +183,7 @@ class Call:
             wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
             launch_with(wanted)
             return wanted
-        few = few_keys(self.dq, self.dv, self.lk)
+        few = few_keys(self.dq, self.dv, self.lk) if self.layout.narrow else None
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs, few)
 
         def find() -> Tiles:

@@ -20,8 +20,8 @@ from xfcompile.kernels.attention.blocks import DISTANCE, along_diagonal
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
-from xfcompile.kernels.attention.repeat import Blank, Launch
-from xfcompile.kernels.attention.tiles import Tiles, Trait
+from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, has_aligned_rows
+from xfcompile.kernels.attention.tiles import Tiles, Trait, few_keys
 from xfcompile.kernels.registration import Site
 from xfcompile.score import POSITION, B, H
 from xfcompile.site import ScoreSpec
@@ -135,9 +135,10 @@ def layout_of(
     block_m: int,
     block_n: int,
 ) -> Layout:
-    """What is remembered of tensors like these: of all that launches depend on, but where tensors are."""
+    """What is remembered of tensors like these: of all that launches depend on, but for where tensors are, as long as
+    they start at multiples of 16 bytes or do not."""
     key = (
-        needs, block_m, block_n, precision(q.dtype) if q.dtype is torch.float32 else None,
+        needs, block_m, block_n, precision(q.dtype) if q.dtype is torch.float32 else None, aligned(q, k, v, dout),
         *[(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, dout, lse, *operands)],
         *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in (tiles, tiles_by_key)],
     )  # fmt: skip
@@ -145,7 +146,7 @@ def layout_of(
     if found is None:
         if len(program.layouts) >= programs.MANY_CALLS:
             program.layouts.clear()
-        found = program.layouts[key] = Layout(program, needs, q, k, v, lse, operands)
+        found = program.layouts[key] = Layout(program, needs, q, k, v, dout, lse, operands)
     return found
 
 
@@ -158,11 +159,22 @@ class Layout:
     launches: of its kernels by their names, with tiles that fit. hopper: a `HopperBackward`, None where that is not for
     these tensors, or UNKNOWN. lists: that it makes. totals: of a kernel for a load the memory that it
     writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
+    narrow: whether tiles have the columns of windows.
     """
 
     def __init__(
-        self, program: Program, needs: Needs, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, operands: Sequence[Tensor]
+        self,
+        program: Program,
+        needs: Needs,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dout: Tensor,
+        lse: Tensor,
+        operands: Sequence[Tensor],
     ) -> None:
+        few = few_keys(q.shape[3], v.shape[3], k.shape[2])
+        self.narrow = few is not None and all(map(has_aligned_rows, (q, k, v, dout)))
         dq, dk, dv, doperands = outputs(q, k, v, operands, needs)
         self.own = [Blank.like(x) for x in (dq, dk, dv)]
         self.of_operands = [Blank.like(x) for x in doperands]

@@ -16,8 +16,8 @@ from xfcompile.kernels.attention.exactness import precision, speed
 from xfcompile.kernels.attention.fallback import FirstThatRuns, WhereAligned
 from xfcompile.kernels.attention.launch_blocks import Blocks
 from xfcompile.kernels.attention.programs import Call, Program, program
-from xfcompile.kernels.attention.repeat import Blank
-from xfcompile.kernels.attention.tiles import columns
+from xfcompile.kernels.attention.repeat import Blank, has_aligned_rows
+from xfcompile.kernels.attention.tiles import columns, few_keys
 from xfcompile.kernels.registration import Site
 from xfcompile.site import ScoreSpec
 
@@ -43,7 +43,9 @@ def call_of(
             spec, q, k, v, operands, scalars, *outputs(q, v, heads_first)
         )
     strides = [stride for operand in operands for stride in operand.stride()]
-    wide_q, wide_v = columns(dq, dv, interpreted=interpreted)
+    decodes = launch_decode.wanted(spec, q, k)
+    narrow = not decodes and few_keys(dq, dv, lk) is not None and all(map(has_aligned_rows, (q, k, v)))
+    wide_q, wide_v = columns(dq, dv, interpreted=interpreted, narrow=narrow)
     constants: dict[str, Any] = {
         "DQ": dq,
         "DV": dv,
@@ -59,7 +61,7 @@ def call_of(
     if "FAST" in kernel.arg_names:
         constants["FAST"] = speed(spec, q)
     blank_out, blank_lse = (Blank.like(x) for x in outputs(q, v, heads_first))
-    if launch_decode.wanted(spec, q, k):
+    if decodes:
         decoding = launch_decode.Decoding(prepared, constants, interpreted)
 
         def decode(

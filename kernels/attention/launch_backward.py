@@ -21,6 +21,7 @@ from xfcompile.kernels.attention.arguments import random_of
 from xfcompile.kernels.attention.backward_call import Call
 from xfcompile.kernels.attention.backward_layout import Gradients, Layout, Needs, layout_of, outputs, prepare
 from xfcompile.kernels.attention.gradient import gradients
+from xfcompile.kernels.attention.repeat import aligned
 from xfcompile.kernels.registration import Site
 
 log = logging.getLogger(__name__)
@@ -59,10 +60,11 @@ def run(
         log.debug("making the text of a backward failed", exc_info=error)
         fit.give_way(fit.DoesNotCompile(f"{type(error).__name__}: {error}"), forward, DEFINITION)
         return by_definition(dout, q, k, v, operands, ints, floats, forward, needs, seed, stream)
-    layout: Layout | None = None if site is None else site.found
+    usual = site is not None and aligned(q, k, v, dout)
+    layout: Layout | None = site.found if site is not None and usual else None
     if layout is None:
         layout = layout_of(program, needs, dout, q, k, v, out, lse, operands, tiles, tiles_by_key, block_m, block_n)
-        if site is not None:
+        if site is not None and usual:
             site.keep(layout, q.dtype)
     made = layout.outputs()
     if layout.empty:

@@ -14,6 +14,7 @@ from xfcompile.kernels.attention.programs import Program
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
+    NARROW,
     Tiles,
     alternatives,
     choose,
@@ -79,7 +80,8 @@ class Blocks:
                 chosen = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
             launch(chosen)
         else:
-            chosen = _fitting(self.prepared, q, k.shape[2], self.dv, launch, self.listed)
+            keys = k.shape[2] if self.constants["BLOCK_DQ"] == NARROW else None
+            chosen = _fitting(self.prepared, q, keys, self.dv, launch, self.listed)
         self.launch = self.launches[chosen]
 
     def _launch(self, sizes: Tiles) -> Launch:
@@ -100,13 +102,19 @@ class Blocks:
 
 
 def _fitting(
-    prepared: Program, q: Tensor, lk: int, dv: int, launch: Callable[[Tiles], Any], listed: tuple[int, int] | None
+    prepared: Program,
+    q: Tensor,
+    lk: int | None,
+    dv: int,
+    launch: Callable[[Tiles], Any],
+    listed: tuple[int, int] | None,
 ) -> Tiles:
     """Launches with the tiles that this kernel was found to fit in, and returns them; at first, by launching.
 
-    listed: the sizes of the tiles in a list, which those of the kernel must divide.
+    lk: how many keys there are, where few are worth tiles of their own. listed: the sizes of the tiles in a list, which
+    those of the kernel must divide.
     """
-    few = few_keys(q.shape[3], dv, lk)
+    few = None if lk is None else few_keys(q.shape[3], dv, lk)
     kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
     first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], lk)
     if listed is not None:

@@ -268,6 +268,12 @@ def aligned_strides(x: Tensor) -> tuple[int, ...]:
     return tuple(whole if n == 1 and d < last else s for d, (n, s) in enumerate(zip(sizes, x.stride(), strict=True)))
 
 
+def has_aligned_rows(x: Tensor) -> bool:
+    """Whether all rows start at multiples of 16 bytes, and numbers of a row are neighbours."""
+    *strides, last = aligned_strides(x)
+    return last == 1 and all(s * x.dtype.itemsize % ALIGNED == 0 for s in strides) and aligned(x)
+
+
 def described_for_gluon(x: Tensor, block: Sequence[int]) -> Described:
     """A tensor of 16 or 32 bits an element, of which such blocks are loaded or stored."""
     shape, strides, itemsize = tuple(x.shape), aligned_strides(x), x.dtype.itemsize

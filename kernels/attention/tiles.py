@@ -107,17 +107,17 @@ def few_keys(dq: int, dv: int, lk: int) -> FewKeys | None:
     return "few keys" if lk % 16 else "few keys, even"
 
 
-def columns(dq: int, dv: int, *, interpreted: bool = False) -> tuple[int, int]:
+def columns(dq: int, dv: int, *, interpreted: bool = False, narrow: bool = False) -> tuple[int, int]:
     """The columns of a tile of q and k, and of one of v.
 
     On GPUs no fewer than 64, and for v no fewer than for k up to 128: with narrower values (D 40 against 24, 64 against
     16 or 32, 128 against 32) whose rows do not start at multiples of 16 bytes, triton 3.6 compiled kernels for sm_90
     that gave wrong numbers or read outside of their memory, with one stage as with three; all wider pairs were right
-    (tests/gpu/test_attention_gpu.py, test_head_dims), and so were 32 of each, which windows have.
+    (tests/gpu/test_attention_gpu.py, test_head_dims). narrow: of windows whose rows do, 32 each, which were right.
     """
     if interpreted:
         return padded(dq), padded(dv)
-    if dq == dv == NARROW:
+    if narrow:
         return NARROW, NARROW
     wide = max(64, padded(dq))
     return wide, max(64, padded(dv), min(wide, 128))

@@ -3,13 +3,25 @@ parts the sum of the bias's gradients over them is divided."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from attention_cases import Case, Inputs, check, inputs
 from backward_cases import BIAS, BOTH
 from backward_cases import check as check_backward
 
-from xfcompile.kernels.attention import backward_loads, launch, launch_backward, prepare, template
+from xfcompile.kernels.attention import (
+    backward_call,
+    backward_layout,
+    backward_loads,
+    forward_call,
+    launch,
+    launch_backward,
+    prepare,
+    template,
+    tiles,
+)
 from xfcompile.kernels.attention.backward_layout import Needs
 from xfcompile.site import ScoreSpec
 
@@ -57,3 +69,46 @@ def test_the_sum_over_batches_is_that_of_its_parts(wanted: int, monkeypatch: pyt
     assert torch.equal(first, again), "parts are added up in one order"
     check_backward(case, x)
     assert whole.shape == first.shape
+
+
+@pytest.mark.parametrize(
+    ("narrow", "layout", "sizes"),
+    [
+        (True, "transposed", {}),
+        (True, "contiguous", {}),
+        (False, "poisoned", {}),  # rows that start anywhere
+        (False, "transposed", {"dq": 24, "dv": 24}),
+        (False, "transposed", {"dv": 16}),
+        (False, "contiguous", {"lq": 33, "lk": 257}),
+    ],
+    ids=str,
+)
+def test_which_have_narrow_tiles(
+    narrow: bool, layout: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those whose rows start at multiples of 16 bytes; the same in both directions."""
+    z = replace(BIAS.sizes, **{"dq": 32, "dv": 32, **sizes})
+    case = Case(BIAS.name, ScoreSpec(BIAS.spec.score * 1.25, operands=BIAS.spec.operands), BIAS.operands, sizes=z)
+    seen: list[bool] = []
+
+    def columns(*about: int, narrow: bool, **more: bool) -> tuple[int, int]:
+        seen.append(narrow)
+        return tiles.columns(*about, narrow=narrow, **more)
+
+    monkeypatch.setattr(forward_call, "columns", columns)
+    monkeypatch.setattr(backward_call, "columns", columns)
+    bias_gradient(inputs(case, torch.float32, layout), case)
+    assert len(seen) >= 2 and set(seen) == {narrow}, seen
+
+
+def test_the_same_layout_elsewhere_in_memory_is_another() -> None:
+    """A tensor that starts 4 bytes later is computed with by what takes rows that start anywhere."""
+    z = replace(BIAS.sizes, dq=32, dv=32)
+    case = Case(BIAS.name, ScoreSpec(BIAS.spec.score * 1.5, operands=BIAS.spec.operands), BIAS.operands, sizes=z)
+    x = inputs(case, torch.float32, "contiguous")
+    memory = torch.empty(x.k.numel() + 1)[1:].view(x.k.shape).copy_(x.k)
+    moved = replace(x, k=memory)
+    found = backward_layout.prepare(prepare(case.spec), (0,)).layouts
+    found.clear()
+    assert torch.equal(bias_gradient(x, case), bias_gradient(moved, case))
+    assert [layout.narrow for layout in found.values()] == [True, False]

@@ -118,8 +118,8 @@ def test_windows_have_tiles_of_their_own() -> None:
         assert tiles.choose(kind, dtype, dq, dv, 144, lk) == usual, (kind, dtype, dq, dv, lk)
     for kind, dtype in (("sm_90", torch.float32), ("sm_80", half), ("gfx942", half)):  # not measured there
         assert tiles.choose(kind, dtype, 32, 32, 144, 144) == tiles.choose(kind, dtype, 32, 32, 144)
-    assert tiles.columns(32, 32) == (32, 32)
-    assert tiles.columns(32, 16) == tiles.columns(24, 24) == (64, 64)
+    assert tiles.columns(32, 32, narrow=True) == (32, 32)
+    assert tiles.columns(32, 32) == tiles.columns(32, 16) == (64, 64)
 
 
 def test_classes_of_hardware() -> None:
