@@ -257,7 +257,7 @@ class Reader:
             raise Miss("nothing is left of the projection", value)
         for n in range(len(self.tensors)):
             r = activation.tensor(n)
-            if r in formula.free_symbols and not sympy.diff(formula, r).is_number:
+            if not _is_scaled(r, formula):
                 raise Miss("more than a number is done to what was added", value)
 
     def read(self, value: Value) -> sympy.Expr:
@@ -297,6 +297,13 @@ class Reader:
 
     def is_tensor(self, formula: sympy.Expr) -> bool:
         return any(formula == activation.tensor(n) for n in range(len(self.tensors)))
+
+
+def _is_scaled(symbol: sympy.Symbol, formula: sympy.Expr) -> bool:
+    """Whether a formula is a number times the symbol and what it is no part of."""
+    terms = [term for term in sympy.Add.make_args(formula) if symbol in term.free_symbols]
+    # That it is written so is seen much sooner than what its derivative is.
+    return all(term.as_coeff_Mul()[1] == symbol for term in terms) or bool(sympy.diff(formula, symbol).is_number)
 
 
 def _known(number: sympy.Basic, value: Value) -> sympy.Expr:
