@@ -42,12 +42,20 @@ def may_write(node: fx.Node) -> bool:
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
         return True
     module = getattr(node.target, "__module__", "") or ""
-    known = (
-        node.op == "call_method"
-        or module.startswith(("torch.nn.functional", "torch._C", "_operator", "math"))
-        or (getattr(torch, name, None) is node.target)
+    inplace = name.endswith("_") or (name.startswith("i") and module == "_operator") or name == "setitem"
+    return inplace or not is_pytorchs(node)
+
+
+def is_pytorchs(node: fx.Node) -> bool:
+    """Whether a node calls a method of a tensor, or a function of PyTorch's or Python's own."""
+    module = getattr(node.target, "__module__", "") or ""
+    return node.op == "call_method" or (
+        node.op == "call_function"
+        and (
+            module.startswith(("torch.nn.functional", "torch._C", "_operator", "math"))
+            or getattr(torch, name_of(node), None) is node.target
+        )
     )
-    return not known or name.endswith("_") or (name.startswith("i") and module == "_operator") or name == "setitem"
 
 
 def is_random(node: fx.Node) -> bool:

@@ -1,4 +1,5 @@
-"""The programs of a graph's nodes: a node is traced once for all that call the same with arguments of one kind."""
+"""The programs of a graph's nodes: a node is traced once for all that call the same with arguments of one kind, and a
+function of PyTorch's own once in a process."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from xfcompile.called import callable_of, identity_of, opened
+from xfcompile.called import callable_of, identity_of, is_pytorchs, opened
 from xfcompile.example import UNKNOWN, example_or_shape, makes_sizes, stand_in
 from xfcompile.memory import Cell
 from xfcompile.scope import Scope
-from xfcompile.trace import Program, signature, trace
+from xfcompile.trace import Program, is_static, signature, trace
 
 
 class Programs:
@@ -57,8 +58,33 @@ class Programs:
         except TypeError:  # an unhashable argument: trace it every time
             return _trace(fn, inner, inner_spec, scope, mode, module)
         if not known:
-            self._known[key] = _trace(fn, inner, inner_spec, scope, mode, module)
+            self._known[key] = _shared(node, key, inner, lambda: _trace(fn, inner, inner_spec, scope, mode, module))
         return self._known[key]
+
+
+_OF_PYTORCH: dict[Any, Program] = {}
+"""Programs of PyTorch's own functions, of tensors with known sizes: for all graphs of the process."""
+
+MOST = 1 << 14
+"""So many are kept."""
+
+
+def _shared(node: fx.Node, key: tuple[Any, ...], flat: list[Any], make: Callable[[], Program | None]) -> Program | None:
+    """A program that another graph may have traced, where it is the same for both: what it depends on, beside `key`,
+    are settings of PyTorch."""
+    symbolic = not is_static(flat) or any(isinstance(x, torch.SymBool) for x in flat)
+    if symbolic or not is_pytorchs(node) or torch._C._len_torch_function_stack():
+        return make()
+    settings = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    everywhere = (node.target, *key, *settings)
+    found = _OF_PYTORCH.get(everywhere)
+    if found is None:
+        found = make()
+        if found is not None:
+            if len(_OF_PYTORCH) >= MOST:
+                _OF_PYTORCH.clear()
+            _OF_PYTORCH[everywhere] = found
+    return found
 
 
 def _trace(

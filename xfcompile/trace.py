@@ -95,6 +95,13 @@ def static_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def is_static(flat: list[Any]) -> bool:
+    """Whether all numbers and sizes of some arguments are known."""
+    return all(not isinstance(x, (torch.SymInt, torch.SymFloat)) for x in flat) and all(
+        isinstance(n, int) for x in flat if isinstance(x, torch.Tensor) for n in (*x.shape, *x.stride())
+    )
+
+
 def trace(
     fn: Callable[..., Any],
     flat: list[Any],
@@ -111,9 +118,7 @@ def trace(
     Tensors in `flat` are fake; they are replaced by fresh ones of the same kind, because tracing in-place operations
     on the graph's own would change what is known of them.
     """
-    static = all(not isinstance(x, (torch.SymInt, torch.SymFloat)) for x in flat) and all(
-        isinstance(n, int) for x in flat if isinstance(x, torch.Tensor) for n in (*x.shape, *x.stride())
-    )
+    static = is_static(flat)
     mode = static_mode() if static or symbolic is None else symbolic
     positions = [k for k, x in enumerate(flat) if isinstance(x, (torch.Tensor, torch.SymInt, torch.SymFloat))]
 
