@@ -21,7 +21,8 @@ from xfcompile.site import Operand, ScoreSpec
 def layout(case: Case, x: Inputs) -> Layout:
     """What is found out of a backward with such tensors."""
     program = prepare_backward(prepare(case.spec), (0,))
-    return Layout(program, Needs(True, True, True, (0,)), x.q, x.k, x.v, x.q[..., 0], x.operands)
+    dout = x.q.new_empty((*x.q.shape[:3], x.v.shape[3]))
+    return Layout(program, Needs(True, True, True, (0,)), x.q, x.k, x.v, dout, x.q[..., 0], x.operands)
 
 
 SMALL = Sizes(batch=2, heads=2, kv_heads=2, lq=45, lk=70, dq=16, dv=16)
