@@ -43,7 +43,7 @@ CAPPED = [
 """Scores each of which has a slope of its own, beside those of `CASES`."""
 
 
-WINDOWS = Sizes(batch=5, heads=3, kv_heads=3, lq=35, lk=35, dq=8, dv=8)
+WINDOWS = Sizes(batch=5, heads=2, kv_heads=2, lq=33, lk=33, dq=8, dv=8)
 BIAS = Case(
     "biases of windows",
     ScoreSpec(SCALE + Load(0, 0, H, I, J), operands=(Operand(FLOAT, 4),)),

@@ -100,7 +100,7 @@ LEFT = [padded, by_frequency, changed, chosen, two_tables]
 
 
 def draw(dtype: torch.dtype, number: int = 0) -> list[Tensor]:
-    made = [numbers(3, HEADS, KEYS, 16, seed=3 * number + n, grad=False) for n in range(3)]
+    made = [numbers(2, HEADS, KEYS, 16, seed=3 * number + n, grad=False) for n in range(3)]
     made.append(numbers(ROWS, HEADS, seed=number, grad=False))
     return [x.to(dtype).requires_grad_() for x in made]
 
