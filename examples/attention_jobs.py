@@ -112,12 +112,13 @@ def compile_attention(
 def compile_window(keys: int, kernel: str, dtype: torch.dtype, target: GPUTarget, kind: str) -> tuple[Any, Tiles]:
     """Of a site with a bias of each head that is learned, and a mask of each window."""
     dim, half = WINDOW_DIM, Operand(dtype, 4)
+    few = few_keys(dim, dim, keys)
+    assert few is not None
     spec = ScoreSpec(S * dim**-0.5 + Load(0, 0, H, I, J) + Load(1, B, 0, I, J), operands=(half, half))
     if kernel == "forward":
-        tiles = choose(kind, dtype, dim, dim, keys, keys)
+        tiles = choose(kind, dtype, dim, dim, keys, few)
         return compile_kernel(spec, dtype, dim, target, tiles), tiles
-    backward, few = backward_layout.prepare(prepare(spec), (0,)), few_keys(dim, dim, keys)
-    assert few is not None
+    backward = backward_layout.prepare(prepare(spec), (0,))
     tiles = choose_backward(kernel, kind, dtype, dim, dim, [few, *backward.traits(kernel, None)])
     return compile_backward(backward, kernel, dtype, dim, target, tiles), tiles
 

@@ -114,17 +114,22 @@ def step(name: str, sizes: Sizes) -> Callable[[], Any]:
     return lambda: torch.autograd.grad(fn(*x), leaves, dout)
 
 
-def times(call: Callable[[], Any]) -> dict[str, float]:
-    """Milliseconds of each kernel of a backward."""
+def kernels(call: Callable[[], Any], repeats: int) -> list[tuple[str, float]]:
+    """Each kernel that so many calls launch, with its microseconds; and 0 of what else the profiler has seen."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             call()
         torch.cuda.synchronize()
+    return [(event.name, event.device_time) for event in profile.events() or ()]
+
+
+def times(call: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of each kernel of a backward."""
     found: dict[str, list[float]] = {}
-    for event in profile.events() or ():
-        if event.name.startswith("attention_backward_") or event.name in ONE_RUNS:
-            name = event.name.removeprefix("attention_backward_").rstrip("0123456789")
-            found.setdefault(name, []).append(event.device_time / 1e3)
+    for kernel, us in kernels(call, REPEATS):
+        if kernel.startswith("attention_backward_") or kernel in ONE_RUNS:
+            name = kernel.removeprefix("attention_backward_").rstrip("0123456789")
+            found.setdefault(name, []).append(us / 1e3)
     each = {name: statistics.median(times) for name, times in found.items()}
     if "attention_backward" in each:
         each[ONE] = sum(each.pop(name) for name in ONE_RUNS)

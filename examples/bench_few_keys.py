@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from bench_backward import kernels
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -157,14 +158,10 @@ def times(call: Callable[[], Any]) -> dict[str, float]:
     """Microseconds by kernel."""
     call()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(REPEATS):
-            call()
-        torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
-    for event in profile.events() or ():
-        if event.device_time > 0:
-            found.setdefault(event.name, []).append(event.device_time)
+    for name, us in kernels(call, REPEATS):
+        if us > 0:
+            found.setdefault(name, []).append(us)
     return {name: statistics.median(each) * len(each) / REPEATS for name, each in found.items()}
 
 
@@ -208,14 +205,14 @@ def measured(shape: Windows, trial: Trial, timed: bool) -> list[dict[str, Any]]:
     """Kernels whose candidates are fewer than `trial.number` are left out."""
     trial.forget()
     rows = []
-    for name, kernels in (("forward", KERNELS[:1]), ("backward", KERNELS[1:])):
+    for name, of in (("forward", KERNELS[:1]), ("backward", KERNELS[1:])):
         try:
             trial.again(name)
             found = by_kernel(times(lambda name=name: trial.again(name))) if timed else {}  # type: ignore[misc]
         except Exception as error:
             rows.append({"kernel": name, "number": trial.number, "failed": f"{type(error).__name__}: {error}"[:120]})
             continue
-        for kernel in kernels:
+        for kernel in of:
             if trial.number < len(CANDIDATES[kernel]) and kernel in found:
                 tiles = CANDIDATES[kernel][trial.number] if trial.number >= 0 else None
                 rows.append({"kernel": kernel, "tiles": tiles and list(tiles), "us": found[kernel]})

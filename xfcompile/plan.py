@@ -10,6 +10,7 @@ from typing import Any
 import sympy
 import torch
 
+from xfcompile.emit import HALF
 from xfcompile.family import Candidate, Route
 from xfcompile.kernels import philox
 from xfcompile.magnitude import absorbs
@@ -20,8 +21,6 @@ from xfcompile.order import computed_with
 from xfcompile.score import B, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Placed
 from xfcompile.sums import summands
-
-HALF = (torch.float16, torch.bfloat16)
 
 DEVICES = ("cpu", "cuda")
 """Where SDPA is put in place of something else; ROCm's devices are called cuda too."""

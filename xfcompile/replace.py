@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from xfcompile.emit import Emitter
+from xfcompile.emit import HALF, Emitter
 from xfcompile.evaluate import Unsupported
 from xfcompile.example import example_of
 from xfcompile.layout import stride_key, with_layout
@@ -18,7 +18,7 @@ from xfcompile.layout_seen import is_carried_on, layout_matters
 from xfcompile.magnitude import ABSORBING, COARSE, absorbs
 from xfcompile.operands import D
 from xfcompile.order import computed_with
-from xfcompile.plan import FEW_QUERIES, HALF, AttentionCandidate, Told, operand_dtype, swallows
+from xfcompile.plan import FEW_QUERIES, AttentionCandidate, Told, operand_dtype, swallows
 from xfcompile.score import POSITION, H, I, J, Load, S
 from xfcompile.site import AttentionSite, Miss
 from xfcompile.spec import score_spec

@@ -193,13 +193,13 @@ def _of_table(emitter: Emitter, value: Value) -> fx.Node | None:
     return emitter.shared[key]
 
 
-_NUMBERS = frozenset(("self", "other", "min", "max", "exponent", "dtype"))
+_NUMBERS = frozenset(("self", "other", "min", "max", "exponent", "dtype", "alpha"))
 """What `POINTWISE` is given of operations on one tensor."""
 
 
 def _is_of_one(value: Value) -> bool:
     """Whether each number of a value is computed of one of another value of its shape, and of constants."""
-    if value.op not in POINTWISE or not value.args.keys() <= _NUMBERS | {"alpha"} or value.args.get("alpha", 1) != 1:
+    if value.op not in POINTWISE or not value.args.keys() <= _NUMBERS or value.args.get("alpha", 1) != 1:
         return False
     sources = list(value.inputs())
     constants = all(isinstance(x, (Value, int, float, torch.dtype)) or x is None for x in value.args.values())

@@ -21,7 +21,6 @@ from xfcompile.kernels.attention.tiles import (
     choose_backward,
     columns,
     device_generation,
-    few_keys,
     smaller,
 )
 
@@ -132,7 +131,7 @@ class Call:
         self.fitting(name, with_tiles, tensors, free)
 
     def constants(self, sizes: Tiles) -> dict[str, Any]:
-        wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted, narrow=self.layout.narrow)
+        wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted, narrow=self.layout.few is not None)
         return {
             "DQ": self.dq,
             "DV": self.dv,
@@ -183,7 +182,7 @@ class Call:
             wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
             launch_with(wanted)
             return wanted
-        few = few_keys(self.dq, self.dv, self.lk) if self.layout.narrow else None
+        few = self.layout.few
         kind = (name, self.q.device.index, self.q.dtype, self.dq, self.dv, listed, self.needs, few)
 
         def find() -> Tiles:

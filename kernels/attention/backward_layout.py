@@ -20,8 +20,8 @@ from xfcompile.kernels.attention.blocks import DISTANCE, along_diagonal
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.gradient import Gradients as Found
 from xfcompile.kernels.attention.gradient import LoadGradient
-from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, has_aligned_rows
-from xfcompile.kernels.attention.tiles import Tiles, Trait, few_keys
+from xfcompile.kernels.attention.repeat import Blank, Launch, aligned, windows
+from xfcompile.kernels.attention.tiles import Tiles, Trait
 from xfcompile.kernels.registration import Site
 from xfcompile.score import POSITION, B, H
 from xfcompile.site import ScoreSpec
@@ -159,7 +159,7 @@ class Layout:
     launches: of its kernels by their names, with tiles that fit. hopper: a `HopperBackward`, None where that is not for
     these tensors, or UNKNOWN. lists: that it makes. totals: of a kernel for a load the memory that it
     writes to, where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known.
-    narrow: whether tiles have the columns of windows.
+    few: what is said of windows, which have tiles of their own.
     """
 
     def __init__(
@@ -173,8 +173,7 @@ class Layout:
         lse: Tensor,
         operands: Sequence[Tensor],
     ) -> None:
-        few = few_keys(q.shape[3], v.shape[3], k.shape[2])
-        self.narrow = few is not None and all(map(has_aligned_rows, (q, k, v, dout)))
+        self.few = windows(q, k, v, dout)
         dq, dk, dv, doperands = outputs(q, k, v, operands, needs)
         self.own = [Blank.like(x) for x in (dq, dk, dv)]
         self.of_operands = [Blank.like(x) for x in doperands]

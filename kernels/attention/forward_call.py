@@ -16,8 +16,8 @@ from xfcompile.kernels.attention.exactness import precision, speed
 from xfcompile.kernels.attention.fallback import FirstThatRuns, WhereAligned
 from xfcompile.kernels.attention.launch_blocks import Blocks
 from xfcompile.kernels.attention.programs import Call, Program, program
-from xfcompile.kernels.attention.repeat import Blank, has_aligned_rows
-from xfcompile.kernels.attention.tiles import columns, few_keys
+from xfcompile.kernels.attention.repeat import Blank, windows
+from xfcompile.kernels.attention.tiles import columns
 from xfcompile.kernels.registration import Site
 from xfcompile.site import ScoreSpec
 
@@ -44,8 +44,8 @@ def call_of(
         )
     strides = [stride for operand in operands for stride in operand.stride()]
     decodes = launch_decode.wanted(spec, q, k)
-    narrow = not decodes and few_keys(dq, dv, lk) is not None and all(map(has_aligned_rows, (q, k, v)))
-    wide_q, wide_v = columns(dq, dv, interpreted=interpreted, narrow=narrow)
+    few = None if decodes else windows(q, k, v)
+    wide_q, wide_v = columns(dq, dv, interpreted=interpreted, narrow=few is not None)
     constants: dict[str, Any] = {
         "DQ": dq,
         "DV": dv,
@@ -83,7 +83,7 @@ def call_of(
         numbers = [*q.stride(), *k.stride(), *v.stride(), heads, heads // kv_heads, lq, lk, *strides]
         types = (q.device, q.dtype, *[x.dtype for x in operands])
         return Blocks(
-            prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, types, q, dv
+            prepared, kernel, numbers, constants, (block_m, block_n) if listed or made else None, types, q, dv, few
         )
 
     launch: Callable[..., None]

@@ -14,12 +14,11 @@ from xfcompile.kernels.attention.programs import Program
 from xfcompile.kernels.attention.repeat import Launch
 from xfcompile.kernels.attention.tiles import (
     INTERPRETED,
-    NARROW,
+    FewKeys,
     Tiles,
     alternatives,
     choose,
     device_generation,
-    few_keys,
     padded,
     smaller,
 )
@@ -38,9 +37,10 @@ class Blocks:
         types: tuple[object, ...],
         q: Tensor,
         dv: int,
+        few: FewKeys | None,
     ) -> None:
         self.prepared, self.kernel, self.numbers = prepared, kernel, numbers
-        self.constants, self.listed, self.types, self.dv = constants, listed, types, dv
+        self.constants, self.listed, self.types, self.dv, self.few = constants, listed, types, dv, few
         self.masked = prepared.mask is not None
         self.batch, self.heads, self.lq = q.shape[:3]
         self.launches: dict[Tiles, Launch] = {}
@@ -80,8 +80,7 @@ class Blocks:
                 chosen = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
             launch(chosen)
         else:
-            keys = k.shape[2] if self.constants["BLOCK_DQ"] == NARROW else None
-            chosen = _fitting(self.prepared, q, keys, self.dv, launch, self.listed)
+            chosen = _fitting(self.prepared, q, self.dv, self.few, launch, self.listed)
         self.launch = self.launches[chosen]
 
     def _launch(self, sizes: Tiles) -> Launch:
@@ -104,19 +103,17 @@ class Blocks:
 def _fitting(
     prepared: Program,
     q: Tensor,
-    lk: int | None,
     dv: int,
+    few: FewKeys | None,
     launch: Callable[[Tiles], Any],
     listed: tuple[int, int] | None,
 ) -> Tiles:
     """Launches with the tiles that this kernel was found to fit in, and returns them; at first, by launching.
 
-    lk: how many keys there are, where few are worth tiles of their own. listed: the sizes of the tiles in a list, which
-    those of the kernel must divide.
+    few: what is said of windows. listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
-    few = None if lk is None else few_keys(q.shape[3], dv, lk)
     kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
-    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], lk)
+    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few)
     if listed is not None:
         first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
 

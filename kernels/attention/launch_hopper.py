@@ -14,7 +14,7 @@ from xfcompile.kernels import gluon
 from xfcompile.kernels.attention import cache, codegen, hopper, hopper_variant, lists, template
 from xfcompile.kernels.attention.hopper_variant import Variant
 from xfcompile.kernels.attention.programs import Program, program
-from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon
+from xfcompile.kernels.attention.repeat import Launch, aligned_strides, described_for_gluon, has_aligned_rows
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, padded
 from xfcompile.measured import multiprocessors
 from xfcompile.site import ScoreSpec
@@ -85,8 +85,7 @@ def seen(bias: Tensor, lq: int, lk: int) -> Tensor:
 
 def described(x: Tensor) -> bool:
     """Whether TMA reads a tensor: rows start at multiples of 16 bytes, and neighbours are neighbours in memory."""
-    strides = aligned_strides(x)
-    return strides[3] == 1 and all(s > 0 and s % 8 == 0 for s in strides[:3]) and x.data_ptr() % 16 == 0
+    return all(s > 0 for s in aligned_strides(x)[:3]) and has_aligned_rows(x)
 
 
 class Hopper:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.kernels.attention import fit
+from xfcompile.kernels.attention.tiles import FewKeys, few_keys
 
 LARGEST = 2**31 - 1
 """Integers beyond this have another type in a kernel."""
@@ -272,6 +273,13 @@ def has_aligned_rows(x: Tensor) -> bool:
     """Whether all rows start at multiples of 16 bytes, and numbers of a row are neighbours."""
     *strides, last = aligned_strides(x)
     return last == 1 and all(s * x.dtype.itemsize % ALIGNED == 0 for s in strides) and aligned(x)
+
+
+def windows(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> FewKeys | None:
+    """What `few_keys` says of tensors [b, h, length, dim] whose rows all start at multiples of 16 bytes; None of
+    others."""
+    few = few_keys(q.shape[3], v.shape[3], k.shape[2])
+    return few if few is not None and all(map(has_aligned_rows, (q, k, v, *others))) else None
 
 
 def described_for_gluon(x: Tensor, block: Sequence[int]) -> Described:

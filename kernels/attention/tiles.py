@@ -123,10 +123,9 @@ def columns(dq: int, dv: int, *, interpreted: bool = False, narrow: bool = False
     return wide, max(64, padded(dv), min(wide, 128))
 
 
-def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int, lk: int | None = None) -> Tiles:
-    """The first tiles to try. lk: None for as many keys as may be."""
+def choose(kind: str, dtype: torch.dtype, dq: int, dv: int, lq: int, few: FewKeys | None = None) -> Tiles:
+    """The first tiles to try. few: what `few_keys` says."""
     bits = 8 * dtype.itemsize
-    few = None if lk is None else few_keys(dq, dv, lk)
     fact = WINDOWS.get((kind, bits, few)) if few is not None else None
     tiles = (fact or TABLE[kind, bits, max(64, padded(max(dq, dv)))]).value
     # Rows that do not exist are computed all the same: short queries get short tiles.

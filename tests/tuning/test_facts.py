@@ -108,16 +108,17 @@ def test_the_tiles_that_were_measured_are_those_that_are_taken() -> None:
 
 def test_windows_have_tiles_of_their_own() -> None:
     half = torch.bfloat16
-    assert tiles.choose("sm_90", half, 32, 32, 144, 144) == Tiles(32, 16, 2, 3)
-    assert tiles.choose("sm_90", half, 32, 32, 49, 49) == Tiles(16, 32, 1, 2)
+    assert tiles.choose("sm_90", half, 32, 32, 144, tiles.few_keys(32, 32, 144)) == Tiles(32, 16, 2, 3)
+    assert tiles.choose("sm_90", half, 32, 32, 49, tiles.few_keys(32, 32, 49)) == Tiles(16, 32, 1, 2)
     usual = tiles.choose("sm_90", half, 64, 64, 144)
     for kind, dtype, dq, dv, lk in (
         ("sm_90", half, 32, 32, 257), ("sm_90", half, 32, 32, None), ("sm_90", half, 32, 16, 144),
         ("sm_90", half, 64, 64, 144), ("sm_90", half, 24, 24, 144),
     ):  # fmt: skip
-        assert tiles.choose(kind, dtype, dq, dv, 144, lk) == usual, (kind, dtype, dq, dv, lk)
+        few = None if lk is None else tiles.few_keys(dq, dv, lk)
+        assert tiles.choose(kind, dtype, dq, dv, 144, few) == usual, (kind, dtype, dq, dv, lk)
     for kind, dtype in (("sm_90", torch.float32), ("sm_80", half), ("gfx942", half)):  # not measured there
-        assert tiles.choose(kind, dtype, 32, 32, 144, 144) == tiles.choose(kind, dtype, 32, 32, 144)
+        assert tiles.choose(kind, dtype, 32, 32, 144, "few keys, even") == tiles.choose(kind, dtype, 32, 32, 144)
     assert tiles.columns(32, 32, narrow=True) == (32, 32)
     assert tiles.columns(32, 32) == tiles.columns(32, 16) == (64, 64)
 
