@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from xfcompile import ahead
 from xfcompile.kernels.registration import KERNELS, Site
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,13 @@ def _direct() -> Any:
 
     class Direct(FallbackKernel):
         """A call of an op, in Python the call of its function."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            try:
+                ahead.lowered(self)
+            except Exception as error:
+                log.debug("not compiled ahead: %s", error)
 
         def codegen(self, wrapper: Any) -> None:
             other = V.graph.cpp_wrapper or getattr(V.graph, "fx_wrapper", False)

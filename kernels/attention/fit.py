@@ -48,11 +48,11 @@ def alone(device: torch.device) -> AbstractContextManager[Any]:
     return _interpreter if device.type == "cpu" else nullcontext()
 
 
-def compile_first(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def compile_first(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Any:
     """Has Triton compile a kernel for these arguments, and not launch it yet: an error is then one of compilation, and
-    nothing is written. Raises `DoesNotCompile`."""
+    nothing is written. Returns what Triton made, nothing in its interpreter. Raises `DoesNotCompile`."""
     try:
-        kernel.warmup(*arguments, grid=grid, **constants)
+        return kernel.warmup(*arguments, grid=grid, **constants)
     except Exception as error:
         log.debug("compiling a kernel failed", exc_info=error)
         raise DoesNotCompile(f"{type(error).__name__}: {str(error).strip()[:LONGEST]}") from None

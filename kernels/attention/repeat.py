@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xfcompile import ahead
 from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import FewKeys, few_keys
 
@@ -75,6 +77,19 @@ class Launch:
         self._descriptors: dict[tuple[int, int], _Quick] = {}
         self._failed: fit.Unavailable | None = None
 
+    _compiled_for: Callable[[str], None] | None = None
+
+    @classmethod
+    @contextmanager
+    def compiling_only(cls, made: Callable[[str], None]) -> Iterator[None]:
+        """Meanwhile no launch of this process is one: its kernel is compiled, and `made` told its name. Only for
+        launches that are made meanwhile, of tensors that may have no memory: see `xfcompile.ahead`."""
+        cls._compiled_for = staticmethod(made)
+        try:
+            yield
+        finally:
+            cls._compiled_for = None
+
     def __call__(self, tensors: Sequence[Tensor], free: Sequence[Any] = ()) -> Any:
         """Returns the compiled kernel; of the interpreter, nothing that means anything. Raises `fit.DoesNotCompile`."""
         pointers = [*map(_data_ptr, tensors)]
@@ -111,6 +126,8 @@ class Launch:
         return found
 
     def _first(self, tensors: Sequence[Tensor], pointers: Sequence[int], free: Sequence[Any]) -> Any:
+        if self._compiled_for is not None:
+            return self._compile(tensors, free)
         device = tensors[0].device
         if device.type == "cuda" and _current_device() != device.index:
             with torch.cuda.device(device):
@@ -121,11 +138,11 @@ class Launch:
             self._remember(device, pointers, self._made[key])
             return self.repeat(pointers, free)
         self._check(len(tensors), free)
-        n = len(self.described)
-        described = [d.make(x) for x, d in zip(tensors, self.described, strict=False)]
-        arguments = (*described, *tensors[n:], *self.numbers, *free)
+        arguments = self._arguments(tensors, free)
         if self._failed is not None:
             raise self._failed.again()
+        if device.type == "cuda":
+            ahead.settle()
         try:
             fit.compile_first(self.kernel, self.grid, *arguments, **self.constants, **self.options)
         except fit.Unavailable as error:
@@ -137,6 +154,19 @@ class Launch:
             self._made[key] = compiled
             self._remember(device, pointers, compiled)
         return compiled
+
+    def _arguments(self, tensors: Sequence[Tensor], free: Sequence[Any]) -> tuple[Any, ...]:
+        described = [d.make(x) for x, d in zip(tensors, self.described, strict=False)]
+        return (*described, *tensors[len(described) :], *self.numbers, *free)
+
+    def _compile(self, tensors: Sequence[Tensor], free: Sequence[Any]) -> Any:
+        """What is known of a kernel that is compiled, and on no GPU."""
+        assert self._compiled_for is not None
+        compiled = fit.compile_first(
+            self.kernel, self.grid, *self._arguments(tensors, free), **self.constants, **self.options
+        )
+        self._compiled_for(compiled.metadata.name)
+        return SimpleNamespace(n_spills=0, metadata=compiled.metadata)
 
     def _check(self, tensors: int, free: Sequence[Any]) -> None:
         """What is free must not be what Triton compiles anew for."""

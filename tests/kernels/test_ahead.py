@@ -1,0 +1,312 @@
+"""Kernels are compiled ahead of their first launch, for a GPU that need not be here, and nothing else comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import gated_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.jit import JITFunction
+
+import xfcompile
+from xfcompile import activation, ahead
+from xfcompile.activation import X
+from xfcompile.ahead import Call, Gpu, Outline
+from xfcompile.kernels.attention import launch, launch_backward, prepare, repeat, tiles
+from xfcompile.kernels.attention.repeat import Launch
+from xfcompile.kernels.bias_act_dropout import text_of
+from xfcompile.kernels.gated_mlp import programs as gated_programs
+from xfcompile.measured import multiprocessors
+from xfcompile.score import B, I, J, Load, S
+from xfcompile.site import Band, Operand, ScoreSpec
+
+PROPERTIES = (("multi_processor_count", 132), ("shared_memory_per_multiprocessor", 233472))
+H200 = Gpu(GPUTarget("cuda", 90, 32), (9, 0), "NVIDIA H200", PROPERTIES)
+A100 = Gpu(GPUTarget("cuda", 80, 32), (8, 0), "NVIDIA A100", PROPERTIES)
+MI300 = Gpu(GPUTarget("hip", "gfx942", 64), (9, 4), "MI300X", PROPERTIES)
+BF16 = torch.bfloat16
+ATTENTION, BIAS, GATED = (f"xfcompile.kernels.{name}.op" for name in ("attention", "bias_act_dropout", "gated_mlp"))
+
+CAUSAL = ScoreSpec(S / 8, I >= J, band=Band(None, I + 1, True))
+PADDED = ScoreSpec(S / 8, Load(0, B, J) >= 1, "nan", (Operand(torch.int64, 2),))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where Triton keeps what it compiled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(ahead, "_asked", set())
+    monkeypatch.setattr(ahead, "_pending", [])
+    monkeypatch.setattr(ahead, "_kind", None)
+    _forget()
+    yield tmp_path / "triton"
+    _forget()
+    assert Launch._compiled_for is None
+
+
+def _forget() -> None:
+    """As in another process: kernels that were compiled are on disk alone, and no GPU is known."""
+    for x in gc.get_objects():
+        if type(x) in (JITFunction, GluonJITFunction):
+            x.device_caches.clear()
+    tiles.capability.cache_clear()
+    multiprocessors.cache_clear()
+    for program in gated_programs.known.values():
+        program.calls.clear()
+
+
+def laid_out(*shape: int, dtype: torch.dtype = BF16, offset: int = 0) -> Outline:
+    return Outline(shape, torch.empty(shape, device="meta").stride(), offset, dtype)
+
+
+Q = laid_out(4, 16, 512, 64)
+KEPT = laid_out(4, 512, dtype=torch.int64)
+LSE = laid_out(4, 16, 512, dtype=torch.float32)
+
+
+def attention(spec: ScoreSpec, *operands: Outline, gpu: Gpu = H200) -> Call:
+    return Call(ATTENTION, "attention", (Q, Q, Q, operands, (), (), prepare(spec)), (), gpu)
+
+
+def backward(spec: ScoreSpec, *operands: Outline, gpu: Gpu = H200) -> Call:
+    needs = (True, True, True, *[False] * len(operands))
+    return Call(ATTENTION, "attention_backward", (Q, Q, Q, Q, Q, LSE, operands, (), (), prepare(spec), needs), (), gpu)
+
+
+def linear(gpu: Gpu = H200, dtype: torch.dtype = BF16) -> Call:
+    x, weight, bias = (laid_out(*shape, dtype=dtype) for shape in ((4096, 256), (512, 256), (512,)))
+    about = ((), (), None, 0, text_of(activation.gelu(X, "none")), 0.0, dtype, False)
+    return Call(BIAS, "linear_act_dropout", (x, weight, bias, *about), (), gpu)
+
+
+def gated(gpu: Gpu = H200) -> Call:
+    x, weight = laid_out(4096, 256), laid_out(512, 256)
+    about = (gated_cases.key_of("silu"), "separate", "dual", False, BF16)
+    return Call(GATED, "gated_mlp", (x, weight, weight, None, None, *about), (("seed", None), ("p", 0.0)), gpu)
+
+
+def compiled(call: Call) -> list[str]:
+    """Here and now."""
+    return ahead.compile_call(call, ahead._environment())
+
+
+def entries(folder: Path) -> int:
+    return len([*folder.iterdir()]) if folder.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("made", "names"),
+    [
+        (lambda: attention(CAUSAL), ["attention_forward"]),
+        (lambda: attention(PADDED, KEPT), ["tile_verdicts", "tile_lists", "attention_forward"]),
+        (lambda: backward(CAUSAL), ["prepare_rows", "attention_backward", "finish_dq"]),
+        (lambda: linear(), ["gemm"]),
+        (lambda: gated(), ["gemm"]),
+        (lambda: attention(CAUSAL, gpu=A100), ["attention_forward"]),
+        (lambda: attention(CAUSAL, gpu=MI300), ["attention_forward"]),
+        (lambda: linear(A100, torch.float32), ["linear"]),
+    ],
+    ids=["forward", "masked", "backward", "linear", "gated", "sm_80", "gfx942", "fp32 sm_80"],
+)
+def test_all_kernels_of_a_call_are_compiled(made: Callable[[], Call], names: list[str], folder: Path) -> None:
+    assert compiled(made()) == names
+    before = entries(folder)
+    assert before >= len(set(names))
+    _forget()
+    assert compiled(made()) == names
+    assert entries(folder) == before  # what a launch finds
+
+
+def test_addresses_are_those_of_views(folder: Path) -> None:
+    """A view that starts at no multiple of 16 bytes is compiled for as such: not by descriptors."""
+    usual = attention(CAUSAL)
+    elsewhere = dataclasses.replace(Q, offset=1)
+    compiled(usual)
+    before = entries(folder)
+    moved = dataclasses.replace(usual, args=(elsewhere, *usual.args[1:]))
+    compiled(moved)
+    assert entries(folder) > before
+
+
+def test_nothing_is_allocated_or_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any) -> Any:
+        raise AssertionError("memory of a GPU was asked for")
+
+    monkeypatch.setattr(repeat, "_empty_strided_cuda", never)
+    monkeypatch.setattr(repeat, "_current_device", lambda: 0)
+    assert compiled(attention(CAUSAL)) == ["attention_forward"]
+
+
+def test_in_a_process_of_inductors(folder: Path) -> None:
+    """What is submitted is compiled by one of its workers, with this process's folder for it, once."""
+    with config.patch(compile_threads=2):
+        for _ in range(3):
+            ahead.submit(attention(CAUSAL))
+        assert len(ahead._pending) == 1
+        ahead.settle()
+    assert not ahead._pending
+    before = entries(folder)
+    assert before
+    assert compiled(attention(CAUSAL)) == ["attention_forward"]
+    assert entries(folder) == before
+
+
+class Pool:
+    """Inductor's, with futures in the test's hands."""
+
+    def __init__(self) -> None:
+        self.futures: list[Future[Any]] = []
+
+    def submit(self, *job: Any) -> Future[Any]:
+        self.futures.append(Future())
+        return self.futures[-1]
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
+    made = Pool()
+    monkeypatch.setattr(AsyncCompile, "process_pool", staticmethod(lambda: made))
+    return made
+
+
+def test_a_failure_there_is_nothing_here(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
+    ahead.submit(attention(CAUSAL))
+    pool.futures[0].set_exception(RuntimeError("LLVM does not like it"))
+    with caplog.at_level(logging.DEBUG, "xfcompile.ahead"):
+        ahead.settle()
+    assert "LLVM does not like it" in caplog.text and not ahead._pending
+
+
+def test_patience_ends(pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(ahead, "PATIENCE", 0.05)
+    ahead.submit(attention(CAUSAL))
+    ahead.submit(linear())
+    ahead.settle()
+    assert "not compiled ahead within 0.05 s" in caplog.text and not ahead._pending
+    ahead.settle()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
+    """Calls as they would be submitted if Inductor's graph, which is on a CPU here, were on a GPU."""
+    calls: list[Call] = []
+    monkeypatch.setattr(ahead, "lowered", lambda kernel: calls.append(ahead.call_of(kernel, H200)))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch._dynamo.reset()
+    with config.patch(force_disable_caches=True):  # what is found there is not lowered
+        yield calls
+
+
+def soft_capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(30 * torch.tanh(q @ k.transpose(-1, -2) / 240), -1) @ v
+
+
+ROUTES = {"attention": "triton", "gated_mlp": "triton", "bias-act-dropout": "epilogue"}
+
+
+def test_what_inductor_lowers_is_what_runs(monkeypatch: pytest.MonkeyPatch, calls: list[Call]) -> None:
+    """Forward and backward, of views of one projection, are described as they are when they run."""
+    seen: list[tuple[Outline, ...]] = []
+
+    def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            seen.append(tuple(outline_of(x) for x in args if isinstance(x, Tensor)))
+            return run(*args, **kwargs)
+
+        return recording
+
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "run", recorded(module.run))
+    weight = torch.randn(96, 32, requires_grad=True)
+
+    def fn(x: Tensor) -> Tensor:
+        q, k, v = (x @ weight.T).view(2, 24, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return soft_capped(q, k, v).transpose(1, 2).flatten(2)
+
+    made = torch.compile(fn, backend="xformers", options={"routes": ROUTES, "strict": True})
+    made(torch.randn(2, 24, 32, requires_grad=True)).sum().backward()
+    assert [call.op for call in calls] == ["attention", "attention_backward"]
+    for call, run in zip(calls, seen, strict=True):
+        described = [as_compiled(x) for x in call.args if isinstance(x, Outline)]
+        assert described == [*map(as_compiled, run)], call.op
+    assert [x.offset for x in calls[0].args[:3]] == [0, 32, 64]
+    halves = dataclasses.replace(calls[0], args=_in_bf16(calls[0].args))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert compiled(halves) == ["attention_forward"]
+    assert compiled(dataclasses.replace(calls[1], args=_in_bf16(calls[1].args)))
+
+
+def as_compiled(x: Outline) -> Outline:
+    """Of where a tensor begins a kernel knows only whether it is a multiple of 16 bytes."""
+    return dataclasses.replace(x, offset=x.offset * x.dtype.itemsize % 16)
+
+
+def outline_of(x: Tensor) -> Outline:
+    return Outline(tuple(x.shape), x.stride(), int(x.storage_offset()), x.dtype)
+
+
+def _in_bf16(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        dataclasses.replace(x, dtype=BF16) if isinstance(x, Outline) and x.dtype.is_floating_point else x for x in args
+    )
+
+
+def test_symbolic_sizes_are_those_of_the_first_call(calls: list[Call]) -> None:
+    fn = torch.compile(soft_capped, backend="xformers", dynamic=True, options={"routes": ROUTES, "strict": True})
+    x = torch.randn(2, 3, 40, 16)
+    fn(x, x + 1, x + 2)
+    (call,) = calls
+    assert call.args[0] == Outline((2, 3, 40, 16), (1920, 640, 16, 1), 0, torch.float32)
+
+
+def test_other_families_are_described_too(calls: list[Call]) -> None:
+    gate, up, down = (torch.randn(n, 16, requires_grad=True) for n in (32, 32, 24))
+
+    def fn(x: Tensor) -> Tensor:
+        return (F.silu(x @ gate.T) * (x @ up.T)).sum() + F.gelu(F.linear(x, down)).sum()
+
+    made = torch.compile(fn, backend="xformers", options={"routes": ROUTES, "strict": True})
+    made(torch.randn(64, 16, requires_grad=True)).backward()
+    assert {call.op for call in calls} >= {"gated_mlp", "gated_mlp_backward", "linear_act_dropout"}
+    assert all(x.shape for call in calls for x in call.args if isinstance(x, Outline))
+
+
+@pytest.mark.parametrize("why", ["a CPU", "one thread", "the interpreter"])
+def test_nothing_is_submitted_where_nothing_would_run(why: str, monkeypatch: pytest.MonkeyPatch, pool: Pool) -> None:
+    class Kernel:
+        def get_device(self) -> torch.device:
+            return torch.device("cpu" if why == "a CPU" else "cuda")
+
+    monkeypatch.setattr(ahead, "call_of", lambda *about: pytest.fail("it was described"))
+    monkeypatch.setattr(Gpu, "of", staticmethod(lambda index: H200))
+    if why == "the interpreter":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with config.patch(compile_threads=1 if why == "one thread" else 2):
+        ahead.lowered(Kernel())
+    assert not pool.futures
+
+
+def test_an_error_while_it_is_described_leaves_the_program(monkeypatch: pytest.MonkeyPatch, calls: list[Call]) -> None:
+    def fails(kernel: Any) -> None:
+        raise KeyError("of another version of Inductor")
+
+    monkeypatch.setattr(ahead, "lowered", fails)
+    x = torch.randn(1, 2, 8, 16)
+    fn = torch.compile(soft_capped, backend="xformers", options={"routes": ROUTES, "strict": True})
+    with xfcompile.collect() as report:
+        torch.testing.assert_close(fn(x, x, x), soft_capped(x, x, x), rtol=1e-4, atol=1e-4)
+    assert report.sites[0].route == "triton"
