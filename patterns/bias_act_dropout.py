@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -251,14 +252,9 @@ class Reader:
         return sorted(inside, key=lambda v: v.order)
 
     def _check(self, formula: sympy.Expr, value: Value) -> None:
-        if formula.count_ops(visual=False) > LONGEST:
-            raise Miss("a formula of so many operations is no activation", value)
-        if X not in formula.free_symbols:
-            raise Miss("nothing is left of the projection", value)
-        for n in range(len(self.tensors)):
-            r = activation.tensor(n)
-            if not _is_scaled(r, formula):
-                raise Miss("more than a number is done to what was added", value)
+        reason = _why_no_activation(formula, len(self.tensors))
+        if reason is not None:
+            raise Miss(reason, value)
 
     def read(self, value: Value) -> sympy.Expr:
         if value.op in OTHER_DROPOUTS:
@@ -299,11 +295,20 @@ class Reader:
         return any(formula == activation.tensor(n) for n in range(len(self.tensors)))
 
 
-def _is_scaled(symbol: sympy.Symbol, formula: sympy.Expr) -> bool:
-    """Whether a formula is a number times the symbol and what it is no part of."""
-    terms = [term for term in sympy.Add.make_args(formula) if symbol in term.free_symbols]
-    # That it is written so is seen much sooner than what its derivative is.
-    return all(term.as_coeff_Mul()[1] == symbol for term in terms) or bool(sympy.diff(formula, symbol).is_number)
+@functools.lru_cache(4096)  # the layers of a model have the same formulas
+def _why_no_activation(formula: sympy.Expr, tensors: int) -> str | None:
+    """Why a formula is none of those that are looked for; None if it may be. tensors: how many are added in it."""
+    if formula.count_ops(visual=False) > LONGEST:
+        return "a formula of so many operations is no activation"
+    if X not in formula.free_symbols:
+        return "nothing is left of the projection"
+    # Of a tensor that is but a number's factor in each term of a sum it is seen much sooner than by a derivative.
+    terms = [term for term in sympy.Add.make_args(formula) if not term.as_coeff_Mul()[1].is_Symbol]
+    within: set[sympy.Symbol] = set().union(*(term.free_symbols for term in terms))
+    added = {activation.tensor(n) for n in range(tensors)}
+    if not all(sympy.diff(formula, r).is_number for r in within & added):
+        return "more than a number is done to what was added"
+    return None
 
 
 def _known(number: sympy.Basic, value: Value) -> sympy.Expr:

@@ -272,9 +272,11 @@ class Reading:
 
     def _cells_of(self, nodes: Iterable[fx.Node]) -> Iterator[Cell]:
         for n in nodes:
-            for cell in pytree.tree_leaves(self.cells.get(n)):
-                if isinstance(cell, Cell):
-                    yield cell
+            held = self.cells.get(n)
+            if isinstance(held, Cell):  # as most are
+                yield held
+            elif held is not None:
+                yield from (cell for cell in pytree.tree_leaves(held) if isinstance(cell, Cell))
 
     def _arguments(self, node: fx.Node) -> tuple[list[Any], pytree.TreeSpec]:
         """Flattened arguments, nodes replaced by cells and numbers."""

@@ -1,10 +1,14 @@
 """Cold and warm compile times: processes of their own, whose caches are empty, or hold what the process before left.
 
-`python -m xfcompile.bench.startup '{"name": "Llama", ...}'` is such a process; it prints one line of JSON.
+`python -m xfcompile.bench.startup` is what such processes are forked from: it has imported PyTorch and the libraries of
+models, which a user's program has as well before it compiles, and used neither. It reads a line of JSON for each,
+`{"arguments": {"name": "Llama", ...}, "folder": "where caches are"}`, and answers by a line.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import subprocess
@@ -12,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from xfcompile.bench import columns as c
 from xfcompile.bench.job import Place, Start
@@ -22,40 +27,107 @@ from xfcompile.bench.job import Place, Start
 COLUMNS = (c.INDUCTOR, c.XFORMERS)
 """Those whose compile times are asked for; the others tune or have none."""
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+IMPORTED = ("torch", "transformers", "timm", "diffusers", "xfcompile.bench.models")
+"""Where they are installed."""
+
+Ask = Callable[[dict[str, Any], Path], dict[str, Any]]
 
 
 def started(work: Start, columns: Sequence[str], announce: Callable[[str], None]) -> dict[str, Any]:
     """The cells of a row of compile times."""
     cells: dict[str, dict[str, Any]] = {}
-    for column in columns:
-        if column not in COLUMNS:
-            cells[column] = {"skipped": "compile times are those of the default mode"}
-            continue
-        cells[column] = {}
-        with tempfile.TemporaryDirectory(prefix="xfcompile-bench-") as folder:
-            for state in ("cold", "warm"):
-                announce(f"{column}, {state}")
-                answer = process({**work.arguments, "column": column}, Path(folder))
-                if "failed" in answer:
-                    cells[column]["failed"] = f"{state}: {answer['failed']}"
-                    break
-                cells[column] |= {f"{state}_s": answer["seconds"]}
-                if "sites" in answer:
-                    cells[column]["sites"] = answer["sites"]
+    with processes() as ask:
+        for column in columns:
+            if column not in COLUMNS:
+                cells[column] = {"skipped": "compile times are those of the default mode"}
+                continue
+            cells[column] = {}
+            with tempfile.TemporaryDirectory(prefix="xfcompile-bench-") as folder:
+                for state in ("cold", "warm"):
+                    announce(f"{column}, {state}")
+                    answer = ask({**work.arguments, "column": column}, Path(folder))
+                    if "failed" in answer:
+                        cells[column]["failed"] = f"{state}: {answer['failed']}"
+                        break
+                    cells[column] |= {f"{state}_s": answer["seconds"]}
+                    if "sites" in answer:
+                        cells[column]["sites"] = answer["sites"]
     return {"cells": cells}
 
 
-def process(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What a process says, with its caches in a folder."""
-    env = os.environ | {name: str(folder / name.lower()) for name in CACHES}
+@contextlib.contextmanager
+def processes() -> Iterator[Ask]:
+    """Asks a process, forked anew each time, for what it says of arguments, with its caches in a folder."""
     # The package may be importable here without being installed.
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [env.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "xfcompile.bench.startup", json.dumps(arguments)]
-    done = subprocess.run(command, env=env | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return json.loads(lines[-1])
-    return {"failed": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "xfcompile.bench.startup"]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=errors, text=True,
+        ) as server,
+    ):  # fmt: skip
+        assert server.stdin is not None and server.stdout is not None
+        requests, answers = server.stdin, server.stdout
+
+        def ask(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+            try:
+                requests.write(json.dumps({"arguments": arguments, "folder": str(folder)}) + "\n")
+                requests.flush()
+                line = answers.readline()
+            except BrokenPipeError:
+                line = ""
+            if line:
+                return json.loads(line)
+            return {"failed": f"the process that others are forked from ended{_last_words(errors)}"}
+
+        try:
+            yield ask
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                requests.close()  # it ends
+
+
+def _last_words(errors: IO[str]) -> str:
+    errors.seek(0)
+    lines = [line.strip() for line in errors if line.strip()]
+    return f": {lines[-1][:300]}" if lines else ""
+
+
+def serve(requests: IO[str], answers: int) -> None:
+    """Answers each request by a process forked for it, until nothing more comes. answers: a file descriptor, which
+    nothing else writes to."""
+    for name in IMPORTED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for line in requests:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reading)
+            _forked(request, writing)
+        os.close(writing)
+        with os.fdopen(reading) as file:
+            answer = file.readline().strip()  # not its end: what the process has begun may hold it open
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        os.write(answers, ((answer or json.dumps({"failed": f"exit code {code}"})) + "\n").encode())
+
+
+def _forked(request: dict[str, Any], answers: int) -> None:
+    """Measures, answers and ends."""
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ.update({name: str(Path(request["folder"]) / name.lower()) for name in CACHES})
+    try:
+        answer = main(request["arguments"])
+    except BaseException as error:
+        traceback.print_exc()
+        answer = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+    os.write(answers, (json.dumps(answer) + "\n").encode())
+    os._exit(0)
 
 
 def _end_with(parent: int) -> None:
@@ -87,4 +159,6 @@ def main(arguments: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    out = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    serve(sys.stdin, out)
