@@ -22,7 +22,7 @@ OLD = Path(__file__).parents[2] / "examples" / "results"
 def made() -> Results:
     return results(
         entry("a", inductor=4.0, xformers=1.0, flex=2.0, sdpa=8.0, sdpa_flash=4.0),
-        entry("a", inductor=16.0, xformers=1.0, flex=2.0, length=4096),
+        {**entry("a", inductor=16.0, xformers=1.0, flex=2.0), "sizes": {"S": 1024, "D": 128}},
         entry("b", inductor=1.0, xformers=2.0),
         entry("a", "forward+backward", inductor=3.0, xformers=1.0),
         entry("c", inductor={"failed": "out of memory"}, xformers=2.0),
@@ -54,6 +54,17 @@ def test_a_bar_is_the_mean_over_sizes() -> None:
     assert found["forward", "b", "xformers"].loss
     assert found["forward+backward", "a", "xformers"].speedup == pytest.approx(3)
     assert not any(b.name == "c" for b in bars(made()))
+
+
+def test_lengths_are_panels_of_their_own() -> None:
+    """What was measured at one length only is not compared with a mean over all."""
+    longer = entry("a", inductor=32.0, xformers=1.0, length=4096)
+    found = {(b.panel, b.name, b.column): b.speedup for b in bars(results(*made().rows, longer))}
+    assert found["forward, 1024 tokens", "a", "xformers"] == pytest.approx(8)
+    assert found["forward, 4096 tokens", "a", "xformers"] == pytest.approx(32)
+    assert found["forward + backward, 1024 tokens", "a", "xformers"] == pytest.approx(3)
+    axes = figure(results(*made().rows, longer)).axes
+    assert sum(axis.get_visible() for axis in axes) == 3
 
 
 def test_the_picture_has_these_bars() -> None:

@@ -94,11 +94,12 @@ def test_another_column_measures_a_row_anew(tmp_path: Path) -> None:
 
 
 class Together(Fake):
-    """Waits in its first row until the other one is at work too. `full`: the row that is out of memory unless alone."""
+    """Waits in its first row until the other one is at work too. `full`: the row that is out of memory unless alone.
+    whole: before any of its columns is at work."""
 
-    def __init__(self, barrier: threading.Barrier, full: str = "") -> None:
+    def __init__(self, barrier: threading.Barrier, full: str = "", whole: bool = False) -> None:
         super().__init__()
-        self.barrier, self.full = barrier, full
+        self.barrier, self.full, self.whole = barrier, full, whole
         self.asked: list[str] = []
 
     def measure(self, row: Row, columns: Sequence[str], announce: Announce, end: float) -> dict[str, Any]:
@@ -107,6 +108,8 @@ class Together(Fake):
         if len(self.asked) == 1:
             self.barrier.wait(10)
         if row.name == self.full and self.asked.count(row.name) == 1:
+            if self.whole:
+                return {**row.as_dict(), "cells": {}, "failed": "out of memory"}
             found["cells"]["xformers"] = {"failed": "out of memory"}
         return found
 
@@ -119,15 +122,18 @@ def test_several_measure_at_once_and_each_row_once() -> None:
     assert sorted(row["name"] for row in made.rows) == ["a", "b", "c"] and made.not_run == []
 
 
-def test_what_is_out_of_memory_beside_others_is_measured_again_alone() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_out_of_memory_beside_others_is_measured_again_alone(whole: bool) -> None:
     barrier, made = threading.Barrier(2), results()
-    both = Together(barrier, "a"), Together(barrier, "a")
+    both = Together(barrier, "a", whole), Together(barrier, "a", whole)
     run(Plan(ROWS, COLUMNS), made, both, console(), lambda: 0.0)
     assert [*both[0].asked, *both[1].asked].count("a") in (2, 3)  # the first time of either is full
     assert sorted(row["name"] for row in made.rows) == ["a", "b", "c"]
     (row,) = (row for row in made.rows if row["name"] == "a")
     alone = both[0].asked.count("a") == 2
-    assert row["cells"]["xformers"] == (cell(1.0) if alone else {"failed": "out of memory"})
+    full = {} if whole else {"xformers": {"failed": "out of memory"}}
+    assert row["cells"].get("xformers") == (cell(1.0) if alone else full.get("xformers"))
+    assert row.get("failed") == ("out of memory" if whole and not alone else None)
 
 
 def test_an_error_in_one_of_several_ends_the_run() -> None:

@@ -59,11 +59,12 @@ class Bar:
 
 
 def bars(results: Results) -> list[Bar]:
-    """All bars, panel by panel. A panel is a mode and variant; rows that differ in size alone are one bar."""
+    """All bars, panel by panel. A panel is a mode and variant, of attention at one length; rows that differ in other
+    sizes alone are one bar."""
     found, base = [], over(results)
     timed = [r for r in results.rows if not r["mode"].startswith("start")]
-    for panel, rows in groups(timed).items():
-        names = dict.fromkeys(_name(results, r) for r in rows)
+    names = dict.fromkeys(_name(results, r) for r in timed)
+    for panel, rows in _panels(results, timed).items():
         for name in names:
             mine = [r for r in rows if _name(results, r) == name]
             for column in (x for x in COLOURS if x not in LEFT_OUT.get(results.benchmark, ())):
@@ -75,8 +76,26 @@ def bars(results: Results) -> list[Bar]:
     return found
 
 
+def _panels(results: Results, rows: Sequence[Entry]) -> dict[str, list[Entry]]:
+    lengths = _lengths(results)
+    found = groups(rows)
+    if len(lengths) < 2:
+        return found
+    # What was measured at some lengths only is compared with what was measured there.
+    return {
+        f"{PANELS.get(panel, panel)}, {length} tokens": [r for r in mine if r["sizes"]["S"] == length]
+        for panel, mine in found.items()
+        for length in lengths
+    }
+
+
+def _lengths(results: Results) -> list[int]:
+    """Of attention's rows."""
+    return sorted({r["sizes"]["S"] for r in results.rows}) if results.benchmark == "attention" else []
+
+
 def _name(results: Results, entry: Entry) -> str:
-    """Programs of attention are one bar for all sizes; others are told apart by what their sizes are."""
+    """Programs of attention are one bar for all head dims; others are told apart by what their sizes are."""
     sizes = entry["sizes"]
     if results.benchmark in ("gated-mlp", "bias-act-dropout"):
         return f"{entry['name']}, {sizes['M']} × {sizes['K']} × {sizes['N']}"
@@ -115,10 +134,11 @@ def figure(results: Results) -> Any:
         )
     panels = list(dict.fromkeys(bar.panel for bar in found))
     heights = [_height([bar for bar in found if bar.panel == panel]) for panel in panels]
-    wide = min(len(panels), 4 if len(panels) > 3 and max(heights) > TALL else 2)
+    wide = len(_lengths(results)) if len(panels) > 2 else 0
+    wide = wide if wide > 1 else min(len(panels), 4 if len(panels) > 3 and max(heights) > TALL else 2)
     # Panels of a row are as high as the higher of them.
     lines = [max(heights[n : n + wide]) for n in range(0, len(panels), wide)]
-    size = ((5.6 if wide == 4 else 7.4) * wide, ABOVE + BELOW + sum(lines) + 0.75 * len(lines))
+    size = ((5.6 if wide > 2 else 7.4) * wide, ABOVE + BELOW + sum(lines) + 0.75 * len(lines))
     made = Figure(figsize=size, layout="constrained", dpi=150)
     engine: Any = made.get_layout_engine()
     engine.set(rect=(0, BELOW / size[1], 1, 1 - (ABOVE + BELOW) / size[1]), hspace=0.04)
@@ -177,6 +197,8 @@ def _draw(axis: Any, panel: str, found: Sequence[Bar], span: tuple[float, float]
     steps = [x for x in (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200) if span[0] <= x <= span[1]]
     if span[1] / span[0] > 12:
         steps = [x for x in steps if x != 1.5]
+    if span[1] / span[0] > 300:
+        steps = [x for x in (0.01, 0.1, 1, 3, 10, 30, 100, 300) if span[0] <= x <= span[1]]
     axis.xaxis.set_major_locator(FixedLocator(steps))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xticklabels([f"{x:g}×" for x in steps], fontsize=8)
@@ -236,7 +258,7 @@ def _where(results: Results) -> str:
     sizes = len({json.dumps(r["sizes"]) for r in results.rows})
     shown = f"{found[-1]}, and {len(found) - 1} runs before" if len(found) > 2 else "; ".join(found)
     if sizes > 1 and results.benchmark == "attention":
-        shown += "\na bar is the geometric mean over sizes, its thin line reaches from the least to the most"
+        shown += "\na bar is the geometric mean over head dims, its thin line reaches from the least to the most"
     return shown
 
 

@@ -103,7 +103,8 @@ class _Work:
 
     def _done(self, row: Row, entry: Entry, seconds: float, alone: bool) -> None:
         with self._lock:
-            if not alone and any(cell.get("failed") == OUT_OF_MEMORY for cell in entry["cells"].values()):
+            failures = [entry.get("failed"), *[cell.get("failed") for cell in entry["cells"].values()]]
+            if not alone and OUT_OF_MEMORY in failures:
                 self._again.add(row)  # others had a part of the memory
                 return
             self.results.add(entry)
