@@ -34,13 +34,14 @@ def xformers(
     # Inductor takes seconds to import; it is here already when torch.compile calls.
     from torch._inductor.compile_fx import compile_fx
 
-    from xfcompile.direct import lower
+    from xfcompile.direct import compile_ahead, lower
     from xfcompile.identity import identified
 
     ours, patches = Options.parse(mode, options)
     before = _snapshot(gm)
     report, verification = _rewritten(gm, example_inputs, ours, before, patches)
     lower()
+    compile_ahead(gm)
 
     # Callable for any graph module; its other results are those of ahead-of-time compilation.
     def compiled() -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from xfcompile import ahead
 from xfcompile.kernels.registration import KERNELS, Site
@@ -34,6 +35,14 @@ def lower() -> None:
             _lower(getattr(torch.ops.xfcompile, op).default)
         except Exception as error:
             log.debug("calls of %s go through torch's dispatcher: %s", op, error)
+
+
+def compile_ahead(gm: fx.GraphModule) -> None:
+    """Has the kernels of a graph's calls compiled while Inductor is at work, or else at their first launch."""
+    try:
+        ahead.planned(gm)
+    except Exception as error:
+        log.debug("not compiled ahead: %s", error)
 
 
 def _lower(target: torch._ops.OpOverload) -> None:

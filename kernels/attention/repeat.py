@@ -77,13 +77,13 @@ class Launch:
         self._descriptors: dict[tuple[int, int], _Quick] = {}
         self._failed: fit.Unavailable | None = None
 
-    _compiled_for: Callable[[str], None] | None = None
+    _compiled_for: Callable[[Any], None] | None = None
 
     @classmethod
     @contextmanager
-    def compiling_only(cls, made: Callable[[str], None]) -> Iterator[None]:
-        """Meanwhile no launch of this process is one: its kernel is compiled, and `made` told its name. Only for
-        launches that are made meanwhile, of tensors that may have no memory: see `xfcompile.ahead`."""
+    def compiling_only(cls, made: Callable[[Any], None]) -> Iterator[None]:
+        """Meanwhile no launch of this process is one: its kernel is compiled, and given to `made`. Only for launches
+        that are made meanwhile, of tensors that may have no memory: see `xfcompile.pretend`."""
         cls._compiled_for = staticmethod(made)
         try:
             yield
@@ -165,7 +165,7 @@ class Launch:
         compiled = fit.compile_first(
             self.kernel, self.grid, *self._arguments(tensors, free), **self.constants, **self.options
         )
-        self._compiled_for(compiled.metadata.name)
+        self._compiled_for(compiled)
         return SimpleNamespace(n_spills=0, metadata=compiled.metadata)
 
     def _check(self, tensors: int, free: Sequence[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.jit import JITFunction
 
 import xfcompile
-from xfcompile import activation, ahead
+from xfcompile import activation, ahead, pretend
 from xfcompile.activation import X
 from xfcompile.ahead import Call, Gpu, Outline
 from xfcompile.kernels.attention import launch, launch_backward, prepare, repeat, tiles
@@ -34,11 +36,16 @@ from xfcompile.score import B, I, J, Load, S
 from xfcompile.site import Band, Operand, ScoreSpec
 
 PROPERTIES = (("multi_processor_count", 132), ("shared_memory_per_multiprocessor", 233472))
-H200 = Gpu(GPUTarget("cuda", 90, 32), (9, 0), "NVIDIA H200", PROPERTIES)
-A100 = Gpu(GPUTarget("cuda", 80, 32), (8, 0), "NVIDIA A100", PROPERTIES)
-MI300 = Gpu(GPUTarget("hip", "gfx942", 64), (9, 4), "MI300X", PROPERTIES)
+
+
+def gpu(target: GPUTarget, capability: tuple[int, int], name: str) -> Gpu:
+    return Gpu(target, capability, name, PROPERTIES, ahead.compiler_of(target))
+
+
+H200 = gpu(GPUTarget("cuda", 90, 32), (9, 0), "NVIDIA H200")
+A100 = gpu(GPUTarget("cuda", 80, 32), (8, 0), "NVIDIA A100")
+MI300 = gpu(GPUTarget("hip", "gfx942", 64), (9, 4), "MI300X")
 BF16 = torch.bfloat16
-ATTENTION, BIAS, GATED = (f"xfcompile.kernels.{name}.op" for name in ("attention", "bias_act_dropout", "gated_mlp"))
 
 CAUSAL = ScoreSpec(S / 8, I >= J, band=Band(None, I + 1, True))
 PADDED = ScoreSpec(S / 8, Load(0, B, J) >= 1, "nan", (Operand(torch.int64, 2),))
@@ -51,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ahead, "_asked", set())
     monkeypatch.setattr(ahead, "_pending", [])
-    monkeypatch.setattr(ahead, "_kind", None)
+    monkeypatch.setattr(pretend, "_kind", None)
     _forget()
     yield tmp_path / "triton"
     _forget()
@@ -70,7 +77,7 @@ def _forget() -> None:
 
 
 def laid_out(*shape: int, dtype: torch.dtype = BF16, offset: int = 0) -> Outline:
-    return Outline(shape, torch.empty(shape, device="meta").stride(), offset, dtype)
+    return Outline.of(shape, torch.empty(shape, device="meta").stride(), offset, dtype)
 
 
 Q = laid_out(4, 16, 512, 64)
@@ -78,34 +85,37 @@ KEPT = laid_out(4, 512, dtype=torch.int64)
 LSE = laid_out(4, 16, 512, dtype=torch.float32)
 
 
+def call(op: str, *args: Any, gpu: Gpu = H200, **kwargs: Any) -> Call:
+    return ahead.call_of(getattr(torch.ops.xfcompile, op).default, args, kwargs, gpu)
+
+
 def attention(spec: ScoreSpec, *operands: Outline, gpu: Gpu = H200) -> Call:
-    return Call(ATTENTION, "attention", (Q, Q, Q, operands, (), (), prepare(spec)), (), gpu)
+    return call("attention", Q, Q, Q, operands, (), (), prepare(spec), gpu=gpu)
 
 
-def backward(spec: ScoreSpec, *operands: Outline, gpu: Gpu = H200) -> Call:
+def backward(spec: ScoreSpec, *operands: Outline) -> Call:
     needs = (True, True, True, *[False] * len(operands))
-    return Call(ATTENTION, "attention_backward", (Q, Q, Q, Q, Q, LSE, operands, (), (), prepare(spec), needs), (), gpu)
+    return call("attention_backward", Q, Q, Q, Q, Q, LSE, operands, (), (), prepare(spec), needs)
 
 
 def linear(gpu: Gpu = H200, dtype: torch.dtype = BF16) -> Call:
     x, weight, bias = (laid_out(*shape, dtype=dtype) for shape in ((4096, 256), (512, 256), (512,)))
-    about = ((), (), None, 0, text_of(activation.gelu(X, "none")), 0.0, dtype, False)
-    return Call(BIAS, "linear_act_dropout", (x, weight, bias, *about), (), gpu)
+    text = text_of(activation.gelu(X, "none"))
+    return call("linear_act_dropout", x, weight, bias, (), (), None, 0, text, 0.0, dtype, False, gpu=gpu)
 
 
-def gated(gpu: Gpu = H200) -> Call:
+def gated() -> Call:
     x, weight = laid_out(4096, 256), laid_out(512, 256)
-    about = (gated_cases.key_of("silu"), "separate", "dual", False, BF16)
-    return Call(GATED, "gated_mlp", (x, weight, weight, None, None, *about), (("seed", None), ("p", 0.0)), gpu)
+    return call("gated_mlp", x, weight, weight, None, None, gated_cases.key_of("silu"), "separate", "dual", False, BF16)
 
 
 def compiled(call: Call) -> list[str]:
     """Here and now."""
-    return ahead.compile_call(call, ahead._environment())
+    return pretend.compile_call(call, ahead._environment())
 
 
 def entries(folder: Path) -> int:
-    return len([*folder.iterdir()]) if folder.exists() else 0
+    return len([x for x in folder.iterdir() if x.name != "xfcompile"]) if folder.exists() else 0
 
 
 @pytest.mark.parametrize(
@@ -183,6 +193,31 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     return made
 
 
+def test_what_was_compiled_before_is_not_asked_for(pool: Pool, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """By this process or by another: nothing is waited for at a warm start."""
+    wanted, environment = attention(CAUSAL), ahead._environment()
+    pretend.compile_call(wanted, environment, str(ahead._mark(wanted, environment)))
+    ahead.submit(wanted)
+    assert not pool.futures and not ahead._pending
+    for change in ({"args": attention(PADDED, KEPT).args}, {"gpu": A100}):
+        monkeypatch.setattr(ahead, "_asked", set())
+        ahead.submit(dataclasses.replace(wanted, **change))
+    assert len(pool.futures) == 2
+    monkeypatch.setattr(ahead, "_asked", set())
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "elsewhere"))
+    ahead.submit(wanted)
+    assert len(pool.futures) == 3
+
+
+def test_where_kernels_are_kept_is_decided_as_inductor_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead._keep_beside_inductors(1)
+    assert not os.environ["TRITON_CACHE_DIR"].endswith("1")  # the user's own
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    ahead._keep_beside_inductors(1)
+    assert os.environ["TRITON_CACHE_DIR"] == triton_cache_dir(0) and os.environ["TRITON_CACHE_DIR"].endswith("triton/1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/")  # so that it is put back
+
+
 def test_a_failure_there_is_nothing_here(pool: Pool, caplog: pytest.LogCaptureFixture) -> None:
     ahead.submit(attention(CAUSAL))
     pool.futures[0].set_exception(RuntimeError("LLVM does not like it"))
@@ -202,9 +237,12 @@ def test_patience_ends(pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    """Calls as they would be submitted if Inductor's graph, which is on a CPU here, were on a GPU."""
+    """Calls as they would be submitted if graphs, which are on a CPU here, were on a GPU: those of the graph that we
+    have rewritten, and then those that Inductor lowers."""
     calls: list[Call] = []
-    monkeypatch.setattr(ahead, "lowered", lambda kernel: calls.append(ahead.call_of(kernel, H200)))
+    monkeypatch.setattr(ahead, "_wanted", lambda: True)
+    monkeypatch.setattr(ahead, "_gpu_of", lambda devices: H200)
+    monkeypatch.setattr(ahead, "submit", calls.append)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch._dynamo.reset()
     with config.patch(force_disable_caches=True):  # what is found there is not lowered
@@ -239,38 +277,34 @@ def test_what_inductor_lowers_is_what_runs(monkeypatch: pytest.MonkeyPatch, call
 
     made = torch.compile(fn, backend="xformers", options={"routes": ROUTES, "strict": True})
     made(torch.randn(2, 24, 32, requires_grad=True)).sum().backward()
-    assert [call.op for call in calls] == ["attention", "attention_backward"]
-    for call, run in zip(calls, seen, strict=True):
-        described = [as_compiled(x) for x in call.args if isinstance(x, Outline)]
-        assert described == [*map(as_compiled, run)], call.op
-    assert [x.offset for x in calls[0].args[:3]] == [0, 32, 64]
-    halves = dataclasses.replace(calls[0], args=_in_bf16(calls[0].args))
+    planned, *lowered = calls
+    assert [call.op for call in lowered] == ["attention", "attention_backward"]
+    assert planned == lowered[0]
+    for call, run in zip(lowered, seen, strict=True):
+        assert tuple(x for x in call.args if isinstance(x, Outline)) == run, call.op
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert compiled(halves) == ["attention_forward"]
-    assert compiled(dataclasses.replace(calls[1], args=_in_bf16(calls[1].args)))
-
-
-def as_compiled(x: Outline) -> Outline:
-    """Of where a tensor begins a kernel knows only whether it is a multiple of 16 bytes."""
-    return dataclasses.replace(x, offset=x.offset * x.dtype.itemsize % 16)
+    assert compiled(_in_bf16(lowered[0])) == ["attention_forward"]
+    assert compiled(_in_bf16(lowered[1]))
 
 
 def outline_of(x: Tensor) -> Outline:
-    return Outline(tuple(x.shape), x.stride(), int(x.storage_offset()), x.dtype)
+    return Outline.of(x.shape, x.stride(), int(x.storage_offset()), x.dtype)
 
 
-def _in_bf16(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(
-        dataclasses.replace(x, dtype=BF16) if isinstance(x, Outline) and x.dtype.is_floating_point else x for x in args
-    )
+def _in_bf16(call: Call) -> Call:
+    def half(x: Any) -> Any:
+        return dataclasses.replace(x, dtype=BF16) if isinstance(x, Outline) and x.dtype.is_floating_point else x
+
+    return dataclasses.replace(call, args=tuple(map(half, call.args)))
 
 
 def test_symbolic_sizes_are_those_of_the_first_call(calls: list[Call]) -> None:
     fn = torch.compile(soft_capped, backend="xformers", dynamic=True, options={"routes": ROUTES, "strict": True})
     x = torch.randn(2, 3, 40, 16)
     fn(x, x + 1, x + 2)
-    (call,) = calls
-    assert call.args[0] == Outline((2, 3, 40, 16), (1920, 640, 16, 1), 0, torch.float32)
+    planned, lowered = calls
+    assert planned == lowered
+    assert lowered.args[0] == Outline((2, 3, 40, 16), (1920, 640, 16, 1), 0, torch.float32)
 
 
 def test_other_families_are_described_too(calls: list[Call]) -> None:
@@ -281,32 +315,45 @@ def test_other_families_are_described_too(calls: list[Call]) -> None:
 
     made = torch.compile(fn, backend="xformers", options={"routes": ROUTES, "strict": True})
     made(torch.randn(64, 16, requires_grad=True)).backward()
-    assert {call.op for call in calls} >= {"gated_mlp", "gated_mlp_backward", "linear_act_dropout"}
-    assert all(x.shape for call in calls for x in call.args if isinstance(x, Outline))
+    found = {call.op: calls.count(call) for call in calls}
+    forward, back = ("gated_mlp", "linear_act_dropout"), ("gated_mlp_backward", "bias_act_dropout_backward")
+    assert found == dict.fromkeys(forward, 2) | dict.fromkeys(back, 1)  # forwards before Inductor begins, and then
 
 
-@pytest.mark.parametrize("why", ["a CPU", "one thread", "the interpreter"])
+@pytest.mark.parametrize("why", ["a CPU", "two GPUs", "one thread", "the interpreter"])
 def test_nothing_is_submitted_where_nothing_would_run(why: str, monkeypatch: pytest.MonkeyPatch, pool: Pool) -> None:
-    class Kernel:
-        def get_device(self) -> torch.device:
-            return torch.device("cpu" if why == "a CPU" else "cuda")
+    def outlined(x: Any, devices: set[torch.device]) -> Any:
+        if isinstance(x, Outline):
+            devices.add(torch.device("cpu" if why == "a CPU" else "cuda", 0))
+            devices.add(torch.device("cpu" if why == "a CPU" else "cuda", int(why == "two GPUs")))
+        return x
 
-    monkeypatch.setattr(ahead, "call_of", lambda *about: pytest.fail("it was described"))
     monkeypatch.setattr(Gpu, "of", staticmethod(lambda index: H200))
     if why == "the interpreter":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wanted = attention(CAUSAL)
     with config.patch(compile_threads=1 if why == "one thread" else 2):
-        ahead.lowered(Kernel())
+        if ahead._wanted():
+            ahead._ask_for(torch.ops.xfcompile.attention.default, wanted.args, dict(wanted.kwargs), outlined)
+        else:
+            assert why in ("one thread", "the interpreter")
     assert not pool.futures
+    if why == "a CPU":  # else it is
+        why = "a GPU"
+        ahead._ask_for(torch.ops.xfcompile.attention.default, wanted.args, dict(wanted.kwargs), outlined)
+        assert len(pool.futures) == 1
 
 
 def test_an_error_while_it_is_described_leaves_the_program(monkeypatch: pytest.MonkeyPatch, calls: list[Call]) -> None:
-    def fails(kernel: Any) -> None:
+    def fails(what: Any) -> None:
+        told.append(what)
         raise KeyError("of another version of Inductor")
 
+    told: list[Any] = []
+    monkeypatch.setattr(ahead, "planned", fails)
     monkeypatch.setattr(ahead, "lowered", fails)
     x = torch.randn(1, 2, 8, 16)
     fn = torch.compile(soft_capped, backend="xformers", options={"routes": ROUTES, "strict": True})
     with xfcompile.collect() as report:
         torch.testing.assert_close(fn(x, x, x), soft_capped(x, x, x), rtol=1e-4, atol=1e-4)
-    assert report.sites[0].route == "triton"
+    assert report.sites[0].route == "triton" and len(told) == 2
