@@ -2,7 +2,8 @@
 
 `python -m xfcompile.bench.startup` is what such processes are forked from: it has imported PyTorch and the libraries of
 models, which a user's program has as well before it compiles, and used neither. It reads a line of JSON for each,
-`{"arguments": {"name": "Llama", ...}, "folder": "where caches are"}`, and answers by a line.
+`{"arguments": {"name": "Llama", ...}, "folder": "where caches are"}`, and answers by a line. Where importing a library
+has asked for GPUs, which no forked process can use then, each process begins anew, which takes it longer.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ def processes() -> Iterator[Ask]:
     # The package may be importable here without being installed.
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "xfcompile.bench.startup"]
+    # How libraries may ask for GPUs without using them.
+    env = os.environ | {"PYTHONPATH": path, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=errors, text=True,
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         ) as server,
     ):  # fmt: skip
         assert server.stdin is not None and server.stdout is not None
@@ -118,9 +120,22 @@ def serve(requests: IO[str], answers: int) -> None:
 
 def _forked(request: dict[str, Any], answers: int) -> None:
     """Measures, answers and ends."""
-    parent = os.getppid()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ.update({name: str(Path(request["folder"]) / name.lower()) for name in CACHES})
+    if request["arguments"]["device"] == "cuda" and not _can_use_gpus():
+        os.set_inheritable(answers, True)
+        again = [sys.executable, "-m", "xfcompile.bench.startup", str(answers), json.dumps(request)]
+        os.execv(sys.executable, again)
+    _answer(request, answers)
+
+
+def _can_use_gpus() -> bool:
+    import torch
+
+    return not torch.cuda._is_in_bad_fork()
+
+
+def _answer(request: dict[str, Any], answers: int) -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         answer = main(request["arguments"])
     except BaseException as error:
@@ -159,6 +174,8 @@ def main(arguments: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    if len(sys.argv) > 1:  # one that has begun anew
+        _answer(json.loads(sys.argv[2]), int(sys.argv[1]))
     out = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     serve(sys.stdin, out)
