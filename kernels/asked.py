@@ -1,5 +1,5 @@
-"""For which of the user's lines a kernel was made last, and whether its failure is to be an error: all that is known of
-it when it is compiled, at its first launch."""
+"""For which of the user's lines a kernel was made last, whether its failure is to be an error, and whether its tiles
+are timed: all that is known of it when it is compiled, at its first launch."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Asked:
-    """what: "attention at model.py:12". strict: the option."""
+    """what: "attention at model.py:12". strict, autotune: the options."""
 
     what: str
     strict: bool
+    autotune: bool = False
 
 
 _asked: dict[str, Asked] = {}
 
 
-def ask(name: str, what: str, strict: bool) -> None:
+def ask(name: str, what: str, strict: bool, autotune: bool = False) -> None:
     """Remember it of a kernel, by what operators call it (a hash, or a formula)."""
-    _asked[name] = Asked(what, strict)
+    _asked[name] = Asked(what, strict, autotune)
 
 
 @contextmanager
-def strictly(names: Iterable[str], what: str) -> Iterator[None]:
-    """For a while errors with some kernels are raised."""
+def tried(names: Iterable[str], what: str) -> Iterator[None]:
+    """For a while errors with some kernels are raised, and their tiles timed."""
     before = {name: _asked.get(name) for name in names}
     for name in before:
-        ask(name, what, True)
+        ask(name, what, strict=True, autotune=True)
     try:
         yield
     finally:

@@ -250,7 +250,7 @@ def test_tiles_that_need_too_much_memory_give_way_to_smaller_ones(monkeypatch: p
         return Made
 
     sizes = [Tiles(block_m=m, block_n=32, num_warps=4, num_stages=2) for m in (128, 64, 32, 16)]
-    assert fit.launch(launch, (sizes[:2], sizes[2:]), torch.empty(0), 64) is sizes[2]
+    assert fit.launch(launch, fit.Candidates(sizes[:2], sizes[2:]), torch.empty(0), 64) is sizes[2]
     assert tried == sizes[:3]
 
 

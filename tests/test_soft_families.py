@@ -276,7 +276,7 @@ def test_what_is_remembered_of_a_failure_keeps_no_tensors() -> None:
         def find() -> Any:
             raise fit.NoTilesFit(f"of {x.shape}")
 
-        fit.remembered(known, "kind", lambda tiles: None, find)
+        fit.remembered(known, ("kind",), lambda tiles: None, find, x, 1, "a kernel")
 
     assert freed(attempt)
 

@@ -391,7 +391,8 @@ def _replaced(
     older = _holding(reading, reading.effects[node].writes)
     changes.instead |= {n: new for n in older if reading.time[n] < reading.time[node]}
     added = [n for n in graph.nodes if n not in before]
-    tell_kernels(added, f"{family.title} at {_place(node)}", options.strict)
+    what = f"{family.title} at {_place(node)}"
+    tell_kernels(added, what, strict=options.strict, autotune=options.autotune)
     changes.inserted += added
     changes.done.append(candidate)
     log.info("%s at %s: %s", family.title, source_of(node), candidate.route.name)

@@ -1,5 +1,5 @@
-"""Tells kernels which of the user's lines they are called for, and whether an error with one is to be raised: they are
-compiled when they are launched first, which is when nothing is known any more of the graph."""
+"""Tells kernels which of the user's lines they are called for, whether an error with one is to be raised, and whether
+tiles are timed: they are compiled when they are launched first, when nothing is known any more of the graph."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from torch import fx
 
 
-def tell_kernels(added: Iterable[fx.Node], what: str, strict: bool) -> None:
+def tell_kernels(added: Iterable[fx.Node], what: str, *, strict: bool, autotune: bool) -> None:
     """added: nodes, among them calls of our operators. what: "attention at model.py:12"."""
     from xfcompile.kernels.asked import ask
 
     for name in _names(added):
-        ask(name, what, strict)
+        ask(name, what, strict, autotune)
 
 
 @contextmanager
 def tried(nodes: Iterable[fx.Node], what: str) -> Iterator[None]:
-    """While a graph is tried an error with one of its kernels is raised; afterwards all is as it was."""
-    from xfcompile.kernels.asked import strictly
+    """While a graph is tried an error with one of its kernels is raised, and their tiles are timed; afterwards all is
+    as it was."""
+    from xfcompile.kernels import asked
 
-    with strictly(list(_names(nodes)), what):
+    with asked.tried(list(_names(nodes)), what):
         yield
 
 

@@ -1,5 +1,5 @@
-"""Which of several tile sizes a kernel is launched with, the first without faults, or the best of those that fit; and
-what an op does where none can be."""
+"""Which of several tile sizes a kernel is launched with, the first without faults, the best of those that fit, or the
+fastest; and what an op does where none can be."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from xfcompile.kernels.asked import asked
+from xfcompile.kernels.attention import times
 from xfcompile.kernels.attention.tiles import FEW_SPILLS, Tiles, fits_twice
 from xfcompile.source import RewriteError
 
@@ -87,24 +89,30 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def launch(
-    launch_with: Callable[[Tiles], Any], candidates: tuple[Iterable[Tiles], Iterable[Tiles]], q: Tensor, dv: int
-) -> Tiles:
+@dataclass(frozen=True)
+class Candidates:
+    """preferred: those of which the best is taken. smaller: what is tried if the device has too little memory for all
+    of them. besides: what is timed as well, where tiles are timed."""
+
+    preferred: Iterable[Tiles]
+    smaller: Iterable[Tiles] = ()
+    besides: Iterable[Tiles] = ()
+
+
+def launch(launch_with: Callable[[Tiles], Any], candidates: Candidates, q: Tensor, dv: int) -> Tiles:
     """Finds by launching; returns the tiles to launch with from now on. Raises `Unavailable` where there are none.
 
-    launch_with: returns what Triton made. candidates: those of which the best is taken, and what is tried if the device
-    has too little memory for all of them.
+    launch_with: returns what Triton made.
     """
     faults: dict[Tiles, tuple[int, bool]] = {}
     errors: list[DoesNotCompile] = []
-    preferred, smaller = candidates
-    for tiles in preferred:
+    for tiles in candidates.preferred:
         found = _try(launch_with, tiles, q.device, errors)
         if found is not None:
             faults[tiles] = found
             if found == FAULTLESS:
                 break
-    for tiles in () if faults else smaller:
+    for tiles in () if faults else candidates.smaller:
         found = _try(launch_with, tiles, q.device, errors)
         if found is not None:
             faults[tiles] = found
@@ -123,22 +131,54 @@ def launch(
 
 
 def remembered(
-    known: dict[Any, Tiles | Unavailable], kind: object, launch_with: Callable[[Tiles], Any], find: Callable[[], Tiles]
+    known: dict[Any, Tiles | Unavailable],
+    kind: tuple[object, ...],
+    launch_with: Callable[[Tiles], Any],
+    candidates: Callable[[], Candidates],
+    q: Tensor,
+    dv: int,
+    name: str,
 ) -> Tiles:
-    """Launches with the tiles that are known of a kind of tensors; at first with those that `find`, which launches too,
-    returns. Raises `Unavailable`, from then on at once."""
+    """Launches with the tiles that are known of a kind of tensors; at first with those that are found by launching, or
+    by timing where that is asked for. Raises `Unavailable`, from then on at once.
+
+    name: as operators call the kernel.
+    """
     tiles = known.get(kind)
     if isinstance(tiles, Unavailable):
         raise tiles.again()
-    if tiles is not None:
+    timed = asked(name).autotune and times.wanted(name, kind)
+    if tiles is not None and not timed:
         launch_with(tiles)
         return tiles
     try:
-        tiles = known[kind] = find()
+        if timed:
+            tiles = known[kind] = _timed(kind, launch_with, candidates(), q, dv, name)
+        else:
+            tiles = known[kind] = launch(launch_with, candidates(), q, dv)
     except Unavailable as error:
         known[kind] = error.again()
         raise
     return tiles
+
+
+def _timed(
+    kind: tuple[object, ...],
+    launch_with: Callable[[Tiles], Any],
+    candidates: Candidates,
+    q: Tensor,
+    dv: int,
+    name: str,
+) -> Tiles:
+    search = times.Search(name, kind, q.device)
+    before = search.stored()
+    if before is not None and _try(launch_with, before, q.device, []) is not None:
+        return before
+    usual = launch(launch_with, candidates, q, dv)
+    fitting = (t for t in candidates.besides if t != usual and _try(launch_with, t, q.device, []) is not None)
+    best = search.fastest(usual, fitting, launch_with)
+    launch_with(best)  # what the others have written is not looked at
+    return best
 
 
 def _try(

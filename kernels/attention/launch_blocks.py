@@ -19,6 +19,7 @@ from xfcompile.kernels.attention.tiles import (
     alternatives,
     choose,
     device_generation,
+    neighbours,
     padded,
     smaller,
 )
@@ -112,15 +113,16 @@ def _fitting(
 
     few: what is said of windows. listed: the sizes of the tiles in a list, which those of the kernel must divide.
     """
-    kind = (q.device.index, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
-    first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few)
-    if listed is not None:
-        first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+    kind = (q.device, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
 
     def divides(tiles: Tiles) -> bool:
         return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
 
-    def find() -> Tiles:
-        return fit.launch(launch, (filter(divides, alternatives(first)), filter(divides, smaller(first))), q, dv)
+    def candidates() -> fit.Candidates:
+        first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few)
+        if listed is not None:
+            first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+        ways = (alternatives(first), smaller(first), neighbours(first))
+        return fit.Candidates(*(filter(divides, way) for way in ways))
 
-    return fit.remembered(prepared.fitting, kind, launch, find)
+    return fit.remembered(prepared.fitting, kind, launch, candidates, q, dv, prepared.key)

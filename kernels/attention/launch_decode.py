@@ -20,6 +20,7 @@ from xfcompile.kernels.attention.tiles import (
     choose_decoding,
     decoding_alternatives,
     device_generation,
+    neighbours,
     smaller,
 )
 from xfcompile.measured import multiprocessors
@@ -142,9 +143,9 @@ class Decoding:
             return INTERPRETED_DECODING
         rows, fitting = q.shape[1] // k.shape[1] * q.shape[2], self.prepared.fitting
         first = choose_decoding(device_generation(q.device), q.dtype, q.shape[3], v.shape[3], rows)
-        kind = ("decode", q.device.index, q.dtype, self.constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
-        candidates = decoding_alternatives(first), smaller(first)
-        return fit.remembered(fitting, kind, launch, lambda: fit.launch(launch, candidates, q, v.shape[3]))
+        kind = ("decode", q.device, q.dtype, self.constants["PRECISION"], q.shape[3], v.shape[3], first.block_m)
+        candidates = fit.Candidates(decoding_alternatives(first), smaller(first), neighbours(first))
+        return fit.remembered(fitting, kind, launch, lambda: candidates, q, v.shape[3], self.prepared.key)
 
     def _pair(self, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, operands: Sequence[Tensor]) -> Pair:
         batch, heads, lq, _ = q.shape

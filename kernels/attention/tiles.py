@@ -243,6 +243,28 @@ def alternatives(tiles: Tiles) -> Iterator[Tiles]:
         yield replace(tiles, block_n=tiles.block_n // 2)
 
 
+def neighbours(tiles: Tiles) -> Iterator[Tiles]:
+    """What is timed beside these where it is asked for: one step away in each direction, and in two at once where one
+    alone makes a program's threads, or its memory, fit worse."""
+    twice, half = tiles.block_m * 2, tiles.block_n // 2
+    made = [
+        replace(tiles, block_m=twice),
+        replace(tiles, block_m=twice, num_warps=tiles.num_warps * 2),
+        replace(tiles, block_m=tiles.block_m // 2),
+        replace(tiles, block_n=tiles.block_n * 2),
+        replace(tiles, block_n=half),
+        replace(tiles, block_n=half, num_stages=tiles.num_stages + 1),
+        replace(tiles, num_warps=tiles.num_warps * 2),
+        replace(tiles, num_warps=tiles.num_warps // 2),
+        replace(tiles, num_stages=tiles.num_stages + 1),
+        replace(tiles, num_stages=tiles.num_stages - 1),
+    ]
+    for t in made:
+        sizes = min(t.block_m, t.block_n) >= 16 and max(t.block_m, t.block_n) <= 128
+        if sizes and 1 <= t.num_warps <= 8 and 1 <= t.num_stages <= 5:
+            yield t
+
+
 def smaller(tiles: Tiles) -> Iterator[Tiles]:
     """What to try, in order, where the device has too little shared memory: fewer stages, then smaller tiles."""
     while tiles.num_stages > 1:

@@ -71,7 +71,7 @@ def case(name: str) -> Any:
 def test_tiles_that_do_not_fit_are_an_error_of_their_own() -> None:
     q = torch.empty(1, 1, 64, 64)
     with pytest.raises(fit.NoTilesFit, match="head dims 64 and 32 in"):
-        fit.launch(too_little, ([Tiles(64, 64, 4, 3)], [Tiles(16, 16, 4, 1)]), q, 32)
+        fit.launch(too_little, fit.Candidates([Tiles(64, 64, 4, 3)], [Tiles(16, 16, 4, 1)]), q, 32)
 
 
 @pytest.mark.parametrize("name", ["causal", "bottom_right", "documents", "sink"])

@@ -21,6 +21,7 @@ from xfcompile.emit import Emitter
 from xfcompile.example import example_of
 from xfcompile.excerpt import Excerpts, excerpts
 from xfcompile.family import Candidate, Family, Route, Setting
+from xfcompile.kernels.attention import times
 from xfcompile.options import Options
 from xfcompile.read import Reading
 from xfcompile.site import Miss
@@ -357,8 +358,12 @@ class _Trials:
             words.append(f"for {self.alike} alike, without what they share")
         return ", ".join(filter(None, words))
 
+    def _left(self) -> float:
+        """Seconds."""
+        return self.site.tuner.left - (time.monotonic() - self.start)
+
     def _over(self) -> bool:
-        return time.monotonic() - self.start >= self.site.tuner.left
+        return self._left() <= 0
 
     def _try(self, variant: str, told: Callable[[str], None]) -> None:
         if self._over():
@@ -386,7 +391,8 @@ class _Trials:
             if self.alike > 1 and not original:
                 part, given = without(part, cut.once, problem, self.settings)
             call = call_of(part, given, self.settings)
-            out, grads = call()
+            with times.timing(self._left()):
+                out, grads = call()
         if parts.random:
             assert self.shape is not None
             check_kind(out, self.shape)
