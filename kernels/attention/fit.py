@@ -170,7 +170,7 @@ def _timed(
     dv: int,
     name: str,
 ) -> Tiles:
-    search = times.Search(name, kind, q.device)
+    search = times.Search(Tiles, name, kind, q.device)
     before = search.stored()
     if before is not None and _try(launch_with, before, q.device, []) is not None:
         return before

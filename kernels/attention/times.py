@@ -13,12 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, Generic, TypeVar
 
 import torch
-
-from xfcompile.kernels.attention.tiles import Tiles
 
 log = logging.getLogger(__name__)
 
@@ -51,13 +49,17 @@ def wanted(name: str, kind: tuple[object, ...]) -> bool:
     return (name, kind) not in _found
 
 
-class Search:
-    """The fastest tiles of a kernel for a kind of tensors."""
+Tiles = TypeVar("Tiles")
+"""A dataclass of numbers, powers of two but for `num_stages`."""
 
-    def __init__(self, name: str, kind: tuple[object, ...], device: torch.device) -> None:
+
+class Search(Generic[Tiles]):
+    """The fastest tiles of a kernel for a kind of tensors. sort: their class."""
+
+    def __init__(self, sort: type[Tiles], name: str, kind: tuple[object, ...], device: torch.device) -> None:
         from xfcompile.tuning import store
 
-        self.name, self.kind, self.device = name, kind, device
+        self.sort, self.name, self.kind, self.device = sort, name, kind, device
         # Devices of one sort are told apart by nothing.
         described = [str(x) for x in kind if not isinstance(x, torch.device)]
         self.about = store.identity(device, f"tiles of {name}: {', '.join(described)}", "")
@@ -70,7 +72,7 @@ class Search:
         if timings is None:
             return None
         try:
-            tiles = _tiles_of(timings.winner())
+            tiles = _tiles_of(self.sort, timings.winner())
         except ValueError:
             log.debug("no tiles: %s", timings)
             return None
@@ -98,22 +100,25 @@ class Search:
         if complete:
             store.store(self.about, timings)
             self._done()
-        return _tiles_of(timings.winner())
+        return _tiles_of(self.sort, timings.winner())
 
     def _done(self) -> None:
         _found.add((self.name, self.kind))
 
 
-def _words(tiles: Tiles) -> str:
-    return "{}x{}, {} warps, {} stages".format(*astuple(tiles))
+def _words(tiles: Any) -> str:
+    return ", ".join(f"{name} {int(n)}" for name, n in asdict(tiles).items())
 
 
-def _tiles_of(words: str) -> Tiles:
+def _tiles_of(sort: type[Tiles], words: str) -> Tiles:
     """Raises ValueError for what are none."""
-    sizes, warps, stages = words.split(", ")
-    m, n = sizes.split("x")
-    numbers = (int(m), int(n), int(warps.removesuffix(" warps")), int(stages.removesuffix(" stages")))
-    tiles = Tiles(*numbers)
-    if _words(tiles) != words or min(numbers) < 1 or any(x & (x - 1) for x in numbers[:3]):
+    numbers = dict(part.split(" ") for part in words.split(", "))
+    of: dict[str, Any] = {f.name: f for f in fields(sort)}  # type: ignore[arg-type]
+    if numbers.keys() != of.keys():
         raise ValueError(f"no tiles: {words!r}")
-    return tiles
+    made = sort(**{name: bool(int(n)) if of[name].type == "bool" else int(n) for name, n in numbers.items()})
+    sizes = [n for name, n in asdict(made).items() if of[name].type != "bool"]  # type: ignore[call-overload]
+    two = [n for name, n in asdict(made).items() if of[name].type != "bool" and name != "num_stages"]  # type: ignore
+    if _words(made) != words or min(sizes) < 1 or any(n & (n - 1) for n in two):
+        raise ValueError(f"no tiles: {words!r}")
+    return made

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.asked import asked
+from xfcompile.kernels.attention import times
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.fallback import FirstThatRuns
 from xfcompile.kernels.attention.fit import DoesNotCompile, NoTilesFit, Unavailable, name_of
@@ -50,7 +53,8 @@ def by_triton(
     if rows <= tiles.FEW_ROWS:
         first = tiles.INTERPRETED_FEW if interpreted else tiles.few(operands.x.dtype, rows, inner)
         kernel = prepared.kernel("gated_few", interpreted)
-        return _Fitting(kernel, lambda t: experts * -(-features // t.block_n), first, numbers, constants, inner)
+        looked_for = _LookedFor("gated_few", prepared.key, operands, first, constants)
+        return _Fitting(kernel, lambda t: experts * -(-features // t.block_n), looked_for, numbers, constants, inner)
     kind = HOPPER if interpreted else device_generation(out.device)
     first = tiles.INTERPRETED if interpreted else tiles.dual(kind, operands.x.dtype, rows, save)
 
@@ -59,12 +63,14 @@ def by_triton(
             return experts * -(-rows // t.block_m) * -(-features // t.block_n)
 
         kernel = prepared.kernel("gated_forward", interpreted)
-        return _Fitting(kernel, programs, first, numbers, constants, inner)
+        looked_for = _LookedFor("gated_forward", prepared.key, operands, first, constants)
+        return _Fitting(kernel, programs, looked_for, numbers, constants, inner)
 
     if not _described(operands, kind):
         return for_any_layout()
     sizes = [rows, features, inner, *bias_strides, gate_start, up_start, *dropout.numbers]
-    through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), operands, first, sizes, constants)
+    looked_for = _LookedFor("gated_forward_tma", prepared.key, operands, first, constants)
+    through_tma = _Described(prepared.kernel("gated_forward_tma", interpreted), operands, looked_for, sizes, constants)
     return through_tma if interpreted else FirstThatRuns(through_tma, for_any_layout)
 
 
@@ -81,6 +87,38 @@ def _described(operands: Operands, kind: str) -> bool:
     )
 
 
+class _LookedFor:
+    """The tiles of one kernel for operands of some sizes. first: those that the table has."""
+
+    def __init__(self, kernel: str, name: str, operands: Operands, first: Tiles, constants: Mapping[str, Any]) -> None:
+        experts, rows, features, inner = operands.sizes
+        self.name, self.first, self.device = name, first, operands.x.device
+        about = (kernel, operands.x.dtype, experts, tiles.padded(rows), features, inner, *constants.items())
+        self.kind = (self.device, *about)
+
+    def launch(self, candidates: Iterable[Tiles], make: Callable[[Tiles], Launch], tensors: list[Tensor]) -> Launch:
+        """The launch that was made with the first of the candidates that fit, or with the fastest tiles, where they are
+        timed."""
+        made: dict[Tiles, Launch] = {}
+
+        def launch_with(t: Tiles) -> Any:
+            if t not in made:
+                made[t] = make(t)
+            return made[t](tensors)
+
+        if self.device.type == "cpu" or not (asked(self.name).autotune and times.wanted(self.name, self.kind)):
+            return made[_first_that_fits(candidates, launch_with, self.device)]
+        search = times.Search(Tiles, self.name, self.kind, self.device)
+        before = search.stored()
+        if before is not None and _fits(before, launch_with):
+            return made[before]
+        usual = _first_that_fits(candidates, launch_with, self.device)
+        fitting = (t for t in tiles.neighbours(usual) if _fits(t, launch_with))
+        best = search.fastest(usual, fitting, launch_with)
+        launch_with(best)  # what the others have written is not looked at
+        return made[best]
+
+
 class _Fitting:
     """Launches with the first tiles that fit the device."""
 
@@ -88,12 +126,12 @@ class _Fitting:
         self,
         kernel: Any,
         programs: Callable[[Tiles], int],
-        first: Tiles,
+        looked_for: _LookedFor,
         numbers: list[Any],
         constants: dict[str, Any],
         inner: int,
     ) -> None:
-        self.kernel, self.programs, self.first = kernel, programs, first
+        self.kernel, self.programs, self.looked_for = kernel, programs, looked_for
         self.numbers, self.constants, self.inner = numbers, constants, inner
         self.launch: Launch | None = None
         self.unfit: Unavailable | None = None
@@ -111,7 +149,8 @@ class _Fitting:
             raise
 
     def _fitted(self, tensors: list[Tensor]) -> Launch:
-        return _first_that_fits([self.first, *tiles.smaller(self.first)], self._made, tensors)
+        first = self.looked_for.first
+        return self.looked_for.launch([first, *tiles.smaller(first)], self._made, tensors)
 
     def _made(self, t: Tiles) -> Launch:
         known = {**self.constants, **_sizes(t), "EVEN_K": self.inner % t.block_k == 0}
@@ -129,53 +168,79 @@ def _options(t: Tiles) -> dict[str, int]:
     return {"num_warps": t.num_warps, "num_stages": t.num_stages}
 
 
-def _first_that_fits(
-    candidates: Iterable[Tiles],
-    make: Callable[[Tiles], Launch],
-    tensors: list[Tensor],
-) -> Launch:
+def _first_that_fits(candidates: Iterable[Tiles], launch_with: Callable[[Tiles], Any], device: torch.device) -> Tiles:
     from triton.runtime.errors import OutOfResources
 
     failed: DoesNotCompile | None = None
     for t in candidates:
-        launch = make(t)
         try:
-            launch(tensors)
+            launch_with(t)
         except OutOfResources as error:
             log.debug("%s does not fit: %s", t, error)
         except DoesNotCompile as error:
             log.warning("a kernel of a gated MLP does not compile with %s: %s", t, error)
             failed = failed or error
         else:
-            return launch
+            return t
     if failed is not None:
         raise failed.again()
-    raise NoTilesFit(f"no tile size of a gated MLP fits {name_of(tensors[0].device)}")
+    raise NoTilesFit(f"no tile size of a gated MLP fits {name_of(device)}")
+
+
+def _fits(t: Tiles, launch_with: Callable[[Tiles], Any]) -> bool:
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        launch_with(t)
+    except (OutOfResources, DoesNotCompile) as error:
+        log.debug("%s is not timed: %s", t, error)
+        return False
+    return True
 
 
 class _Described:
     """Launches of the kernel that reads through descriptors, as many programs as there are multiprocessors."""
 
     def __init__(
-        self, kernel: Any, operands: Operands, t: Tiles, numbers: list[Any], constants: dict[str, Any]
+        self,
+        kernel: Any,
+        operands: Operands,
+        looked_for: _LookedFor,
+        numbers: list[Any],
+        constants: dict[str, Any],
     ) -> None:
-        known = {**constants, **_sizes(t)}
-        ordered = {name: known[name] for name in kernel.arg_names if name in known}
-        rows, features = numbers[:2]
-        count = -(-rows // t.block_m) * -(-features // t.block_n)
+        self.kernel, self.looked_for, self.numbers, self.constants = kernel, looked_for, numbers, constants
         device = operands.x.device
-        programs = 2 if device.type == "cpu" else multiprocessors(device.index)
-        blocks = ((operands.x, t.block_m), (operands.gate, t.block_n), (operands.up, t.block_n))
-        described = [_descriptor(v, [block, t.block_k]) for v, block in blocks]
-        self.launch = Launch(kernel, min(count, programs), numbers, ordered, _options(t), described)
+        self.programs = 2 if device.type == "cpu" else multiprocessors(device.index)
+        # No tensors are kept, only what they look like.
+        self.described = [
+            functools.partial(_descriptor, *_outline(v)) for v in (operands.x, operands.gate, operands.up)
+        ]
+        self.launch: Launch | None = None
 
     def __call__(self, tensors: list[Tensor]) -> None:
-        self.launch(tensors)
+        if self.launch is None:
+            self.launch = self.looked_for.launch([self.looked_for.first], self._made, tensors)
+        else:
+            self.launch(tensors)
+
+    def _made(self, t: Tiles) -> Launch:
+        known = {**self.constants, **_sizes(t)}
+        ordered = {name: known[name] for name in self.kernel.arg_names if name in known}
+        rows, features = self.numbers[:2]
+        count = -(-rows // t.block_m) * -(-features // t.block_n)
+        blocks = (t.block_m, t.block_n, t.block_n)
+        described = [made([block, t.block_k]) for made, block in zip(self.described, blocks, strict=True)]
+        return Launch(self.kernel, min(count, self.programs), self.numbers, ordered, _options(t), described)
 
 
-def _descriptor(x: Tensor, block: list[int]) -> Described:
-    """Of the one matrix of [1, M, K], of which such blocks are loaded."""
-    shape, strides = tuple(x.shape[1:]), x.stride()[1:]
+def _outline(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the one matrix of [1, M, K]."""
+    return tuple(x.shape[1:]), x.stride()[1:]
+
+
+def _descriptor(shape: tuple[int, ...], strides: tuple[int, ...], block: list[int]) -> Described:
+    """Of a matrix, of which such blocks are loaded."""
 
     def make(x: Tensor) -> Any:
         from triton.tools.tensor_descriptor import TensorDescriptor

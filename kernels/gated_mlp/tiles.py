@@ -151,6 +151,31 @@ def few(dtype: torch.dtype, rows: int, inner: int) -> Tiles:
     return FEW[rows == 1, 8 * dtype.itemsize].value
 
 
+def neighbours(tiles: Tiles) -> Iterator[Tiles]:
+    """What is timed beside these where it is asked for: one step away in each direction."""
+    made = [
+        replace(tiles, block_m=tiles.block_m * 2),
+        replace(tiles, block_m=tiles.block_m // 2),
+        replace(tiles, block_m=tiles.block_m // 2, num_warps=tiles.num_warps // 2),
+        replace(tiles, block_n=tiles.block_n * 2),
+        replace(tiles, block_n=tiles.block_n // 2),
+        replace(tiles, block_n=tiles.block_n // 2, num_stages=tiles.num_stages + 1),
+        replace(tiles, block_k=tiles.block_k * 2, num_stages=max(tiles.num_stages - 1, 1)),
+        replace(tiles, block_k=tiles.block_k // 2, num_stages=tiles.num_stages + 1),
+        replace(tiles, num_warps=tiles.num_warps * 2),
+        replace(tiles, num_warps=tiles.num_warps // 2),
+        replace(tiles, num_stages=tiles.num_stages + 1),
+        replace(tiles, num_stages=tiles.num_stages - 1),
+        replace(tiles, group=1),
+    ]
+    one = tiles.block_m == 1  # no tensor core multiplies a row: what it takes at least says nothing
+    for t in made:
+        rows = t.block_m == 1 if one else 16 <= t.block_m <= 256
+        features = (2 if one else 16 if t.block_m <= 16 else 32) <= t.block_n // t.parts and t.block_n <= 128
+        if rows and features and 32 <= t.block_k <= 2048 and 1 <= t.num_warps <= 8 and 1 <= t.num_stages <= 6:
+            yield t
+
+
 def smaller(tiles: Tiles) -> Iterator[Tiles]:
     """What to try, in order, where the device has too little shared memory: fewer stages, then shorter steps."""
     while tiles.num_stages > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from xfcompile.kernels import asked
 from xfcompile.kernels.attention import fit, times
 from xfcompile.kernels.attention.tiles import Tiles, neighbours
+from xfcompile.kernels.gated_mlp import launch_triton
+from xfcompile.kernels.gated_mlp import tiles as gated_tiles
 from xfcompile.tuning import measured_by, store, tuner
 
 USUAL, FASTER, WIDE = Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 3)
@@ -32,6 +35,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with asked.tried([NAME], "attention, to time it"):
         yield store.directory()
     assert not times._until
+
+
+def words(t: Tiles) -> str:
+    return f"block_m {t.block_m}, block_n {t.block_n}, num_warps {t.num_warps}, num_stages {t.num_stages}"
 
 
 class Launched:
@@ -77,7 +84,7 @@ class Launched:
 def test_the_fastest_are_taken_and_have_written_last() -> None:
     at, known = Launched(), dict[Any, Any]()
     assert at.find(known) == FASTER and known == {KIND: FASTER}
-    assert at.timed == [["64x64, 4 warps, 3 stages", "64x32, 4 warps, 3 stages", "128x64, 8 warps, 3 stages"]]
+    assert at.timed == [[words(USUAL), words(FASTER), words(WIDE)]]
     assert at.launches[-1] == FASTER
     at.launches.clear()
     assert at.find(known) == FASTER and at.launches == [FASTER] and len(at.timed) == 1
@@ -95,7 +102,7 @@ def test_about_as_fast_is_not_faster() -> None:
 def test_what_does_not_fit_is_not_timed() -> None:
     at = Launched(FASTER)
     assert at.find({}) == USUAL
-    assert at.timed == [["64x64, 4 warps, 3 stages", "128x64, 8 warps, 3 stages"]]
+    assert at.timed == [[words(USUAL), words(WIDE)]]
 
 
 def test_other_processes_take_what_one_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +144,21 @@ def test_what_was_not_compared_with_all_is_not_kept(folder: Path, monkeypatch: p
     assert at.find(known) == FASTER and len(at.timed[1]) == 3  # with more time once more
 
 
-@pytest.mark.parametrize("route", ["triton", "64x32, 4 warps", "63x32, 4 warps, 3 stages", "64x32, 4 warps, 0 stages"])
+SIZES = "block_m 64, block_n 32, num_warps 4"
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "triton",
+        SIZES,
+        f"{SIZES}, num_stages 0",
+        f"{SIZES}, num_stages three",
+        f"{SIZES}, stages 3",
+        "block_m 63, block_n 32, num_warps 4, num_stages 3",
+        f"{SIZES}, num_stages 03",
+    ],
+)
 def test_what_says_no_tiles_is_not_read(route: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Launched().find({})
     (path,) = folder.iterdir()
@@ -196,3 +217,58 @@ def test_a_graph_that_is_tuned_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert timed and all(timed)
     new = [about for name, about in asked._asked.items() if before.get(name) is not about]
     assert [(about.autotune, about.strict) for about in new] == [(True, True)]
+
+
+GATED = gated_tiles.Tiles(128, 128, 64, 8, 4, parts=2)
+
+
+class Launches:
+    """In the place of `Launch` in the gated MLP's: of tiles that are told by what they are launched with."""
+
+    def __init__(self) -> None:
+        self.made: list[gated_tiles.Tiles] = []
+        self.launched: list[gated_tiles.Tiles] = []
+
+    def make(self, t: gated_tiles.Tiles) -> Any:
+        self.made.append(t)
+        return lambda tensors: self.launched.append(t)
+
+
+def test_tiles_of_gated_mlps_are_timed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first that fit, and what is a step away; another process has them from the disk."""
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    operands: Any = SimpleNamespace(sizes=(1, 4096, 512, 256), x=x)
+    monkeypatch.setattr(store, "device_name", lambda device: "a GPU")
+
+    def timer(calls: Mapping[str, Callable[[], object]], device: torch.device, replayed: bool) -> dict[str, float]:
+        for call in calls.values():
+            call()
+        return {name: 1.0 if "block_k 32," in name else 2.0 for name in calls}
+
+    def found(seconds: float) -> tuple[Launches, Any]:
+        at = Launches()
+        looked_for = launch_triton._LookedFor("gated_forward", NAME, operands, GATED, {"EVEN_K": True})
+        with measured_by(timer), times.timing(seconds):
+            return at, looked_for.launch([GATED, *gated_tiles.smaller(GATED)], at.make, [])
+
+    at, launch = found(100.0)
+    best = replace(GATED, block_k=32, num_stages=5)
+    assert at.launched[0] == GATED and at.launched[-1] == best and len(set(at.made)) == len(at.made) > 8
+    launch([])
+    assert at.launched[-1] == best
+    monkeypatch.setattr(times, "_found", set())
+    at, _ = found(0.0)
+    assert at.launched == [best]
+    asked.ask(NAME, "a gated MLP", strict=False)
+    monkeypatch.setattr(times, "_found", set())
+    at, _ = found(100.0)
+    assert at.launched == [GATED]
+
+
+@pytest.mark.parametrize("first", [*(fact.value for fact in (*gated_tiles.DUAL.values(), *gated_tiles.FEW.values()))])
+def test_neighbours_of_gated_tiles(first: gated_tiles.Tiles) -> None:
+    found = list(gated_tiles.neighbours(first))
+    assert len(found) >= 3 and first not in found and len(set(found)) == len(found)
+    for t in found:
+        assert (t.block_m == 1) == (first.block_m == 1) and t.block_n % t.parts == 0
+        assert times._tiles_of(gated_tiles.Tiles, times._words(t)) == t
