@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xfcompile.kernels import asked
-from xfcompile.kernels.attention import backward_layout, cache, lists, programs
+from xfcompile.kernels.attention import backward_layout, cache, lists, programs, times
 from xfcompile.kernels.bias_act_dropout import calls as bias_calls
 from xfcompile.kernels.bias_act_dropout import programs as bias_programs
 from xfcompile.kernels.gated_mlp import programs as gated_programs
@@ -26,3 +26,4 @@ def forget() -> None:
     bias_calls.known.clear()
     cache._sources.clear()
     asked._asked.clear()
+    times._found.clear()

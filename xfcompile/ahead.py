@@ -217,6 +217,17 @@ MANY = 4096
 """Calls that are remembered."""
 
 
+def _forked() -> None:
+    """Of what its parent waits for a process hears nothing."""
+    global _lock
+    _lock = threading.Lock()
+    _pending.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def submit(call: Call) -> None:
     """Has another process compile what a call launches, if none was asked for the same before."""
     from torch._inductor.async_compile import AsyncCompile

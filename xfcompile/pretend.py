@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -99,9 +98,28 @@ class _Addresses(TorchFunctionMode):
 
 @contextmanager
 def _environment_of(other: dict[str, str]) -> Iterator[None]:
-    own = {k: v for k, v in os.environ.items() if not counts(k)}
-    with mock.patch.dict(os.environ, {**own, **other}, clear=True):
+    before = {k: v for k, v in os.environ.items() if counts(k)}
+
+    def become(variables: dict[str, str]) -> None:
+        for name in [k for k in os.environ if counts(k) and k not in variables]:
+            del os.environ[name]
+        os.environ.update(variables)
+
+    become(other)
+    try:
         yield
+    finally:
+        become(before)
+
+
+@contextmanager
+def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 _kind: Gpu | None = None
@@ -134,7 +152,7 @@ def _pretended(gpu: Gpu) -> Iterator[None]:
             # Inductor's processes have another assembler (TRITON_PTXAS_PATH), or remember it.
             (type(make_backend(gpu.target)), "hash", lambda self: gpu.compiler),
         ):
-            stack.enter_context(mock.patch.object(owner, name, value))
+            stack.enter_context(_instead(owner, name, value))
         yield
 
 

@@ -21,6 +21,7 @@ from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import xfcompile
@@ -233,6 +234,28 @@ def test_patience_ends(pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pyte
     ahead.settle()
     assert "not compiled ahead within 0.05 s" in caplog.text and not ahead._pending
     ahead.settle()
+
+
+def test_a_forked_process_waits_for_nothing(pool: Pool) -> None:
+    ahead.submit(attention(CAUSAL))
+    assert ahead._pending
+    with ahead._lock:  # as another thread may hold it just then
+        child = os.fork()
+        if child == 0:
+            ahead.settle()
+            os._exit(len(ahead._pending))
+    assert os.waitpid(child, 0)[1] == 0 and ahead._pending
+
+
+def test_the_process_is_afterwards_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_OF_ITS_OWN", "1")
+    before, available = dict(os.environ), torch.cuda.is_available()
+    seen: list[str | None] = []
+    monkeypatch.setattr(pretend, "_make_launcher", lambda kernel: seen.append(os.environ.get("TRITON_OF_THE_OTHER")))
+    other = {"TRITON_CACHE_DIR": os.environ["TRITON_CACHE_DIR"], "TRITON_OF_THE_OTHER": "2"}
+    pretend.compile_call(attention(CAUSAL), other)
+    assert seen == ["2"] and dict(os.environ) == before
+    assert torch.cuda.is_available() == available and driver._active is None
 
 
 @pytest.fixture
