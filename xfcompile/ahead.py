@@ -123,9 +123,14 @@ def planned(gm: fx.GraphModule) -> None:
 
 def lowered(kernel: Any) -> None:
     """The same of Inductor's node of a call, by the layouts that Inductor has decided on."""
-    if _wanted():
+    if _is_on_gpu(kernel) and _wanted():
         args, kwargs = kernel.unflatten_args(kernel.inputs, kernel.constant_args)
         _ask_for(kernel.op_overload, args, {**kwargs, **kernel.kwargs}, _outlined_by_inductor)
+
+
+def _is_on_gpu(kernel: Any) -> bool:
+    device = kernel.get_device()
+    return device is not None and device.type == "cuda"
 
 
 def _ask_for(op: torch._ops.OpOverload, args: Any, kwargs: Mapping[str, Any], outlined: Callable[..., Any]) -> None:
@@ -203,6 +208,8 @@ def _outlined_by_inductor(x: Any, devices: set[torch.device]) -> Any:
 def _number(x: Any) -> int:
     from torch._inductor.virtualized import V
 
+    if isinstance(x, torch.SymInt):  # `int` would have Dynamo compile for this number alone
+        return int(_hint(x))
     try:
         return int(x)
     except (TypeError, ValueError):

@@ -265,6 +265,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
     calls: list[Call] = []
     monkeypatch.setattr(ahead, "_wanted", lambda: True)
     monkeypatch.setattr(ahead, "_gpu_of", lambda devices: H200)
+    monkeypatch.setattr(ahead, "_is_on_gpu", lambda kernel: True)
     monkeypatch.setattr(ahead, "submit", calls.append)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch._dynamo.reset()
