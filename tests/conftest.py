@@ -59,8 +59,8 @@ THINNED = {
     "test_soft_families.py::test_an_error_leaves_a_site_as_it_was_and_strict_raises_it": 3,
     "test_tables.py::test_gradients_of_tables": 3,
 }
-"""Long tables, by their file or by it and a function, of which one case in so many runs each time; the others are
-`slow`: they vary what these do too."""
+"""Long tables, by their file or by it and a function, of which one case in so many runs each time, and the first of
+each function; the others are `slow`: they vary what these do too."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,9 +85,10 @@ def numbered(items: list[pytest.Item], table: Callable[[pytest.Item], str]) -> l
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     every = config.getoption("--every")
     items[:] = [item for number, item in numbered(items, _file) if number % every == 0]
+    first = {id(item) for number, item in numbered(items, _function) if number == 0}
     for table in (_file, _function):
         for number, item in numbered(items, table):
-            if number % THINNED.get(table(item), 1):
+            if number % THINNED.get(table(item), 1) and id(item) not in first:
                 item.add_marker(pytest.mark.slow)
 
 

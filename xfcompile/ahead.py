@@ -86,13 +86,14 @@ def compiler_of(target: Any) -> str:
 @dataclass(frozen=True)
 class Call:
     """A call of an op's function, with `Outline`s in the place of tensors. module: where the op is registered. kwargs:
-    what has a default, all of it."""
+    what has a default, all of it. fp32: what the user has set of products."""
 
     module: str
     op: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     gpu: Gpu
+    fp32: str
 
 
 def call_of(op: torch._ops.OpOverload, args: Any, kwargs: Mapping[str, Any], gpu: Gpu) -> Call:
@@ -105,8 +106,8 @@ def call_of(op: torch._ops.OpOverload, args: Any, kwargs: Mapping[str, Any], gpu
             named.append((a.name, given.get(a.name, a.default_value)))
         else:
             ordered.append(given[a.name])
-    name = op._opname
-    return Call(KERNELS[name]["cuda"].__module__, name, tuple(ordered), tuple(named), gpu)
+    module, fp32 = KERNELS[op._opname]["cuda"].__module__, str(torch.backends.cuda.matmul.fp32_precision)
+    return Call(module, op._opname, tuple(ordered), tuple(named), gpu, fp32)
 
 
 def planned(gm: fx.GraphModule) -> None:
@@ -117,8 +118,12 @@ def planned(gm: fx.GraphModule) -> None:
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             target = node.target
             ours = isinstance(target, torch._ops.OpOverload) and target.namespace == "xfcompile"
-            if ours and target._opname in KERNELS:
+            if not ours or target._opname not in KERNELS:
+                continue
+            try:
                 _ask_for(target, node.args, node.kwargs, _outlined_node)
+            except Exception as error:
+                log.debug("%s is not compiled ahead: %s", node, error)
 
 
 def lowered(kernel: Any) -> None:

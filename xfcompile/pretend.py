@@ -49,7 +49,8 @@ def compile_call(call: Call, environment: dict[str, str], mark: str = "") -> lis
 
     with ExitStack() as stack:
         modes = (Launch.compiling_only(compiled), torch.no_grad(), FakeTensorMode(), _Addresses())
-        for context in (_environment_of(environment), _pretended(call.gpu), *modes):
+        setting = _instead(torch.backends.cuda.matmul, "fp32_precision", call.fp32)
+        for context in (_environment_of(environment), _pretended(call.gpu), setting, *modes):
             stack.enter_context(context)
 
         def laid_out(x: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.tiles import interpreting
 from xfcompile.kernels.registration import Site
 
@@ -43,4 +44,4 @@ def setting(x: Tensor) -> object:
     """What may change between calls besides their tensors: whether Triton interprets, and products in fp32."""
     if x.device.type == "cpu":
         return interpreting()
-    return x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return x.dtype is torch.float32 and precision(x.dtype)

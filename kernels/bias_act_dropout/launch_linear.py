@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xfcompile.kernels.attention import fit
+from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.repeat import Blank
 from xfcompile.kernels.attention.tiles import HOPPER, device_generation, interpreting
 from xfcompile.kernels.bias_act_dropout import calls, launch_hopper, tiles
@@ -73,13 +74,12 @@ def _linear(
     n, k = weight.shape
     tile = tiles.INTERPRETED if x.device.type == "cpu" else tiles.PRODUCT[x.dtype.itemsize].value
     numbers = [rows.count, rows.inner, *itertools.chain(*rows.strides[1:]), *rows.strides[0], *weight.stride(), k]
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     constants = constants_of(n, tile, rows, x.dtype, bias) | {
         "BLOCK_K": tile.block_k,
         "GROUP": tiles.GROUP,
         "EVEN_K": k % tile.block_k == 0,
         "SAVE": save,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": precision(x.dtype),
         "UPCAST": interpreting() and x.dtype in HALF,
     }
     programs = -(-rows.count // tile.block_m) * -(-n // tile.block_n)

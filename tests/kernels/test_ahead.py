@@ -15,7 +15,7 @@ import gated_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
@@ -151,6 +151,32 @@ def test_addresses_are_those_of_views(folder: Path) -> None:
     moved = dataclasses.replace(usual, args=(elsewhere, *usual.args[1:]))
     compiled(moved)
     assert entries(folder) > before
+
+
+def test_how_fp32_is_multiplied_is_the_users(folder: Path) -> None:
+    """Other kernels are compiled, as they are launched."""
+    products = torch.backends.cuda.matmul
+    before, usual = products.fp32_precision, linear(A100, torch.float32)
+    try:
+        products.fp32_precision = "tf32"
+        other = linear(A100, torch.float32)
+    finally:
+        products.fp32_precision = before
+    assert other.fp32 == "tf32" != usual.fp32 and ahead._mark(usual, {}) != ahead._mark(other, {})
+    compiled(usual)
+    found = entries(folder)
+    compiled(other)
+    assert entries(folder) == found + 1 and products.fp32_precision == before
+
+
+def test_a_call_of_which_too_little_is_known_costs_the_others_nothing(calls: list[Call]) -> None:
+    graph = fx.Graph()
+    known, unknown = graph.placeholder("known"), graph.placeholder("unknown")
+    known.meta["val"] = torch.empty(4, 16, 512, 64, dtype=BF16, device="meta")
+    for q in (unknown, known):
+        graph.call_function(torch.ops.xfcompile.attention.default, (q, known, known, [], [], [], prepare(CAUSAL)))
+    ahead.planned(fx.GraphModule(torch.nn.Module(), graph))
+    assert [call.args[0] for call in calls] == [Q]
 
 
 def test_nothing_is_allocated_or_launched(monkeypatch: pytest.MonkeyPatch) -> None:

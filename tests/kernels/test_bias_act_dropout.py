@@ -372,6 +372,22 @@ def test_a_product_that_was_not_saved_is_made_again(needs: str) -> None:
         torch.testing.assert_close(again, saved)
 
 
+def test_both_ways_to_allow_tf32_are_read(interpreter: None) -> None:
+    """Of the two that PyTorch has the older one raises an error where the newer one was used."""
+    products = torch.backends.cuda.matmul
+    before, made = products.fp32_precision, []
+    x, weight = (torch.randn(n, 16, generator=torch.Generator().manual_seed(0)) for n in (8, 24))
+    try:
+        for allowed in ("ieee", "tf32"):
+            products.fp32_precision = allowed
+            calls.known.clear()  # on a GPU calls are told apart by it
+            made.append(linear_act_dropout(x, weight, None, [], [], None, 3, text_of(X), 0.0, x.dtype, False)[0])
+    finally:
+        products.fp32_precision = before
+    torch.testing.assert_close(made[0], torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(made[1], made[0], rtol=1e-2, atol=1e-2)
+
+
 def test_nothing_of_nothing() -> None:
     x = torch.ones(0, 8, requires_grad=True)
     b = torch.ones(8, requires_grad=True)

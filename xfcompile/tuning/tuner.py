@@ -242,7 +242,7 @@ class _Site:
                     raise
         if not self.cuts:
             return  # nothing to choose from
-        words = [self.family.name, str(self.usual.route.unchanged), torch.get_float32_matmul_precision()]
+        words = [self.family.name, str(self.usual.route.unchanged), str(torch.backends.cuda.matmul.fp32_precision)]
         for variant, cut in self.cuts.items():
             words += [variant, text_of(cut.parts.original), text_of(cut.parts.replacement)]
             words += [str(cut.parts.differentiated), *(self._class_of(n) for n in cut.parts.operands)]
