@@ -23,6 +23,7 @@ from xfcompile.meaning import Kernel, PointwiseMeaning, Tensor, called, dtype_na
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.patterns import bias_act_dropout as pattern
 from xfcompile.read import Reading
+from xfcompile.score import Where
 from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value
 
@@ -178,6 +179,8 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
         return Route("inductor", reason)
     if wanted is not None:
         return Route(wanted, "asked for")
+    if setting.training and _turns_at_a_bias(site):
+        return Route("inductor", "its slope jumps where a product that was rounded to 16 bits meets its bias")
     place = (hardware_of(site.root.meta.device), shape_class(site), setting.training)
     usual = USUAL.get(place, Fact(Usual("inductor"))).value
     rows = sympy.prod([sympy.sympify(n) for n in site.root.shape[:-1]])
@@ -189,6 +192,14 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
     if reason is not None:
         return Route("inductor", f"left to Inductor: {reason}")
     return Route(usual.route)
+
+
+def _turns_at_a_bias(site: BiasActDropoutSite) -> bool:
+    """Whether gradients depend on the sign of a product, in 16 bits, plus a bias, as relu's do. The program rounds
+    their sum, whose sign is exact; ours is of the rounded product, and wrong for one element in some thousands."""
+    if site.bias is None or torch.float32 in (site.dtype, site.root.dtype):
+        return False
+    return site.formula.has(sympy.Max, sympy.Min, sympy.Abs, sympy.Piecewise, Where)
 
 
 def _why_not_after(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
