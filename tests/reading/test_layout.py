@@ -12,6 +12,7 @@ from equivalence import check, tensors
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+import xfcompile
 from xfcompile.layout_seen import layout_matters
 
 SHAPE = (2, 3, 4, 8)
@@ -100,3 +101,26 @@ def test_a_result_is_viewed_where_another_graph_begins(interpreter: None) -> Non
 
     outcome = check(program, *tensors(SHAPE, SHAPE, SHAPE), routes={"attention": "triton"}, family="attention")
     assert [site.route for site in outcome.matched] == ["triton"]
+
+
+@pytest.mark.parametrize("returned", [True, False])
+def test_a_result_with_gaps_in_memory_is_left_alone(returned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is seen: what was written into every other column lies there."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        p = x @ w.mT
+        up, gate = p[..., ::2], p[..., 1::2]
+        h = gate.mul_(up)
+        return h if returned else h.sum()
+
+    x, w = torch.randn(5, 3, 4), torch.randn(24, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="xformers", options={"routes": {"gated_mlp": "triton"}, "strict": True})
+    with xfcompile.collect() as report:
+        out = compiled(x, w)
+    wanted = fn(x, w)
+    torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    assert out.stride() == wanted.stride()
+    routes = [(site.route, "gaps" in str(site.reason)) for site in report.sites if site.family == "gated_mlp"]
+    assert routes == [("inductor", True) if returned else ("triton", False)]
