@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from xfcompile.kernels.attention.tiles import (
     choose_backward,
     columns,
     device_generation,
+    divides,
     neighbours,
     smaller,
 )
@@ -193,19 +194,12 @@ class Call:
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
-            return fit.Candidates((first,), smaller(first), self._besides(name, first, listed))
+            timed = neighbours(first) if _source(name) in ("dq", "dkdv") else ()  # the two main kernels
+            return fit.Candidates((first,), smaller(first), [t for t in timed if divides(t, listed)])
 
         return fit.remembered(
             self.program.fitting, kind, launch_with, candidates, self.q, self.dv, self.program.forward
         )
-
-    def _besides(self, name: str, first: Tiles, listed: tuple[int, int] | None) -> Iterator[Tiles]:
-        """What is timed beside the first tiles, of the two main kernels; those of a list must be made up of them."""
-        if _source(name) not in ("dq", "dkdv"):
-            return
-        for t in neighbours(first):
-            if listed is None or not (listed[0] % t.block_m or listed[1] % t.block_n):
-                yield t
 
     def evaluator(self) -> Evaluator:
         shape, device = (self.batch, self.heads, self.lq, self.lk), self.q.device

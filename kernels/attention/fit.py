@@ -147,38 +147,25 @@ def remembered(
     tiles = known.get(kind)
     if isinstance(tiles, Unavailable):
         raise tiles.again()
-    timed = asked(name).autotune and times.wanted(name, kind)
+    timed = times.wanted(name, kind)
     if tiles is not None and not timed:
         launch_with(tiles)
         return tiles
     try:
+        found = candidates()
         if timed:
-            tiles = known[kind] = _timed(kind, launch_with, candidates(), q, dv, name)
+            tiles = known[kind] = times.Search(Tiles, name, kind, q.device).chosen(
+                lambda: launch(launch_with, found, q, dv),
+                lambda usual: found.besides,
+                lambda t: _try(launch_with, t, q.device, []) is not None,
+                launch_with,
+            )
         else:
-            tiles = known[kind] = launch(launch_with, candidates(), q, dv)
+            tiles = known[kind] = launch(launch_with, found, q, dv)
     except Unavailable as error:
         known[kind] = error.again()
         raise
     return tiles
-
-
-def _timed(
-    kind: tuple[object, ...],
-    launch_with: Callable[[Tiles], Any],
-    candidates: Candidates,
-    q: Tensor,
-    dv: int,
-    name: str,
-) -> Tiles:
-    search = times.Search(Tiles, name, kind, q.device)
-    before = search.stored()
-    if before is not None and _try(launch_with, before, q.device, []) is not None:
-        return before
-    usual = launch(launch_with, candidates, q, dv)
-    fitting = (t for t in candidates.besides if t != usual and _try(launch_with, t, q.device, []) is not None)
-    best = search.fastest(usual, fitting, launch_with)
-    launch_with(best)  # what the others have written is not looked at
-    return best
 
 
 def _try(

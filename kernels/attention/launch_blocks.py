@@ -19,6 +19,7 @@ from xfcompile.kernels.attention.tiles import (
     alternatives,
     choose,
     device_generation,
+    divides,
     neighbours,
     padded,
     smaller,
@@ -115,14 +116,11 @@ def _fitting(
     """
     kind = (q.device, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
 
-    def divides(tiles: Tiles) -> bool:
-        return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
-
     def candidates() -> fit.Candidates:
         first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few)
         if listed is not None:
             first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
         ways = (alternatives(first), smaller(first), neighbours(first))
-        return fit.Candidates(*(filter(divides, way) for way in ways))
+        return fit.Candidates(*([t for t in way if divides(t, listed)] for way in ways))
 
     return fit.remembered(prepared.fitting, kind, launch, candidates, q, dv, prepared.key)

@@ -243,6 +243,11 @@ def alternatives(tiles: Tiles) -> Iterator[Tiles]:
         yield replace(tiles, block_n=tiles.block_n // 2)
 
 
+def divides(tiles: Tiles, listed: tuple[int, int] | None) -> bool:
+    """Whether tiles of a list, where there is one, are made up of these."""
+    return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
+
+
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
     """What is timed beside these where it is asked for: one step away in each direction, and in two at once where one
     alone makes a program's threads, or its memory, fit worse."""

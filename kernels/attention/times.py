@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from xfcompile.kernels.asked import asked
+
 log = logging.getLogger(__name__)
 
 SHARE = 0.25
@@ -45,8 +47,8 @@ def timing(seconds: float) -> Iterator[None]:
 
 
 def wanted(name: str, kind: tuple[object, ...]) -> bool:
-    """Whether tiles are still to be looked for by time."""
-    return (name, kind) not in _found
+    """Whether a kernel's tiles were asked to be timed, and are still to be looked for."""
+    return asked(name).autotune and (name, kind) not in _found
 
 
 Tiles = TypeVar("Tiles")
@@ -63,6 +65,25 @@ class Search(Generic[Tiles]):
         # Devices of one sort are told apart by nothing.
         described = [str(x) for x in kind if not isinstance(x, torch.device)]
         self.about = store.identity(device, f"tiles of {name}: {', '.join(described)}", "")
+
+    def chosen(
+        self,
+        usual: Callable[[], Tiles],
+        besides: Callable[[Tiles], Iterable[Tiles]],
+        fits: Callable[[Tiles], bool],
+        launch_with: Callable[[Tiles], Any],
+    ) -> Tiles:
+        """Launches with the tiles that are kept, or with the fastest of the usual ones and those besides them that fit.
+
+        usual: finds them by launching. fits: launches too.
+        """
+        before = self.stored()
+        if before is not None and fits(before):
+            return before
+        first = usual()
+        best = self.fastest(first, (t for t in besides(first) if t != first and fits(t)), launch_with)
+        launch_with(best)  # what the others have written is not looked at
+        return best
 
     def stored(self) -> Tiles | None:
         """What this or another process has found; from then on nothing is looked for in this one."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xfcompile.kernels.asked import asked
 from xfcompile.kernels.attention import times
 from xfcompile.kernels.attention.exactness import precision
 from xfcompile.kernels.attention.fallback import FirstThatRuns
@@ -106,17 +105,13 @@ class _LookedFor:
                 made[t] = make(t)
             return made[t](tensors)
 
-        if self.device.type == "cpu" or not (asked(self.name).autotune and times.wanted(self.name, self.kind)):
-            return made[_first_that_fits(candidates, launch_with, self.device)]
+        def usual() -> Tiles:
+            return _first_that_fits(candidates, launch_with, self.device)
+
+        if self.device.type == "cpu" or not times.wanted(self.name, self.kind):
+            return made[usual()]
         search = times.Search(Tiles, self.name, self.kind, self.device)
-        before = search.stored()
-        if before is not None and _fits(before, launch_with):
-            return made[before]
-        usual = _first_that_fits(candidates, launch_with, self.device)
-        fitting = (t for t in tiles.neighbours(usual) if _fits(t, launch_with))
-        best = search.fastest(usual, fitting, launch_with)
-        launch_with(best)  # what the others have written is not looked at
-        return made[best]
+        return made[search.chosen(usual, tiles.neighbours, lambda t: _fits(t, launch_with), launch_with)]
 
 
 class _Fitting:
