@@ -280,15 +280,10 @@ def _mark(call: Call, environment: Mapping[str, str]) -> Path:
     waited for. Where Triton's cache is emptied it goes too."""
     from triton import knobs
 
-    what = repr((call, sorted(environment.items()), _source(), torch.__version__))
-    return Path(knobs.cache.dir) / "xfcompile" / hashlib.sha256(what.encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _source() -> str:
     from xfcompile.identity import package_hash
 
-    return package_hash()
+    what = repr((call, sorted(environment.items()), package_hash(), torch.__version__))
+    return Path(knobs.cache.dir) / "xfcompile" / hashlib.sha256(what.encode()).hexdigest()[:32]
 
 
 def settle() -> None:
