@@ -14,6 +14,7 @@ from xfcompile import activation
 from xfcompile.activation import KEEP, X, tensor, vector
 from xfcompile.kernels.bias_act_dropout import text_of, tiles
 from xfcompile.kernels.bias_act_dropout.programs import kernel as kernel_of
+from xfcompile.kernels.parts import COLS, total_of_parts
 
 FEATURES, K = 4096, 1024
 
@@ -25,6 +26,7 @@ PROGRAMS: dict[str, tuple[sympy.Expr, float]] = {
     "mish, dropout": (KEEP * activation.mish(X), 0.1),
 }
 KERNELS = {"bias_forward": "forward", "bias_linear": "linear", "bias_backward": "backward"}
+TOTAL = "bias_total"
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -63,3 +65,12 @@ def compile_bias(program: str, kernel: str, dtype: torch.dtype, target: GPUTarge
             attributes[(position,)] = [["tt.divisibility", 16]]
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     return triton.compile(ASTSource(function, signature, constants, attributes), target=target, options=options)
+
+
+def compile_total(dtype: torch.dtype, target: GPUTarget) -> Any:
+    """The sum of 64 parts."""
+    constants = {"PARTS": 64, "COLS": COLS}
+    signature = {"out_ptr": f"*{TYPES[dtype]}", "part_ptr": "*fp32", "parts": "i32", "n": "i32"}
+    attributes: Any = {(position,): [["tt.divisibility", 16]] for position in range(len(signature))}
+    signature |= dict.fromkeys(constants, "constexpr")
+    return triton.compile(ASTSource(total_of_parts(False), signature, constants, attributes), target=target)

@@ -79,6 +79,7 @@ def jobs(all_programs: bool) -> Iterator[Job]:
             for name in bias_jobs.PROGRAMS if all_programs else ("gelu, dropout",):
                 for dtype in (torch.bfloat16, torch.float32) if all_programs else (torch.bfloat16,):
                     yield Job(name, dtype, 0, target, kernel)
+        yield Job("the sum of parts", torch.bfloat16, 0, target, bias_jobs.TOTAL)
         yield Job("causal", torch.bfloat16, 64, target)
         yield Job("causal", torch.bfloat16, 128, target)
         for name in ("documents", "causal from a buffer"):
@@ -167,6 +168,8 @@ def compile_job(job: Job) -> Compiled | None:
         tile = bias_jobs.tile_of(job.kernel, job.dtype)
         compiled = bias_jobs.compile_bias(job.program, job.kernel, job.dtype, target)
         return outcome(job, compiled, Tiles(tile.block_m, tile.block_n, tile.num_warps, tile.num_stages))
+    if job.kernel == bias_jobs.TOTAL:
+        return outcome(job, bias_jobs.compile_total(job.dtype, target), Tiles(64, bias_jobs.COLS, 4, 1))
     if job.kernel == "gated_few_hopper":
         stream = gated_jobs.stream_of(job.rows)
         made = gated_jobs.compile_few_hopper(job.program, job.dtype, job.rows, stream, about=job.training)

@@ -189,11 +189,11 @@ def _backward(
     needed: Sequence[bool],
     dtypes: Sequence[str],
 ) -> list[Tensor]:
-    of_x, *others = [getattr(torch, x) for x in dtypes]
+    of_x, *others = of_all = [getattr(torch, x) for x in dtypes]
     call = (dout, x, bias, vectors, seed, stream, formula, p)
     found: launch_backward.Gradients | None = None
     try:
-        found = launch_backward.backward(*call, tensors, needed, of_x, _runs)
+        found = launch_backward.backward(*call, tensors, needed, of_all, _runs)
     except fit.Unavailable as error:
         fit.give_way(error, formula, "its gradients are computed by their definition, in plain PyTorch")
     if found is None:

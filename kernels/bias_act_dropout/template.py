@@ -333,7 +333,7 @@ def _backward(formula: Formula, read: Sequence[str], names: Sequence[str]) -> st
         stores += [
             f"if {flag}:",
             f"    total = tl.reduce(sum_{name}, 0, tl.standard._sum_combine)",
-            f"    tl.store(d{name}_ptr + part * N + col, total, mask=col < N)",
+            f"    tl.store(d{name}_ptr + part * N + col, total.to(d{name}_ptr.dtype.element_ty), mask=col < N)",
         ]
     # The bias has dx itself, which by then is times dout where it was stored.
     adds[1] = f"    sum_bias += dx if NEED_X else {chain}dx"

@@ -55,8 +55,9 @@ def test_bias_activation_and_dropout_compile_for_every_target(results: list[dict
     assert set(mine) == {
         (target, kernel)
         for target in ("sm_80", "sm_90", "sm_100", "gfx942")
-        for kernel in ("bias_forward", "bias_linear", "bias_backward")
+        for kernel in ("bias_forward", "bias_linear", "bias_backward", "bias_total")
     }
+    assert all(r["spills"] == 0 for (_, kernel), r in mine.items() if kernel == "bias_total")
     assert mine["sm_90", "bias_linear"]["wgmma"]
     for target in ("sm_80", "sm_90", "sm_100"):
         # A mask is made where it is used: eight neighbours by one thread, which exchanges nothing with others. What is
