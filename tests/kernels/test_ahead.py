@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -20,9 +19,7 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 import xfcompile
 from xfcompile import activation, ahead, pretend
@@ -60,17 +57,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(ahead, "_asked", set())
     monkeypatch.setattr(ahead, "_pending", [])
     monkeypatch.setattr(pretend, "_kind", None)
+    compile_for = Launch._compile
+
+    def compiled(self: Launch, *args: Any) -> Any:
+        KERNELS.append(self.kernel)
+        return compile_for(self, *args)
+
+    monkeypatch.setattr(Launch, "_compile", compiled)
     _forget()
     yield tmp_path / "triton"
     _forget()
     assert Launch._compiled_for is None
 
 
+KERNELS: list[Any] = []
+"""That were compiled, in this process, for a GPU that is not here."""
+
+
 def _forget() -> None:
     """As in another process: kernels that were compiled are on disk alone, and no GPU is known."""
-    for x in gc.get_objects():
-        if type(x) in (JITFunction, GluonJITFunction):
-            x.device_caches.clear()
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    KERNELS.clear()
     tiles.capability.cache_clear()
     multiprocessors.cache_clear()
     for program in gated_programs.known.values():

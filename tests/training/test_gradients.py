@@ -116,7 +116,7 @@ def temperature_of_heads(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> Tens
 
 def divided(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     i, j = positions(q, k)
-    return (q @ k.mT / temperature.exp()).masked_fill(j > i, -math.inf).softmax(-1) @ v
+    return (scores(q, k) / temperature.exp()).masked_fill(j > i, -math.inf).softmax(-1) @ v
 
 
 def sinks(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> Tensor:
