@@ -117,7 +117,9 @@ def make(job: Job, rows: int, device: str, count: int = SETS) -> tuple[Callable[
             k %= count
             more = [rs[k]] if added else []
             p = P if drops else 0.0
-            outs[k] = bias_act_dropout(xs[k], bias, [], more, seed if drops else None, 0, text, p, torch.bfloat16)
+            outs[k] = bias_act_dropout(
+                xs[k], bias, [], more, seed if drops else None, 0, text, p, torch.bfloat16, False
+            )
 
         return forward, size * (3 if added else 2)
     hs, douts = [] if added else sets(), sets()

@@ -68,7 +68,7 @@ def kernel(run: Run, name: str, rows: int, k: int, n: int) -> dict[str, tuple[Ca
     back = (dout, None if tensors else h, b, [], seed, 0, text, P, len(tensors), [True, True], ["bfloat16"] * 2)
     size = 2 * rows * n
     return {
-        "forward": (lambda: bias_act_dropout(h, *call), size * (2 + len(tensors))),
+        "forward": (lambda: bias_act_dropout(h, *call, False), size * (2 + len(tensors))),
         "backward": (lambda: torch.ops.xfcompile.bias_act_dropout_backward(*back), size * (2 if tensors else 3)),
         "linear": (lambda: linear_act_dropout(x, w, *call, False), 0),
         "linear, kept": (lambda: linear_act_dropout(x, w, *call, True), 0),

@@ -224,7 +224,7 @@ def columns(form: str, size: Sequence[int]) -> dict[str, Callable[[], Any]]:
 
         def two_kernels() -> Tensor:
             torch.mm(x, weights[0].T, out=made)
-            return bias_act_dropout(made, bias, [], [], drops.seed, STREAM, pointwise, P, torch.bfloat16)
+            return bias_act_dropout(made, bias, [], [], drops.seed, STREAM, pointwise, P, torch.bfloat16, False)
 
         calls |= {
             "inductor": lambda: linear(x, weights[0], bias),

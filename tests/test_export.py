@@ -357,7 +357,7 @@ def test_operators_take_none_for_an_empty_list(monkeypatch: pytest.MonkeyPatch) 
     def computed(lists: Any) -> list[Tensor]:
         q, k, v = (x.requires_grad_() for x in qkv())
         out = kernels.attention(q, k, v, lists, lists, lists, key)[0]
-        out = activations.bias_act_dropout(out, None, lists, lists, None, 0, formula, 0.0, torch.float32)
+        out = activations.bias_act_dropout(out, None, lists, lists, None, 0, formula, 0.0, torch.float32, False)
         out = activations.linear_act_dropout(
             out, weight, None, lists, lists, None, 0, formula, 0.0, torch.float32, True
         )[0]

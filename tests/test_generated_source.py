@@ -307,10 +307,10 @@ def test_the_operator_refuses_a_formula_that_is_code() -> None:
     assert op.LIBRARY is not None
     x = torch.ones(2, 4)
     with pytest.raises(Exception, match="no part of a formula"):
-        torch.ops.xfcompile.bias_act_dropout(x, None, [], [], None, 0, "__import__('os')", 0.0, torch.float32)
+        torch.ops.xfcompile.bias_act_dropout(x, None, [], [], None, 0, "__import__('os')", 0.0, torch.float32, False)
     evil = "Symbol('x + __import__(1)', real=True)"
     with pytest.raises(Exception, match="no name of a symbol"):
-        torch.ops.xfcompile.bias_act_dropout(x, None, [], [], None, 0, evil, 0.0, torch.float32)
+        torch.ops.xfcompile.bias_act_dropout(x, None, [], [], None, 0, evil, 0.0, torch.float32, False)
 
 
 def test_modules_of_bias_and_activation_are_harmless() -> None:

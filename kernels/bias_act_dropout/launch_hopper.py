@@ -32,7 +32,7 @@ def unavailable(text: str, vectors: int, tensors: int, save: bool = False) -> st
 
 
 Outputs = tuple[Tensor, Tensor]
-"""The result, and the product without its bias, or nothing."""
+"""The result, and the product with its bias, or nothing."""
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def linear(
     check: Callable[..., bool],
     site: Site | None = None,
 ) -> tuple[Tensor, Tensor] | None:
-    """x [.., K], weight [N, K]; the result [.., N] and, where it is saved, the product without its bias, else nothing.
+    """x [.., K], weight [N, K]; the result [.., N] and, where it is saved, the product with its bias, else nothing.
     None where the kernels do not run. check: as that of `forward`."""
     if site is not None and site.found is not None:
         return site.found(x, weight, bias, vectors, tensors, seed, stream)
@@ -111,8 +111,8 @@ def _linear(
                 where = f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error})"
                 why = error if isinstance(error, fit.Unavailable) else fit.NoTilesFit(where)
                 fit.give_way(why, text, "it is computed by PyTorch's product and a kernel after it")
-        product = F.linear(x, weight)
-        made = forward(product, bias, vectors, tensors, seed, stream, text, p, dtype, check)
+        product = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        made = forward(product, None, vectors, tensors, seed, stream, text, p, dtype, check)
         assert made is not None
         return made, product if save else blank_pre()
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xfcompile.activation import X
@@ -22,20 +23,22 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 # Lists may be None: AOTInductor's packages (torch 2.13) hand that to an operator in place of an empty one.
 # formula: of one element, as `formula.text_of` writes it. bias [N] is added to x, vectors are [N], tensors have the
-# result's shape; seed: int64, one element, where something is dropped out, with probability p.
+# result's shape; seed: int64, one element, where something is dropped out, with probability p. summed: x has the bias
+# already, as a product has it that torch makes; what is wanted of it here is its gradient, which torch's is spared.
 LIBRARY.define(
     "bias_act_dropout(Tensor x, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed, int stream,"
-    " str formula, float p, ScalarType dtype) -> Tensor",
+    " str formula, float p, ScalarType dtype, bool summed) -> Tensor",
     tags=_TAGS,
 )
-# Of x @ weight.T, weight [N, K]. The second result is that product, where `save`, else empty: a backward that needs it
-# then multiplies again.
+# Of x @ weight.T, weight [N, K]. The second result is that product with its bias, rounded as the program rounds it,
+# where `save`, else empty: a backward that needs it then multiplies again.
 LIBRARY.define(
     "linear_act_dropout(Tensor x, Tensor weight, Tensor? bias, Tensor[]? vectors, Tensor[]? tensors, Tensor? seed,"
     " int stream, str formula, float p, ScalarType dtype, bool save) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
-# The gradients of x, of the bias and of the vectors, of those that are needed (in this order), in `dtypes`.
+# The gradients of x, of the bias and of the vectors, of those that are needed (in this order), in `dtypes`. bias: none
+# where x has it already.
 LIBRARY.define(
     "bias_act_dropout_backward(Tensor dout, Tensor? x, Tensor? bias, Tensor[] vectors, Tensor? seed, int stream,"
     " str formula, float p, int tensors, bool[] needed, str[] dtypes) -> Tensor[]",
@@ -98,16 +101,20 @@ def _forward(
     formula: str,
     p: float,
     dtype: torch.dtype,
+    summed: bool,
     site: Site | None = None,
 ) -> Tensor:
     vectors, tensors = vectors or (), tensors or ()
+    if summed:
+        _check(x, x.shape[-1], bias, (), ())
+        bias = None
     try:
         made = launch.forward(x, bias, vectors, tensors, seed, stream, formula, p, dtype, _checked, site)
         if made is not None:
             return made
     except fit.Unavailable as error:
         fit.give_way(error, formula, DEFINITION)
-    out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype)
+    out = _forward_fake(x, bias, vectors, tensors, seed, stream, formula, p, dtype, summed)
     wide = torch.promote_types(x.dtype, torch.float32)
     parsed = parse(formula, len(vectors), len(tensors))
     return out.copy_(reference.forward(parsed, x, bias, vectors, tensors, seed, stream, p, wide))
@@ -123,6 +130,7 @@ def _forward_fake(
     formula: str,
     p: float,
     dtype: torch.dtype,
+    summed: bool,
 ) -> Tensor:
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
@@ -151,11 +159,11 @@ def _linear(
         fit.give_way(error, formula, DEFINITION)
     out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
     wide = torch.promote_types(x.dtype, torch.float32)
-    product = x.to(wide) @ weight.to(wide).t()
+    product = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
     if save:
         pre.copy_(product)
     parsed = parse(formula, len(vectors), len(tensors))
-    return out.copy_(reference.forward(parsed, product, bias, vectors, tensors, seed, stream, p, wide)), pre
+    return out.copy_(reference.forward(parsed, product, None, vectors, tensors, seed, stream, p, wide)), pre
 
 
 def _linear_fake(
@@ -237,10 +245,10 @@ def saves(formula: str, vectors: int, tensors: int, of_vectors: bool) -> bool:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, vectors, tensors, seed, *call = inputs
+    x, bias, vectors, tensors, seed, *call, summed = inputs
     ctx.listed, vectors, tensors = (vectors is not None, tensors is not None), vectors or (), tensors or ()
     needed = tuple(ctx.needs_input_grad[: 2 + len(vectors)])  # flat here: lists are not lists
-    _keep(ctx, x, bias, vectors, tensors, seed, call, needed, x.dtype)
+    _keep(ctx, x, bias, vectors, tensors, seed, call, needed, x.dtype, summed)
     ctx.save_for_backward(*ctx.pointwise)
     del ctx.pointwise
 
@@ -255,8 +263,10 @@ def _keep(
     call: Sequence[Any],
     needed: tuple[bool, ...],
     dtype: torch.dtype,
+    summed: bool,
 ) -> None:
-    """What the backward of the pointwise part needs, and nothing else: tensors as `ctx.pointwise`."""
+    """What the backward of the pointwise part needs, and nothing else: tensors as `ctx.pointwise`. summed: x has its
+    bias."""
     stream, formula, p = call[:3]
     used = any(needed) and saves(formula, len(vectors), len(tensors), any(needed[2:]))
     ctx.call = (stream, formula, p, len(tensors))
@@ -269,7 +279,7 @@ def _keep(
     any_needed = any(needed)
     ctx.pointwise = [
         x if used else None,
-        bias if used else None,
+        bias if used and not summed else None,
         seed if any_needed else None,
         *(vectors if any_needed else ()),
     ]
@@ -307,7 +317,7 @@ def _listed(ctx: Any, dv: list[Any], dout: Tensor, needs: Any) -> tuple[list[Any
 def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     dx, dbias, dv = _pointwise_gradients(ctx, dout, ctx.saved_tensors)
     lists = _listed(ctx, dv, dout, ctx.needs_input_grad[3])
-    return dx, dbias, *lists, None, None, None, None, None
+    return dx, dbias, *lists, None, None, None, None, None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -318,22 +328,23 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.mark_non_differentiable(pre)
     ctx.set_materialize_grads(False)
     needed = (needs_x or needs_weight, *needs)
-    _keep(ctx, pre, bias, vectors, tensors, seed, call, needed, x.dtype)
+    _keep(ctx, pre, bias, vectors, tensors, seed, call, needed, x.dtype, True)
     # Not of an exported program: nobody knows whether its gradients will be wanted.
     ctx.again = ctx.pointwise[0] is not None and not call[-1]
     if ctx.again:
         ctx.pointwise[0] = None
     x_kept, weight_kept = (needs or ctx.again for needs in (needs_weight, needs_x))
-    ctx.save_for_backward(x if x_kept else None, weight if weight_kept else None, *ctx.pointwise)
+    kept = (x if x_kept else None, weight if weight_kept else None, bias if ctx.again else None)
+    ctx.save_for_backward(*kept, *ctx.pointwise)
     del ctx.pointwise
 
 
 def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dout is None:
         return (None,) * 11
-    x, weight, *saved = ctx.saved_tensors
+    x, weight, bias, *saved = ctx.saved_tensors
     if ctx.again:
-        saved[0] = x @ weight.t()
+        saved[0] = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     dpre, dbias, dv = _pointwise_gradients(ctx, dout, saved)
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     dx = dpre @ weight if needs_x else None

@@ -151,10 +151,10 @@ LINEAR = '''\
 
     mask = (row < rows)[:, None] & (col < N)[None, :]
     out_offs = row[:, None] * N + col[None, :]
-    if SAVE:
-        tl.store(pre_ptr + out_offs, acc.to(pre_ptr.dtype.element_ty), mask=mask)
     x = acc
 {loads}
+    if SAVE:
+        tl.store(pre_ptr + out_offs, x.to(pre_ptr.dtype.element_ty), mask=mask)
     out = {value}
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 '''

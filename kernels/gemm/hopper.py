@@ -23,7 +23,7 @@ class Epilogue:
     """What is stored: a formula of `sums`, one element of each product with its bias, and of what stands at its place
     in vectors along the last axis and in tensors of the result's shape.
 
-    saves: each product is stored too: of a gated MLP with its bias, otherwise without. drops: by dropout, of a gated
+    saves: each of `sums` is stored too. drops: by dropout, of a gated
     MLP the formula's value, otherwise what its `KEEP` says.
     """
 
@@ -444,11 +444,10 @@ def _kernel(epilogue: Epilogue) -> str:
         f"put({name}, {desc}, first_m, first_n, out_smem, w, {_number(epilogue, n)}, BUFFERS)"
         for n, (name, desc) in enumerate(zip(names, saved, strict=False))
     ]
-    loads = [] if epilogue.gated else list(save)
+    loads = []
     for name, bias, flag in zip(names, biases, own, strict=True):
         loads += [f"if {flag}:", f"    {name} = with_bias({name}, {bias}, columns, features)"]
-    if epilogue.gated:
-        loads += save
+    loads += save
     for n in range(epilogue.vectors):
         loads.append(f"v{n} = gl.load(v{n}_ptr + columns, mask=columns < features, other=0.0).to(gl.float32)[None, :]")
     fetch_first, fetch_next = [], []

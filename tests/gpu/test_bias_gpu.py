@@ -56,7 +56,7 @@ def test_no_more_numbers_are_rounded_the_wrong_way_than_eagers(name: str, dtype:
 @pytest.mark.parametrize("rows, features", SIZES)
 def test_the_mask_is_the_references(rows: int, features: int) -> None:
     x, seed = torch.ones(rows, features, device="cuda", dtype=torch.bfloat16), torch.tensor([-99], device="cuda")
-    out = bias_act_dropout(x, None, [], [], seed, 2, text_of(KEEP * X), 0.25, torch.bfloat16)
+    out = bias_act_dropout(x, None, [], [], seed, 2, text_of(KEEP * X), 0.25, torch.bfloat16, False)
     assert torch.equal(out != 0, philox.linear_keep(seed, 0.25, (rows, features), 2))
     given = (x, None, None, [], seed, 2, text_of(KEEP * X), 0.25, 0, [True, False], ["bfloat16", "bfloat16"])
     assert torch.equal(torch.ops.xfcompile.bias_act_dropout_backward(*given)[0], out)
@@ -76,7 +76,7 @@ def test_results_and_gradients_are_the_references(act: str, rows: int, features:
     seed = torch.tensor([1 << 40 | 3], device="cuda")
     for t in (bias, v, x, r):
         t.requires_grad_()
-    out = bias_act_dropout(x, bias, [v], [r], seed, stream, text, p, dtype)
+    out = bias_act_dropout(x, bias, [v], [r], seed, stream, text, p, dtype, False)
     dx, dbias, dv = torch.autograd.grad(out, [x, bias, v], dout)
     wanted = reference.forward(formula, x, bias, [v], [r], seed, stream, p, torch.float64)
     wanted_dx, (wanted_dv,) = reference.gradients(formula, dout, x, bias, [v], seed, stream, p, torch.float64)

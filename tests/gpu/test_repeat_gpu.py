@@ -124,7 +124,7 @@ def test_gated_mlps(layout: str, rows: int, dtype: torch.dtype, repeated: list[b
 
 def activated(x: Tensor, bias: Tensor) -> Tensor:
     formula = text_of(activation.gelu(X, "none"))
-    return bias_act_dropout(x, bias, [], [], None, 0, formula, 0.0, x.dtype)  # type: ignore[no-any-return]
+    return bias_act_dropout(x, bias, [], [], None, 0, formula, 0.0, x.dtype, False)  # type: ignore[no-any-return]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def ours(case: Case, at: Operands, product: bool, stream: int = 3) -> Tensor:
     text = text_of(case.formula)
     more = (at.bias, at.vectors, at.tensors, at.seed if case.p else None, stream, text, case.p, case.dtype)
     if not product:
-        return bias_act_dropout(at.x, *more)
+        return bias_act_dropout(at.x, *more, False)
     return linear_act_dropout(at.x, at.weight, *more, True)[0]
 
 
@@ -232,14 +232,14 @@ def test_far_from_zero_there_is_no_nan(act: str) -> None:
     x.requires_grad_()
     theirs = EAGER[act](x)
     (wanted,) = torch.autograd.grad(theirs.sum(), x)
-    out = bias_act_dropout(x, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32)
+    out = bias_act_dropout(x, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32, False)
     (gradient,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(out, theirs, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)  # gelu by tanh: 0 * inf
     nan = torch.tensor([[float("nan"), 1.0]])
-    assert bias_act_dropout(nan, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32).isnan().tolist() == [
-        [True, False]
-    ]
+    assert bias_act_dropout(
+        nan, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32, False
+    ).isnan().tolist() == [[True, False]]
 
 
 @pytest.mark.parametrize("kernel", [True, False], ids=["triton", "reference"])
@@ -247,7 +247,7 @@ def test_where_a_sigmoid_is_nearly_1_its_slope_keeps_its_digits(kernel: bool, mo
     """1 - y, of a y that is rounded to 1, is no slope; an exponent of so much errs by as many ulp."""
     monkeypatch.setenv("TRITON_INTERPRET", "1" if kernel else "0")
     x = torch.linspace(5, 20, 96).view(6, 16).requires_grad_()
-    out = bias_act_dropout(x, None, [], [], None, 0, text_of(activation.Sigmoid(X)), 0.0, torch.float32)
+    out = bias_act_dropout(x, None, [], [], None, 0, text_of(activation.Sigmoid(X)), 0.0, torch.float32, False)
     (gradient,) = torch.autograd.grad(out.sum(), x)
     exact = torch.sigmoid(x.detach().double()) * torch.sigmoid(-x.detach().double())
     assert ((gradient - exact).abs() / exact).max() <= 20 * torch.finfo(torch.float32).eps
@@ -259,7 +259,7 @@ def test_beside_a_kink_there_is_eagers_gradient(act: str) -> None:
     kinks = torch.tensor([-3.0, 0.0, 3.0, 6.0])
     x = torch.stack([torch.nextafter(kinks, kinks - 1), kinks, torch.nextafter(kinks, kinks + 1)]).requires_grad_()
     (wanted,) = torch.autograd.grad(EAGER[act](x).sum(), x)
-    out = bias_act_dropout(x, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32)
+    out = bias_act_dropout(x, None, [], [], None, 0, text_of(ACTS[act]), 0.0, torch.float32, False)
     (gradient,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(gradient, wanted)
 
@@ -267,7 +267,7 @@ def test_beside_a_kink_there_is_eagers_gradient(act: str) -> None:
 @pytest.mark.usefixtures("interpreter")
 def test_what_is_dropped_of_infinity_is_nan_as_in_eager() -> None:
     x = torch.full((4, 16), float("inf"))
-    out = bias_act_dropout(x, None, [], [], torch.tensor([1]), 0, text_of(KEEP * X), 0.5, torch.float32)
+    out = bias_act_dropout(x, None, [], [], torch.tensor([1]), 0, text_of(KEEP * X), 0.5, torch.float32, False)
     assert out.isnan().any() and out.isinf().any() and not out.isfinite().any()
 
 
@@ -279,7 +279,7 @@ def test_the_mask_is_that_of_an_elements_place_whatever_its_layout(features: int
     x = laid_out(torch.ones(4, 5, features), lay).requires_grad_()
     seed, text = torch.tensor([-77]), text_of(KEEP * X)
     expected = philox.linear_keep(seed, 0.25, x.shape, 9) / 0.75
-    out = bias_act_dropout(x, None, [], [], seed, 9, text, 0.25, torch.float32)
+    out = bias_act_dropout(x, None, [], [], seed, 9, text, 0.25, torch.float32, False)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], expected)
     weight = torch.eye(features)
@@ -290,10 +290,10 @@ def test_the_mask_is_that_of_an_elements_place_whatever_its_layout(features: int
 @pytest.mark.usefixtures("interpreter")
 def test_places_of_more_than_32_bits_have_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     x, seed, text = torch.randn(19, 72), torch.tensor([-77]), text_of(KEEP * X)
-    few = bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32)
+    few = bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32, False)
     monkeypatch.setattr(calls, "known", {})
     monkeypatch.setattr(arguments, "MANY", 0)
-    assert torch.equal(few, bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32))
+    assert torch.equal(few, bias_act_dropout(x, None, [], [], seed, 5, text, 0.3, torch.float32, False))
     assert torch.equal(few != 0, philox.linear_keep(seed, 0.3, (19, 72), 5))
 
 
@@ -310,6 +310,24 @@ def test_only_what_is_needed_is_computed() -> None:
         whole = op(x, x, b, [g], None, 0, text, 0.0, 0, [True] * 3, dtypes)
         for r, w in zip(results, (w for w, yes in zip(whole, needed, strict=True) if yes), strict=True):
             torch.testing.assert_close(r, w)
+
+
+@pytest.mark.parametrize("interpreted", [True, False])
+@pytest.mark.parametrize("act", ["gelu", "relu"])
+def test_of_a_bias_that_x_has_already_the_gradient_is_wanted(
+    act: str, interpreted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreted)))
+    case = Case(act, p=0.25, scale=True, residual=True)
+    at = operands(case, False)
+    assert at.bias is not None
+    more = (at.vectors, at.tensors, at.seed, 3, text_of(case.formula), 0.25, torch.float32)
+    found = []
+    for x, summed in ((at.x, False), (at.x + at.bias.detach(), True)):
+        out = bias_act_dropout(x, at.bias, *more, summed)
+        found.append([out, *torch.autograd.grad(out, [at.x, at.bias, *at.vectors], at.dout)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_what_gradients_are_functions_of() -> None:
@@ -349,9 +367,11 @@ def test_rows_are_grouped_without_copies() -> None:
 def test_shapes_are_checked() -> None:
     x, text = torch.ones(3, 8), text_of(X)
     with pytest.raises(ValueError, match="vectors are"):
-        bias_act_dropout(x, torch.ones(7), [], [], None, 0, text, 0.0, torch.float32)
+        bias_act_dropout(x, torch.ones(7), [], [], None, 0, text, 0.0, torch.float32, False)
     with pytest.raises(ValueError, match="tensors are"):
-        bias_act_dropout(x, None, [], [torch.ones(1, 8)], None, 0, text_of(X + tensor(0)), 0.0, torch.float32)
+        bias_act_dropout(x, None, [], [torch.ones(1, 8)], None, 0, text_of(X + tensor(0)), 0.0, torch.float32, False)
+    with pytest.raises(ValueError, match="vectors are"):
+        bias_act_dropout(x, torch.ones(7), [], [], None, 0, text, 0.0, torch.float32, True)
 
 
 @pytest.mark.parametrize("needs", ["x", "weight", "bias", "x weight bias"])
@@ -391,7 +411,7 @@ def test_both_ways_to_allow_tf32_are_read(interpreter: None) -> None:
 def test_nothing_of_nothing() -> None:
     x = torch.ones(0, 8, requires_grad=True)
     b = torch.ones(8, requires_grad=True)
-    out = bias_act_dropout(x, b, [], [], None, 0, text_of(X**2), 0.0, torch.float32)
+    out = bias_act_dropout(x, b, [], [], None, 0, text_of(X**2), 0.0, torch.float32, False)
     dx, db = torch.autograd.grad(out.sum(), [x, b])
     assert out.shape == dx.shape == (0, 8) and not db.any()
 
@@ -403,7 +423,7 @@ def test_fakes_say_what_comes(save: bool) -> None:
     text = text_of(case.formula)
     more = (at.bias, at.vectors, at.tensors, at.seed, 0, text, 0.3, torch.bfloat16)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(bias_act_dropout.default, (at.x, *more), test_utils=checks)
+    torch.library.opcheck(bias_act_dropout.default, (at.x, *more, False), test_utils=checks)
     at = operands(case, True, grad=False)
     more = (at.bias, at.vectors, at.tensors, at.seed, 0, text, 0.3, torch.bfloat16)
     torch.library.opcheck(linear_act_dropout.default, (at.x, at.weight, *more, save), test_utils=checks)

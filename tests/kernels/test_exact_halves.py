@@ -61,7 +61,7 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch, interpreter: None) -> None:
 def ours(formula: sympy.Expr, x: Tensor) -> tuple[Tensor, Tensor]:
     """The function and its derivative before they are rounded."""
     text, padded = text_of(formula), torch.nn.functional.pad(x, (0, -len(x) % 1024)).reshape(-1, 1024)
-    out = bias_act_dropout(padded, None, [], [], None, 0, text, 0.0, torch.float32)
+    out = bias_act_dropout(padded, None, [], [], None, 0, text, 0.0, torch.float32, False)
     given = (torch.ones_like(padded), padded, None, [], None, 0, text, 0.0, 0, [True, False], ["float32", "float32"])
     slope = torch.ops.xfcompile.bias_act_dropout_backward(*given)[0]
     return out.flatten()[: len(x)], slope.flatten()[: len(x)]

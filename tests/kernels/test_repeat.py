@@ -393,7 +393,7 @@ def test_bias_act_dropout(repeating: None) -> None:
     strided = torch.stack([bias, -bias], 1)[:, 0]
 
     def run(x: Tensor, bias: Tensor | None = bias, text: str = gelu, dtype: torch.dtype = torch.float32) -> Any:
-        return [bias_act_dropout(x, bias, [], [], None, 0, text, 0.0, dtype)]
+        return [bias_act_dropout(x, bias, [], [], None, 0, text, 0.0, dtype, False)]
 
     def product(x: Tensor, weight: Tensor = weight, save: bool = True) -> Any:
         return linear_act_dropout(x, weight, bias[:16], [], [], None, 0, gelu, 0.0, torch.float32, save)

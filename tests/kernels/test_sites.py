@@ -173,7 +173,7 @@ def test_activations_ask_once(interpreter: None, monkeypatch: pytest.MonkeyPatch
     def run(x: Tensor, known: bool) -> list[Tensor]:
         about = (bias, [], [], None, 0, gelu, 0.0, x.dtype)
         one, other = sites if known else (None, None)
-        return [bias_op._forward(x, *about, site=one), bias_op._linear(x, weight, *about, False, site=other)[0]]
+        return [bias_op._forward(x, *about, False, site=one), bias_op._linear(x, weight, *about, False, site=other)[0]]
 
     wanted = [run(x, False), run(-x, False)]
     run(x, True)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xfcompile import rewrite
 from xfcompile.activation import KEEP, X, tensor, vector
+from xfcompile.backend import xformers
 from xfcompile.evaluate import Evaluator
 from xfcompile.kernels import philox
 from xfcompile.site import BiasActDropoutSite
@@ -616,7 +617,7 @@ def test_a_gradient_of_a_gradient_is_refused_in_words(route: str) -> None:
     formula = text_of(X**2)
     x, w, b, *_ = given()
     if route == "triton":
-        out = bias_act_dropout(x, None, [], [], None, 0, formula, 0.0, torch.float32)
+        out = bias_act_dropout(x, None, [], [], None, 0, formula, 0.0, torch.float32, False)
     else:
         out, _ = linear_act_dropout(x, w, b, [], [], None, 0, formula, 0.0, torch.float32, True)
     (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
@@ -667,6 +668,33 @@ def test_in_half_precision(dtype: torch.dtype, route: str) -> None:
         family=FAMILY,
     )
     assert [s.route for s in outcome.sites] == [route]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slopes_jump_where_the_sum_changes_its_sign(transposed: bool, route: str, dtype: torch.dtype) -> None:
+    """Of products that nearly cancel their biases: a product that is rounded before its bias is added has another side
+    for many."""
+    generator = torch.Generator().manual_seed(5)
+    x, w = (torch.randn(n, 32, generator=generator).to(dtype) for n in (1, 24))
+    b = -(x.double() @ w.double().t()).to(dtype)[0]
+    x = x.repeat(16, 1)
+    x[:, -1] += torch.randn(16, generator=generator).to(dtype) * torch.finfo(dtype).eps * 4
+    total = x.double() @ w.double().t() + b.double()
+    rounded = ((x.double() @ w.double().t()).to(dtype).double() + b.double()) > 0
+    assert ((total > 0) != rounded).sum() > 10 and total.abs().min() > 1e-5
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.relu(torch.addmm(b, x, w) if transposed else F.linear(x, w, b))
+
+    leaves = [t.requires_grad_() for t in (x, w.t().contiguous() if transposed else w, b)]
+    outcome = check(program, *leaves, grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites] == [route]
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend=xformers, options={"routes": {FAMILY: route}, "strict": True})
+    (slopes,) = torch.autograd.grad(compiled(*leaves).sum(), b)
+    assert torch.equal(slopes, (total > 0).sum(0).to(dtype))
 
 
 @pytest.mark.parametrize("route", ["triton", "epilogue"])

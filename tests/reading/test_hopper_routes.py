@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from xfcompile import activation, gated_routes, rewrite
+from xfcompile import gated_routes, rewrite
 from xfcompile.activation import GATE, UP
 from xfcompile.families import bias_act_dropout
 from xfcompile.kernels.attention import tiles
@@ -278,44 +277,6 @@ def test_the_usual_route_in_training(name: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(table, ("sm_90", kind, False), table["sm_90", kind, True])
     found = planned(fn, *shapes, **{"dtype": torch.bfloat16, **about})
     assert [r for r, _ in found] == [route], found
-
-
-@pytest.mark.parametrize(
-    ("formula", "turns"),
-    [
-        (activation.FUNCTIONS["relu"](activation.X, {}), True),
-        (activation.leaky_relu(activation.X, 0.1) * activation.KEEP, True),
-        (activation.hardswish(activation.X), True),
-        (activation.gelu(activation.X, "none") * activation.KEEP, False),
-        (activation.silu(activation.X), False),
-    ],
-)
-def test_slopes_that_jump_are_left_to_inductor_in_training(formula: Any, turns: bool) -> None:
-    """Where they do depends on a sum that our kernels round before its last summand is added."""
-    half, root = torch.bfloat16, SimpleNamespace(dtype=torch.bfloat16)
-    site: Any = SimpleNamespace(formula=formula, bias=object(), dtype=half, root=root)
-    assert bias_act_dropout._turns_at_a_bias(site) == turns
-    assert not bias_act_dropout._turns_at_a_bias(SimpleNamespace(**{**vars(site), "bias": None}))  # type: ignore[arg-type]
-    single = {"dtype": torch.float32, "root": SimpleNamespace(dtype=torch.float32)}
-    assert not bias_act_dropout._turns_at_a_bias(SimpleNamespace(**{**vars(site), **single}))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_relus_usual_route_asks_for_it(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons: list[Any] = []
-
-    def told(site: Any) -> bool:
-        reasons.append(site)
-        return True
-
-    monkeypatch.setattr(bias_act_dropout, "_turns_at_a_bias", told)
-    real = bias_act_dropout._route
-    monkeypatch.setattr(
-        bias_act_dropout, "_route", lambda site, setting: real(site, replace(setting, training=training))
-    )
-    (found,) = planned(dropped, X, W, (1024,), dtype=torch.bfloat16)
-    assert bool(reasons) == training
-    assert ("slope jumps" in str(found[1])) == training
 
 
 @pytest.mark.parametrize(("fn", "shapes"), [(swiglu, (X, W, W)), (activated, (X, W, (1024,)))])

@@ -23,7 +23,6 @@ from xfcompile.meaning import Kernel, PointwiseMeaning, Tensor, called, dtype_na
 from xfcompile.measured import CPU, GFX942, SM_80, SM_90, SM_100, Fact, Measured, hardware_of
 from xfcompile.patterns import bias_act_dropout as pattern
 from xfcompile.read import Reading
-from xfcompile.score import Where
 from xfcompile.site import BiasActDropoutSite, Miss, Product
 from xfcompile.values import Value
 
@@ -179,8 +178,6 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
         return Route("inductor", reason)
     if wanted is not None:
         return Route(wanted, "asked for")
-    if setting.training and _turns_at_a_bias(site):
-        return Route("inductor", "its slope jumps where a product that was rounded to 16 bits meets its bias")
     place = (hardware_of(site.root.meta.device), shape_class(site), setting.training)
     usual = USUAL.get(place, Fact(Usual("inductor"))).value
     rows = sympy.prod([sympy.sympify(n) for n in site.root.shape[:-1]])
@@ -192,14 +189,6 @@ def _route(site: BiasActDropoutSite, setting: Setting) -> Route:
     if reason is not None:
         return Route("inductor", f"left to Inductor: {reason}")
     return Route(usual.route)
-
-
-def _turns_at_a_bias(site: BiasActDropoutSite) -> bool:
-    """Whether gradients depend on the sign of a product, in 16 bits, plus a bias, as relu's do. The program rounds
-    their sum, whose sign is exact; ours is of the rounded product, and wrong for one element in some thousands."""
-    if site.bias is None or torch.float32 in (site.dtype, site.root.dtype):
-        return False
-    return site.formula.has(sympy.Max, sympy.Min, sympy.Abs, sympy.Piecewise, Where)
 
 
 def _why_not_after(site: BiasActDropoutSite, rows: sympy.Expr) -> str | None:
@@ -305,8 +294,13 @@ def _replace(emitter: Emitter, candidate: BiasActDropoutCandidate) -> fx.Node:
         made = emitter.call(torch.ops.xfcompile.linear_act_dropout.default, x, weight, *call, save)
         new = emitter.call(operator.getitem, made, 0)
     else:
-        x = _shaped(emitter, _x(emitter, site), (site.x or site.interior[0]).shape, site)
-        new = emitter.call(torch.ops.xfcompile.bias_act_dropout.default, x, *call)
+        source = _source(emitter, site)
+        if source is not None:
+            x, shape = held(emitter, source), source.shape
+        else:
+            x, shape = _product(emitter, site, bias), site.interior[0].shape
+        x, summed = _shaped(emitter, x, shape, site), source is None and bias is not None
+        new = emitter.call(torch.ops.xfcompile.bias_act_dropout.default, x, *call, summed)
     return with_layout(emitter, candidate.node, new)
 
 
@@ -316,14 +310,17 @@ def _factor(emitter: Emitter, value: Value, product: Product) -> fx.Node:
     return node if value.dtype == product.dtype else emitter.call("to", node, product.dtype)
 
 
-def _x(emitter: Emitter, site: BiasActDropoutSite) -> fx.Node:
-    """x without its bias."""
-    source = _source(emitter, site)
-    if source is not None:
-        return held(emitter, source)
+def _product(emitter: Emitter, site: BiasActDropoutSite, bias: fx.Node | None) -> fx.Node:
+    """The product with its bias, whose gradient is the kernel's to find."""
     assert site.product is not None
-    x, weight = held(emitter, site.product.x), held(emitter, site.product.weight)
-    return emitter.call(torch.matmul if site.product.transposed else F.linear, x, weight)
+    x, weight = (_factor(emitter, v, site.product) for v in (site.product.x, site.product.weight))
+    if site.product.transposed:
+        weight = emitter.call("t", weight)
+    if bias is not None:
+        assert site.bias is not None
+        bias = emitter.call("detach", bias)
+        bias = bias if site.bias.dtype == site.product.dtype else emitter.call("to", bias, site.product.dtype)
+    return emitter.call(F.linear, x, weight, bias)
 
 
 def _shaped(emitter: Emitter, x: fx.Node, shape: tuple[Any, ...], site: BiasActDropoutSite) -> fx.Node:
