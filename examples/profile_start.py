@@ -3,22 +3,27 @@
     python examples/profile_start.py "BERT, padded"                          # on a CUDA device, cold and then warm
     python examples/profile_start.py "T5 1.1" --mode train --attention eager
     python examples/profile_start.py "GPT-2" --scale quick                   # on a CPU: does it run
+    python examples/profile_start.py "T5 1.1" --functions functions.txt      # warm once more, by function
 
 Each state is a process of its own: `cold` with nothing compiled, `warm` with what the first has left. It shows when
 each graph's reading ended and how long it took; which calls were handed to Inductor's processes to be compiled ahead,
 when, and when they were done; how long the first launches waited for them; and how long Triton took at each first
-launch, which is next to nothing for a kernel that was compiled ahead. Seconds since the call began.
+launch, which is next to nothing for a kernel that was compiled ahead. Seconds since the call began. --functions: all of
+Python's functions that a third process ran, warm, as cProfile lists them; its own time is added to each.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import cProfile
 import json
+import pstats
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,7 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 
 
-def measured(name: str, mode: str, attention: str, scale: str) -> dict[str, Any]:
+def measured(name: str, mode: str, attention: str, scale: str, functions: Path | None) -> dict[str, Any]:
     """In this process, which has compiled nothing yet."""
     import torch
 
@@ -75,11 +80,20 @@ def measured(name: str, mode: str, attention: str, scale: str) -> dict[str, Any]
     fit.compile_first = timed(
         "first launches", lambda kernel, *_: str(getattr(kernel, "__name__", kernel)), fit.compile_first
     )
-    with torch.set_grad_enabled(mode == TRAIN):
+    with torch.set_grad_enabled(mode == TRAIN), contextlib.nullcontext() if functions is None else _listed(functions):
         step(model, c.compiled(model, c.XFORMERS), given, mode)()
-    if device == "cuda":
-        torch.cuda.synchronize()
+        if device == "cuda":
+            torch.cuda.synchronize()
     return {"total_s": time.perf_counter() - begin, **found}
+
+
+@contextlib.contextmanager
+def _listed(path: Path) -> Iterator[None]:
+    """Writes which functions ran, and how long."""
+    with cProfile.Profile() as profile:
+        yield
+    with path.open("w") as file:
+        pstats.Stats(profile, stream=file).sort_stats("cumulative").print_stats()
 
 
 def _outcome(future: Any) -> str:
@@ -103,17 +117,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--attention", choices=("sdpa", "eager"), default="sdpa")
     parser.add_argument("--scale", choices=("gpu", "cpu", "quick"), default="gpu")
     parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--functions", type=Path, help="list there how long each function took, in a third process")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.here:
-        print(json.dumps(measured(asked.model, asked.mode, asked.attention, asked.scale)))
+        print(json.dumps(measured(asked.model, asked.mode, asked.attention, asked.scale, asked.functions)))
         return 0
     console, results = Console(), {}
+    usual = [asked.model, "--mode", asked.mode, "--attention", asked.attention, "--scale", asked.scale, "--here"]
     with tempfile.TemporaryDirectory(prefix="xfcompile-start-") as folder:
         for state in ("cold", "warm"):
             with console.status(f"{asked.model}, {state}"):
-                results[state] = _apart([*arguments, "--here"], folder)
+                results[state] = _apart(usual, folder)
             show(state, results[state], console)
+        if asked.functions is not None:
+            with console.status(f"{asked.model}, by function"):
+                _apart([*usual, "--functions", str(asked.functions.absolute())], folder)
     if asked.json is not None:
         asked.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -34,9 +34,9 @@ sort = type(compiler.make_backend(ahead.Gpu.of(0).target))
 cubin = sort.make_cubin
 
 
-def counted(self, *args, **kwargs):
-    compiled.append(True)
-    return cubin(self, *args, **kwargs)
+def counted(self, source, metadata, *args, **kwargs):
+    compiled.append(metadata["name"])
+    return cubin(self, source, metadata, *args, **kwargs)
 
 
 sort.make_cubin = counted
@@ -64,7 +64,8 @@ with torch.no_grad():
     off = max(((y - z).abs().max() / z.abs().max()).item() for y, z in zip(out, exact))
 marks = len([*(Path(os.environ["TRITON_CACHE_DIR"]) / "xfcompile").iterdir()])
 routes = sorted(site.route for site in report.sites)
-found = {"compiled": len(compiled), "off": off, "marks": marks, "routes": routes, "pending": len(ahead._pending)}
+own = [name for name in compiled if not name.startswith("triton_")]  # Inductor's, until its processes have started
+found = {"compiled": own, "off": off, "marks": marks, "routes": routes, "pending": len(ahead._pending)}
 print(json.dumps(found))
 """
 
@@ -83,7 +84,7 @@ def test_first_launches_compile_nothing(mode: str, tmp_path: Path) -> None:
     cold = run(tmp_path, mode)
     assert cold["off"] < 0.05 and cold["pending"] == 0
     assert "triton" in cold["routes"], cold
-    assert cold["compiled"] == 0, cold
+    assert cold["compiled"] == [], cold
     assert cold["marks"] >= (2 if mode == "infer" else 3), cold
     warm = run(tmp_path, mode)
-    assert warm["compiled"] == 0 and warm["marks"] == cold["marks"] and warm["off"] == cold["off"]
+    assert warm["compiled"] == [] and warm["marks"] == cold["marks"] and warm["off"] == cold["off"]
