@@ -64,7 +64,10 @@ def test_compile_finds_the_backend_by_name_without_an_import(installed: Path, tm
 
         q, k, v = torch.randn(3, 1, 2, 9, 64).unbind()
         assert not any(name.partition(".")[0] == "xfcompile" for name in sys.modules)
-        found = torch.compile(attention, backend="xformers")(q, k, v)
+        compiled = torch.compile(attention, backend="xformers")
+        # As for Inductor itself, whose processes start when it is imported: before anything is traced.
+        assert "torch._inductor.compile_fx" in sys.modules
+        found = compiled(q, k, v)
         torch.testing.assert_close(found, attention(q, k, v))
         print(sys.modules["xfcompile"].__file__)
         print("xformers" in torch._dynamo.list_backends())

@@ -66,8 +66,12 @@ class Gpu:
     @staticmethod
     @functools.cache
     def of(index: int) -> Gpu:
+        import torch._inductor.runtime.compile_tasks as tasks
         from triton.runtime import driver
 
+        # Which assembler Triton runs is part of what its cache calls a kernel by. Inductor decides on PyTorch's own, if
+        # it is there, when it compiles in this process, which may be after a kernel is asked for and before its launch.
+        getattr(tasks, "_set_triton_ptxas_path", lambda: None)()
         found = torch.cuda.get_device_properties(index)
         names = ("multi_processor_count", "shared_memory_per_multiprocessor", "L2_cache_size", "total_memory")
         properties = tuple((name, int(getattr(found, name))) for name in names if hasattr(found, name))

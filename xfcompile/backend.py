@@ -31,7 +31,7 @@ def xformers(
 
     mode, options: as for Inductor, and ours (`xfcompile.Options`). Takes the graph over, as Inductor does.
     """
-    # Inductor takes seconds to import; it is here already when torch.compile calls.
+    # Inductor takes seconds to import; it is here already where torch.compile was told the backend's name (`entry.py`).
     from torch._inductor.compile_fx import compile_fx
 
     from xfcompile.direct import compile_ahead, lower

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gated_cases
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.runtime import compile_tasks
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -148,6 +151,21 @@ def test_all_kernels_of_a_call_are_compiled(made: Callable[[], Call], names: lis
     _forget()
     assert compiled(made()) == names
     assert entries(folder) == before  # what a launch finds
+
+
+def test_the_assembler_is_decided_on_before_the_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor decides on it when it first compiles in this process, and kernels are called otherwise from then on."""
+    done: list[str] = []
+    found = SimpleNamespace(name="a GPU", multi_processor_count=132)
+    active = SimpleNamespace(get_current_target=lambda: H200.target)
+    monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", lambda: done.append("assembler"))
+    monkeypatch.setattr(ahead, "compiler_of", lambda target: done.append("compiler") or "its name")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(driver, "_active", active)
+    assert Gpu.of.__wrapped__(0).compiler == "its name"  # type: ignore[attr-defined]
+    assert done == ["assembler", "compiler"]
 
 
 def test_addresses_are_those_of_views(folder: Path) -> None:

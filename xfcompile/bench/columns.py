@@ -94,8 +94,8 @@ def compiled(
         return torch.compile(fn, mode=mode, dynamic=dynamic)
     if not ours(column):
         raise Skip(f"{COLUMNS[column].label} has no way to compile this")
-    # The function rather than its name: this also runs from a checkout that is not installed.
-    from xfcompile.backend import xformers
+    # What torch loads for the name, rather than the name: this also runs from a checkout that is not installed.
+    from xfcompile.entry import xformers
 
     route = column.removeprefix(OURS).removeprefix("-")
     options: dict[str, Any] | None = {"routes": dict(routes)} if routes else None
