@@ -18,7 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ SHAPES = [
 ]
 TINY = [Windows("tiny", 3, 2, 40, masked) for masked in (True, False)]
 KERNELS = ("forward", "dq", "dkdv", "load")
-CANDIDATES: dict[str, list[tuple[int, int, int, int]]] = {
+CANDIDATES = {
     "forward": [
         (64, 64, 4, 3), (64, 32, 4, 2), (64, 16, 4, 3), (32, 32, 2, 2), (32, 16, 2, 3), (16, 32, 1, 2), (16, 32, 1, 3),
         (16, 16, 1, 3), (16, 64, 1, 2), (32, 64, 2, 2),
@@ -104,10 +104,14 @@ def tensors(shape: Windows, device: str) -> list[Tensor]:
     return [x.requires_grad_() for x in (q, k, v, bias)] + [mask]
 
 
+Candidates = Mapping[str, Sequence[tuple[int, int, int, int]]]
+
+
 @dataclass
 class Trial:
     """What the launches of one forward and one backward were given, and the tiles that they take next."""
 
+    candidates: Candidates
     number: int = DEFAULT
     given: dict[str, inspect.BoundArguments] = field(default_factory=dict)
 
@@ -126,7 +130,7 @@ class Trial:
             return run
 
         def tiles(kernel: str) -> Tiles | None:
-            candidates = CANDIDATES[kernel]
+            candidates = self.candidates.get(kernel, ())
             return Tiles(*candidates[self.number]) if 0 <= self.number < len(candidates) else None
 
         def choose(*about: Any) -> Tiles:
@@ -201,7 +205,7 @@ def prepared(shape: Windows, trial: Trial, device: str) -> None:
     out.backward(torch.randn_like(out))
 
 
-def measured(shape: Windows, trial: Trial, timed: bool) -> list[dict[str, Any]]:
+def measured(trial: Trial, timed: bool) -> list[dict[str, Any]]:
     """Kernels whose candidates are fewer than `trial.number` are left out."""
     trial.forget()
     rows = []
@@ -213,8 +217,9 @@ def measured(shape: Windows, trial: Trial, timed: bool) -> list[dict[str, Any]]:
             rows.append({"kernel": name, "number": trial.number, "failed": f"{type(error).__name__}: {error}"[:120]})
             continue
         for kernel in of:
-            if trial.number < len(CANDIDATES[kernel]) and kernel in found:
-                tiles = CANDIDATES[kernel][trial.number] if trial.number >= 0 else None
+            candidates = trial.candidates.get(kernel, ())
+            if trial.number < len(candidates) and kernel in found:
+                tiles = candidates[trial.number] if trial.number >= 0 else None
                 rows.append({"kernel": kernel, "tiles": tiles and list(tiles), "us": found[kernel]})
     return rows
 
@@ -237,7 +242,7 @@ def main() -> None:
         parts = [subprocess.Popen([*command, str(n), str(options.processes)]) for n in range(options.processes)]
         for part in parts:
             part.wait()
-    trial = Trial()
+    trial = Trial(CANDIDATES)
     trial.install()
     rows: list[dict[str, Any]] = []
     about = surroundings(device)
@@ -249,7 +254,7 @@ def main() -> None:
             if options.part and number % options.part[1] != options.part[0]:
                 continue
             trial.number = number
-            rows += [{**named(shape), **row} for row in measured(shape, trial, device == "cuda" and not options.part)]
+            rows += [{**named(shape), **row} for row in measured(trial, device == "cuda" and not options.part)]
         if options.out and not options.part:
             options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if not options.part:
