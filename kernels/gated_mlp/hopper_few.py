@@ -13,6 +13,7 @@ import textwrap
 from xfcompile.kernels import gluon, pointwise
 from xfcompile.kernels.gemm import hopper
 from xfcompile.kernels.gemm.hopper import Epilogue
+from xfcompile.kernels.gemm.hopper_text import HALVES
 
 FEATURES = 32
 """Of gate, and of up, in a warpgroup's share of a tile."""
@@ -206,7 +207,7 @@ def module(epilogue: Epilogue) -> str:
         features=FEATURES, unspecialized=UNSPECIALIZED, specialized=textwrap.indent(_specialized(), "    ")
     )
     head = HEAD.format(value=epilogue.value, imports=gluon.IMPORTS)
-    parts = [head, hopper.HALVES, *pointwise.functions(helpers), value, kernel]
+    parts = [head, HALVES, *pointwise.functions(helpers), value, kernel]
     return "\n\n".join(part.rstrip("\n") + "\n" for part in parts)
 
 

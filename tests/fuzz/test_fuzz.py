@@ -1,4 +1,4 @@
-"""A thousand and more random programs, the same each time: each equals eager, or was declined. Each time a quarter of
+"""A thousand and more random programs, the same each time: each equals eager, or was declined. Each time an eighth of
 them runs, and all of them with `-m "slow or not slow"`.
 
 `--hypothesis-seed=N` runs others; `tests/fuzz/run.py` runs as many as one likes.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from xfcompile.kernels import philox
-from xfcompile.kernels.gemm import hopper
+from xfcompile.kernels.gemm import hopper_text
 
 
 class Block:
@@ -50,7 +50,7 @@ class Gluon:
 def functions() -> dict[str, Any]:
     """`philox` and `pieces` of the kernel's text."""
     found: dict[str, Any] = {"gl": Gluon}
-    for part in hopper.DROPOUT.split("@gluon.jit\n"):
+    for part in hopper_text.DROPOUT.split("@gluon.jit\n"):
         if part.startswith(("def philox(", "def pieces(")):
             exec(part.split("@triton")[0], found)
     return found
