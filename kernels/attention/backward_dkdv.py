@@ -9,7 +9,7 @@ import sympy
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_text import DKDV_KERNEL, QUERIES, SCORES
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, constexprs, indented
-from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.lines import wrapped
 
 Loop = Callable[..., str]
 """(start, end, *, masked, edge) -> the text of a loop between the two."""

@@ -9,7 +9,8 @@ import sympy
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, MOST_ROWS, SCORES, TALL
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, constexprs, indented
-from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.attention.loops import bounded_loops
+from xfcompile.kernels.lines import wrapped
 from xfcompile.kernels.printing.arithmetic import LOG2E
 
 
@@ -124,7 +125,7 @@ def _key_loops(w: Writer, step: Callable[..., str]) -> str:
         place = f"(tl.load(key_list + {listed}) * PARTS_N + n % PARTS_N) * BLOCK_N"
         return "\n".join([head, f"    start = {place}", body])
 
-    bounded = template.bounded_loops(w.spec, w.scalars, loop, "EDGE_N")
+    bounded = bounded_loops(w.spec, w.scalars, loop, "EDGE_N")
     if not w.listed:
         return bounded
     front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"

@@ -13,7 +13,8 @@ from xfcompile.kernels.attention import codegen, template
 from xfcompile.kernels.attention.backward_text import KEYS, SEARCH
 from xfcompile.kernels.attention.codegen import times
 from xfcompile.kernels.attention.gradient import Gradients, LoadGradient
-from xfcompile.kernels.attention.template import returned, wrapped
+from xfcompile.kernels.attention.names import listed
+from xfcompile.kernels.lines import returned, wrapped
 from xfcompile.kernels.printing.arithmetic import LOG2E
 from xfcompile.kernels.printing.extent import extent, guarded_loads, is_plain
 from xfcompile.kernels.printing.printer import NAMES, Printer
@@ -63,7 +64,7 @@ class Writer:
         shift = codegen.of_first_row(spec)[1] if self.exact else sympy.S.Zero
         self.steep = sympy.expand(shift).coeff(I, 1)
         self.score = spec.score if self.exact else times(LOG2E, spec.score)
-        self.listed = template.listed(spec)
+        self.listed = listed(spec)
         self.pointers = [f"t{n}_ptr" for n in range(len(spec.operands))]
         self.strides = [f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)]
         self.scalars = [x.name for x in spec.scalars]

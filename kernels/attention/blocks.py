@@ -17,7 +17,8 @@ import torch
 from xfcompile.intervals import UNKNOWN, Bounds, certain, possible
 from xfcompile.kernels.attention.forward_text import HEAD, HELPERS
 from xfcompile.kernels.attention.lists_text import LISTS, LISTS_BY_KEY
-from xfcompile.kernels.attention.template import literal, wrapped
+from xfcompile.kernels.attention.template import literal
+from xfcompile.kernels.lines import wrapped
 from xfcompile.kernels.printing.extent import guarded_loads, is_plain
 from xfcompile.kernels.printing.printer import NAMES, Printer
 from xfcompile.kernels.printing.rules import RULES

@@ -8,6 +8,8 @@ import sympy
 
 from xfcompile.evaluate import Unsupported
 from xfcompile.kernels.attention import blocks, cache, decode, template
+from xfcompile.kernels.attention.names import Form, Forms, Names
+from xfcompile.kernels.lines import returned, wrapped
 from xfcompile.kernels.printing.extent import extent, guarded_loads, is_plain
 from xfcompile.kernels.printing.printer import NAMES, Printer
 from xfcompile.kernels.printing.rules import RULES
@@ -134,10 +136,10 @@ def _is_even(term: sympy.Expr) -> bool:
     return term == 0 or (rest.is_Symbol and rest.name.startswith("even") and abs(coefficient) <= 1)
 
 
-def form(found: Parts | None) -> template.Form:
+def form(found: Parts | None) -> Form:
     if found is None:
-        return template.Form()
-    return template.Form(found.scale, found.core != S, found.shift != 0)
+        return Form()
+    return Form(found.scale, found.core != S, found.shift != 0)
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class Pieces:
 
     score: sympy.Expr
     evens: tuple[Load, ...]
-    names: template.Names
-    forms: template.Forms
+    names: Names
+    forms: Forms
     row_lines: tuple[str, ...]
     functions: tuple[str, ...]
     helpers: frozenset[str]
@@ -177,7 +179,7 @@ def pieces(spec: ScoreSpec) -> Pieces:
     usual, even = parts(spec, score), parts(spec, even_score)
     loads = row_loads(*([score] if usual is None else [usual.core, usual.shift]), spec.keep)
     scope = NAMES | {x: x.name for x in (*spec.scalars, *even_names.values(), FIRST, UNIT)}
-    names = template.Names.of(spec, len(loads), len(evens), row_shift != 0)
+    names = Names.of(spec, len(loads), len(evens), row_shift != 0)
     helpers: set[str] = set()
 
     # What a row has for the whole loop is read once, by the kernel itself.
@@ -201,8 +203,8 @@ def pieces(spec: ScoreSpec) -> Pieces:
         value = term.text
         if name.endswith(("score", "core")) and extent(expr) != {I, J}:
             value = f"tl.full(s.shape, 0.0, tl.float32) + {term.at(PRODUCT)}"
-        body = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(value)])
-        return f"@triton.jit\n{template.wrapped(f'def {name}', arguments, ':')}\n{body}"
+        body = "".join(f"    {line}\n" for line in [*printer.lines, *returned(value)])
+        return f"@triton.jit\n{wrapped(f'def {name}', arguments, ':')}\n{body}"
 
     site = ["b", "h", "i", "j", *names.inside, *names.flag_parameters]
     functions: list[str] = []
@@ -231,12 +233,12 @@ def pieces(spec: ScoreSpec) -> Pieces:
         arguments = ["b", "h", "i", *names.outside, *names.flag_parameters]
         functions.append(function("sink", arguments, times(UNIT, spec.sink), {}))
     if not evens:
-        forms = template.Forms(form(usual), row_shift=row_shift != 0)
+        forms = Forms(form(usual), row_shift=row_shift != 0)
         return Pieces(score, (), names, forms, tuple(row_lines), tuple(functions), frozenset(helpers))
 
     score_functions("even_", even_score, even, [*site, *(x.name for x in even_names.values())])
     corner = Printer(RULES, spec.operands, {**scope, I: "first", J: "ahead"}, clamped=clamped)
     values = tuple(corner.print(load).text for load in even_names)
     helpers |= corner.helpers
-    forms = template.Forms(form(usual), form(even), tuple(corner.lines), values, row_shift != 0)
+    forms = Forms(form(usual), form(even), tuple(corner.lines), values, row_shift != 0)
     return Pieces(score, evens, names, forms, tuple(row_lines), tuple(functions), frozenset(helpers))

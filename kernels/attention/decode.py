@@ -9,7 +9,9 @@ import sympy
 
 from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.forward_text import DEAD
-from xfcompile.kernels.attention.template import Forms, Names
+from xfcompile.kernels.attention.loops import step
+from xfcompile.kernels.attention.names import CONSTANTS, Forms, Names
+from xfcompile.kernels.lines import wrapped
 from xfcompile.score import H, I, J, Load
 from xfcompile.site import ScoreSpec
 
@@ -170,10 +172,10 @@ def _split(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     strides = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "acc_ptr", "m_ptr", "l_ptr", *names.pointers]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]
-    constants = [f"{x}: tl.constexpr" for x in (*template.CONSTANTS, *names.flags, "BLOCK_M", "DEPENDENT")]
+    constants = [f"{x}: tl.constexpr" for x in (*CONSTANTS, *names.flags, "BLOCK_M", "DEPENDENT")]
     return SPLIT.format(
         lengths=[*LENGTHS, *names.scalars],
-        signature=template.wrapped("def decode_split", [*arguments, *constants], ":"),
+        signature=wrapped("def decode_split", [*arguments, *constants], ":"),
         rows=textwrap.indent("\n".join(row_lines), "    "),
         loop=textwrap.indent(_loop(spec, names), "    "),
     )
@@ -182,18 +184,18 @@ def _split(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
 def _loop(spec: ScoreSpec, names: Names) -> str:
     """The tiles of one program, from the first to the last key that the band leaves to its rows."""
     masked = spec.keep != sympy.true
-    step = template.step(names, masked=masked, edge=True)
+    visit = step(names, masked=masked, edge=True)
     lines = [
         f"lo = {_bound(spec, names, 'lower', 'block * BLOCK_M // group')}",
         f"hi = {_bound(spec, names, 'upper', '(tl.minimum((block + 1) * BLOCK_M, rows) - 1) // group')}",
         "tiles = (hi - lo + BLOCK_N - 1) // BLOCK_N",
     ]
     if not masked or spec.band.exact:
-        return "\n".join([*lines, LOOP.format(step=step)])
+        return "\n".join([*lines, LOOP.format(step=visit)])
     live = LIVE.format(
         ahead=AHEAD_OF_ROWS if _per_row(spec.keep) else AHEAD,
-        keep=template.wrapped("    seen = keep", ["b", "h", "i", "j", *names.inside, *names.flags]),
-        step=step,
+        keep=wrapped("    seen = keep", ["b", "h", "i", "j", *names.inside, *names.flags]),
+        step=visit,
     )
     return "\n".join([*lines, live])
 
@@ -217,7 +219,7 @@ def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
         arguments = ["b", "h", "i", *names.outside, *names.flags]
         state = [
             "# The sink counts once, whatever the number of splits: it has weight but no value.",
-            template.wrapped("m = tl.cast(sink", arguments, ", tl.float32)"),
+            wrapped("m = tl.cast(sink", arguments, ", tl.float32)"),
             'l = tl.where(m == float("-inf"), 0.0, 1.0)',
         ]
     # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
@@ -229,7 +231,7 @@ def _combine(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     constants = [f"{x}: tl.constexpr" for x in (*blocks, *names.flags, "DEPENDENT")]
     return COMBINE.format(
         lengths=[*LENGTHS, *names.scalars],
-        signature=template.wrapped("def decode_combine", [*arguments, *constants], ":"),
+        signature=wrapped("def decode_combine", [*arguments, *constants], ":"),
         state=textwrap.indent("\n".join(state), "    "),
         power=template.POWER,
         lse=template.lse(forms, names, row="i", first="0"),

@@ -42,7 +42,8 @@ from xfcompile.kernels.attention.hopper_variant import (
     place_of,
     usual,
 )
-from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.attention.names import Form, Names
+from xfcompile.kernels.lines import WIDTH, returned, wrapped
 from xfcompile.kernels.printing.printer import NAMES, Printer
 from xfcompile.kernels.printing.rules import RULES
 from xfcompile.kernels.printing.term import Term
@@ -126,7 +127,7 @@ def _functions(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> list[str]:
     def function(name: str, arguments: Sequence[str], value: sympy.Expr) -> str:
         printer = Printer(RULES, spec.operands, scope, rows)
         text = printer.float(value).text
-        lines = "".join(f"    {line}\n" for line in [*printer.lines, *template.returned(text)])
+        lines = "".join(f"    {line}\n" for line in [*printer.lines, *returned(text)])
         signature = wrapped(f"def {name}", [*arguments, *names.inside, *names.flag_parameters], ":")
         return f"@triton.jit\n{signature}\n{lines}"
 
@@ -315,7 +316,7 @@ def _filled(text: str, parts: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def _place(spec: ScoreSpec, names: template.Names) -> str:
+def _place(spec: ScoreSpec, names: Names) -> str:
     lines = ["b = work // blocks // heads", "h = work // blocks % heads"]
     if template.batches_share(spec):
         # All batches load the same tile of the bias: one after the other.
@@ -326,7 +327,7 @@ def _place(spec: ScoreSpec, names: template.Names) -> str:
     return "\n".join([*lines, "block = work % blocks"])
 
 
-def _bounds(spec: ScoreSpec, names: template.Names) -> str:
+def _bounds(spec: ScoreSpec, names: Names) -> str:
     if names.listed:
         return "\n".join(
             [
@@ -372,7 +373,7 @@ def _bounds(spec: ScoreSpec, names: template.Names) -> str:
     )
 
 
-def _tile(names: template.Names) -> str:
+def _tile(names: Names) -> str:
     """Masked tiles come first."""
     if names.listed:
         return "\n".join(
@@ -410,7 +411,7 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
     if variant.tiles:
         # Scores may be far from 0: their difference is taken first, and is 0 where they are equal.
-        weights = template.softmax(template.Form(), site, highest=highest)
+        weights = template.softmax(Form(), site, highest=highest)
         scores = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"]
     usual = "\n".join([*scores, *masks, *weights])
     if forms.even is None:
@@ -431,5 +432,5 @@ def _indented(text: str) -> str:
 
 def _partition(function: str, arguments: Sequence[str]) -> str:
     """What a part of a program's warps runs."""
-    listed = textwrap.fill(", ".join(arguments), template.WIDTH - 12, break_long_words=False)
+    listed = textwrap.fill(", ".join(arguments), WIDTH - 12, break_long_words=False)
     return f"({function}, (\n{_indented(listed)},\n)),"

@@ -22,7 +22,7 @@ from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.gradient import Gradients
 from xfcompile.kernels.attention.hopper_backward_text import KERNELS, PREAMBLE
 from xfcompile.kernels.attention.hopper_variant import bias_of, place_of
-from xfcompile.kernels.attention.template import wrapped
+from xfcompile.kernels.lines import WIDTH, wrapped
 from xfcompile.kernels.printing.arithmetic import LOG2E
 from xfcompile.kernels.printing.extent import extent
 from xfcompile.score import I, J, Load, S
@@ -296,5 +296,5 @@ def _indented(text: str, depth: int = 1) -> str:
 
 def _arguments(names: Sequence[str]) -> str:
     return textwrap.fill(
-        ", ".join(names), template.WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
+        ", ".join(names), WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8, break_long_words=False
     )

@@ -2,70 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import sympy
 import torch
 
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention.forward_text import DEAD, FAR, FUNCTIONS, HEAD, HELPERS, KERNEL, MEAN_OF_SOME, TILE
+from xfcompile.kernels.attention.loops import again, loops
+from xfcompile.kernels.attention.names import COMMON, CONSTANTS, Form, Forms, Names, constexprs, more_flags
+from xfcompile.kernels.lines import indented, wrapped
 from xfcompile.score import B, I, J, Load
 from xfcompile.site import Band, ScoreSpec
-
-
-@dataclass(frozen=True)
-class Names:
-    """The argument lists that generated functions share."""
-
-    pointers: list[str]
-    strides: list[str]
-    scalars: list[str]
-    rows: list[str]
-    flags: list[str]
-    listed: bool
-    evens: list[str]
-    first: list[str]
-    random: list[str]
-
-    @staticmethod
-    def of(spec: ScoreSpec, rows: int, evens: int, first: bool) -> Names:
-        return Names(
-            pointers=[f"t{n}_ptr" for n in range(len(spec.operands))],
-            strides=[f"t{n}_stride{d}" for n, operand in enumerate(spec.operands) for d in range(operand.ndim)],
-            scalars=[x.name for x in spec.scalars],
-            rows=[f"row{n}" for n in range(rows)],
-            # Inputs of 16 bits allow a faster tanh: the rounding of the weights to them is 10000 times its error. One
-            # instruction will do where the program itself rounds q·k to bf16, which errs by 2**-9 (`exactness.speed`).
-            flags=["UNIT", "FAST"]
-            if any(x is not None and x.has(sympy.tanh) for x in (spec.score, spec.keep, spec.sink))
-            else ["UNIT"],
-            listed=listed(spec),
-            evens=[f"even{n}" for n in range(evens)],
-            first=["first"] if first else [],
-            random=["seed", "layer", "stream"] if spec.dropout else [],
-        )
-
-    @property
-    def outside(self) -> list[str]:
-        return self.pointers + self.strides + self.scalars
-
-    @property
-    def inside(self) -> list[str]:
-        return self.outside + self.rows + self.first
-
-    @property
-    def flag_parameters(self) -> list[str]:
-        return [f"{flag}: tl.constexpr" for flag in self.flags]
-
-
-WIDTH = 116
-
-NEAR = 128.0
-"""Beside a score that is higher by this, in base e, one has a weight of 0 in fp32."""
 
 LOG2E = math.log2(math.e)
 
@@ -105,42 +54,9 @@ def wide(spec: ScoreSpec) -> bool:
     return any(J in load.free_symbols or load in compared for load in far_loads(spec))
 
 
-@dataclass(frozen=True)
-class Form:
-    """How a step computes the scores of a tile.
-
-    scale, core, shifted: they are scale * UNIT * s; with `core`, s is what a function of the site's own makes of it,
-    and with `shifted` another gives a number that is added. None: a function gives all of it.
-    """
-
-    scale: float | None = None
-    core: bool = False
-    shifted: bool = False
-
-
-@dataclass(frozen=True)
-class Forms:
-    """Of any tile, and of an even one (None: there are none), with the lines and the values that read what is one
-    number for the tile at `ahead`. row_shift: whether scores are as of the block's first row, from which others differ
-    by what a function gives."""
-
-    usual: Form
-    even: Form | None = None
-    even_lines: tuple[str, ...] = ()
-    even_values: tuple[str, ...] = ()
-    row_shift: bool = False
-
-
 def needs_mean(spec: ScoreSpec) -> bool:
     """Whether there may be rows that see no key and get the mean of all values."""
     return spec.dead == "mean" and spec.sink is None and spec.keep != sympy.true
-
-
-def listed(spec: ScoreSpec) -> bool:
-    """Whether the kernel takes lists of tiles."""
-    from xfcompile.kernels.attention.blocks import summary
-
-    return summary(spec) is not None
 
 
 def module(
@@ -224,32 +140,6 @@ def literal(fields: Mapping[str, object]) -> str:
     return "{\n" + "".join(f"    {key!r}: {value!r},\n" for key, value in fields.items()) + "}"
 
 
-def wrapped(prefix: str, items: Iterable[str], suffix: str = "") -> str:
-    """`prefix(a, b, c)suffix`, on as many lines as it takes."""
-    # Lines break between items only: spaces inside them are hidden meanwhile.
-    text = ", ".join(item.replace(" ", "\0") for item in items) + ")" + suffix
-    return "\n".join(_fill(text, f"{prefix}(", " " * (len(prefix) + 1))).replace("\0", " ")
-
-
-def returned(text: str) -> list[str]:
-    """`return text`, in parentheses where it takes several lines."""
-    return [f"return {text}"] if len(text) < WIDTH - 12 else ["return (", *_fill(text, "    ", "    "), ")"]
-
-
-def _fill(text: str, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _indented(text: str, depth: int = 1) -> str:
-    return textwrap.indent(text.rstrip("\n"), "    " * depth)
-
-
-COMMON = ["b", "h", "i", "lk", "k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
-CONSTANTS = ["DQ", "DV", "BLOCK_DQ", "BLOCK_DV", "BLOCK_N", "PRECISION", "UPCAST"]
-
-
 def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
     site = ", ".join(["b", "h", "i", "j", *names.inside, *names.flags])
     lines = [
@@ -271,10 +161,10 @@ def _tile(spec: ScoreSpec, forms: Forms, names: Names) -> str:
         "l = l * alpha + tl.reduce(p, 1, tl.standard._sum_combine)",
         *dropped(spec, "p"),
     ]
-    flags = ["MASKED", "EDGE", *_more_flags(spec, names)]
+    flags = ["MASKED", "EDGE", *more_flags(spec, names)]
     arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.random, *names.evens]
-    arguments += _constexprs([*CONSTANTS, *names.flags, *flags])
-    return TILE.format(signature=wrapped("def tile", arguments, ":"), power=POWER, body=_indented("\n".join(lines)))
+    arguments += constexprs([*CONSTANTS, *names.flags, *flags])
+    return TILE.format(signature=wrapped("def tile", arguments, ":"), power=POWER, body=indented("\n".join(lines)))
 
 
 def scores(spec: ScoreSpec, form: Form, site: str, prefix: str = "") -> list[str]:
@@ -334,154 +224,6 @@ def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM)
     ]
 
 
-def _more_flags(spec: ScoreSpec, names: Names) -> list[str]:
-    """Those of a step's compile-time flags that not every kernel has."""
-    return [*(["AGAIN"] if spec.full is not None else []), *(["EVEN"] if names.evens else [])]
-
-
-def _constexprs(names: Iterable[str]) -> list[str]:
-    return [f"{name}: tl.constexpr" for name in names]
-
-
-def step(names: Names, *, masked: bool, edge: bool, again: bool | None = None, even: bool = False) -> str:
-    """A call of `tile`. again: whether it is in the second pass, None where there is none."""
-    flags = [masked, edge, *([] if again is None else [again]), *([even] if names.evens else [])]
-    evens = names.evens if even else ["0.0" for _ in names.evens]
-    arguments = ["acc", "m", "l", "q", "start", *COMMON, *names.inside, *names.random, *evens, *CONSTANTS, *names.flags]
-    return wrapped("    acc, m, l = tile", [*arguments, *map(str, flags)])
-
-
-def _loop(
-    names: Names,
-    start: str,
-    end: str,
-    *,
-    masked: bool,
-    edge: bool,
-    again: bool | None,
-    even: bool = False,
-    listed: str | None = None,
-) -> str:
-    """A loop over tiles. listed: the place in the list of the tile number n; `start` and `end` are places then."""
-    call = step(names, masked=masked, edge=edge, again=again, even=even)
-    if listed is None:
-        return f"for start in tl.range({start}, {end}, BLOCK_N):\n{call}"
-    return "\n".join(
-        [f"for n in tl.range({start} * PARTS_N, {end} * PARTS_N):", f"    start = {listed_at('n', listed)}", call]
-    )
-
-
-def listed_at(n: str, place: str, mask: str = "") -> str:
-    """Where a tile begins whose number stands in a list."""
-    return f"(tl.load(list_ptr + {place}{mask}) * PARTS_N + {n} % PARTS_N) * BLOCK_N"
-
-
-def _even_loop(names: Names, forms: Forms, again: bool | None) -> str:
-    """The loop over even tiles. What is one number for a tile is read one step ahead: nothing waits for it."""
-    loop = _loop(names, "0", "evens", masked=False, edge=False, again=again, even=True, listed="3 + n // PARTS_N")
-    head, start, *body = loop.splitlines()
-    return "\n".join(
-        [
-            f"ahead = {listed_at('0', '3', ', mask=evens > 0, other=0')}",
-            *forms.even_lines,
-            *(f"{name} = {value}" for name, value in zip(names.evens, forms.even_values, strict=True)),
-            head,
-            start,
-            "    n_next = tl.minimum(n + 1, evens * PARTS_N - 1)",
-            f"    ahead = {listed_at('n_next', '3 + n_next // PARTS_N')}",
-            *(f"    {line}" for line in forms.even_lines),
-            *(f"    {name}_next = {value}" for name, value in zip(names.evens, forms.even_values, strict=True)),
-            *body,
-            *(f"    {name} = {name}_next" for name in names.evens),
-        ]
-    )
-
-
-def _loops(spec: ScoreSpec, forms: Forms, names: Names) -> str:
-    """Tiles of three kinds: wholly kept ones are not masked, ones that may be ragged are masked by range as well."""
-    again = None if spec.full is None else False
-    loop = functools.partial(_loop, names, again=again)
-    bounded = bounded_loops(spec, names.scalars, loop)
-    if not names.listed:
-        return bounded
-    front, back = "3 + n // PARTS_N", "2 + tiles - n // PARTS_N"
-    lines = [
-        "if LISTED:",
-        "    # Lists of the tiles to visit: `xfcompile.kernels.attention.blocks`.",
-        "    tiles = (lk + BLOCK_N * PARTS_N - 1) // (BLOCK_N * PARTS_N)",
-        "    rows = (lq + BLOCK_M * PARTS_M - 1) // (BLOCK_M * PARTS_M)",
-        "    place = (b * list_b + h * list_h) * rows + block // PARTS_M",
-        "    list_ptr += tl.cast(place, tl.int64) * (tiles + 3)",
-        "    evens = tl.load(list_ptr)",
-        "    wholes = tl.load(list_ptr + 1)",
-        "    masked = tl.load(list_ptr + 2)",
-        *([_indented(_even_loop(names, forms, again))] if names.evens else []),
-        _indented(loop("evens" if names.evens else "0", "wholes", masked=False, edge=False, listed=front)),
-        _indented(loop("0", "masked", masked=True, edge=True, listed=back)),
-        "else:",
-        _indented(bounded),
-    ]
-    return "\n".join(lines)
-
-
-def bounded_loops(spec: ScoreSpec, scalars: Sequence[str], loop: Callable[..., str], edge: bool | str = True) -> str:
-    """Loops between closed bounds on the keys of a block of queries.
-
-    loop: (start, end, *, masked, edge) -> the text of one. edge: whether the last tile of keys may be ragged, or the
-    name of the flag that says so.
-    """
-    if spec.keep == sympy.true:
-        ragged = loop("full", "lk", masked=False, edge=True)
-        return "\n".join(
-            [
-                "full = lk // BLOCK_N * BLOCK_N",
-                loop("0", "full", masked=False, edge=False),
-                ragged if edge is True else f"if {edge}:\n{_indented(ragged)}",
-            ]
-        )
-
-    def bound(side: str, row: str) -> str:
-        if getattr(spec.band, side) is None:
-            return "0" if side == "lower" else "lk"
-        return f"clamp({side}({', '.join([row, *scalars])}), lk)"
-
-    tiles = " // BLOCK_N * BLOCK_N" if spec.band.lower is not None else ""
-    last = ["last = tl.minimum(first + BLOCK_M, lq) - 1"] if spec.band != Band() else []
-    lines = [*last, f"lo = {bound('lower', 'first')}{tiles}", f"hi = {bound('upper', 'last')}"]
-    if not spec.band.exact:
-        return "\n".join([*lines, loop("lo", "hi", masked=True, edge=edge)])
-    lo_full = f"tl.minimum(({bound('lower', 'last')} + BLOCK_N - 1) // BLOCK_N * BLOCK_N, hi)"
-    lines += [
-        "# Every row of the block sees every key from lo_full to hi_full.",
-        f"lo_full = {lo_full if spec.band.lower is not None else 'lo'}",
-        f"hi_full = tl.maximum({bound('upper', 'first')} // BLOCK_N * BLOCK_N, lo_full)",
-    ]
-    if spec.band.lower is not None:
-        lines.append(loop("lo", "lo_full", masked=True, edge=edge))
-    lines.append(loop("lo_full", "hi_full", masked=False, edge=False))
-    lines.append(loop("hi_full", "hi", masked=True, edge=edge))
-    return "\n".join(lines)
-
-
-def _again(spec: ScoreSpec, names: Names, state: Sequence[str]) -> str:
-    """Rows that score as low as masked keys do see all keys after all."""
-    if spec.full is None or spec.floor is None:
-        return ""
-    lines = [
-        "# Rows whose scores are as low as those of masked keys see these too.",
-        f"low = m <= {float(spec.floor) + NEAR!r} * UNIT",
-        "if tl.reduce(low.to(tl.int32), 0, tl.standard._elementwise_max) > 0:",
-        "    acc_kept, m_kept, l_kept = acc, m, l",
-        *(f"    {line}" for line in state),
-        "    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)",
-        _indented(_loop(names, "0", "lk", masked=False, edge=True, again=True)),
-        "    acc = tl.where(low[:, None], acc, acc_kept)",
-        "    m = tl.where(low, m, m_kept)",
-        "    l = tl.where(low, l, l_kept)",
-    ]
-    return "\n".join(lines)
-
-
 def lse(forms: Forms, names: Names, row: str = "row", first: str = "first") -> str:
     """The log-sum-exp of a row with maximum m and weights that add up to l."""
     text = f"m * (1.0 / UNIT) + tl.log2(l) * {math.log(2)}"
@@ -532,7 +274,7 @@ def _dead(spec: ScoreSpec) -> str:
     """What becomes of rows without keys."""
     kind = "nan" if spec.sink is not None else spec.dead
     if kind == "mean" and spec.dropout:
-        return MEAN_OF_SOME.format(dropped=_indented("\n".join(dropped(spec, "p")), 2))
+        return MEAN_OF_SOME.format(dropped=indented("\n".join(dropped(spec, "p")), 2))
     return DEAD[kind]
 
 
@@ -562,14 +304,14 @@ def _kernel(spec: ScoreSpec, forms: Forms, names: Names, row_lines: Sequence[str
     unspecialized = [*names.scalars, *lists[1:], *stream]
     return KERNEL.format(
         jit_options=f"(do_not_specialize={unspecialized!r})" if unspecialized else "",
-        signature=wrapped("def attention_forward", [*arguments, *_constexprs(constants)], ":"),
-        place=_indented(_place(spec)),
-        rows=_indented("\n".join([*row_lines, *(RANDOM if spec.dropout else [])])),
+        signature=wrapped("def attention_forward", [*arguments, *constexprs(constants)], ":"),
+        place=indented(_place(spec)),
+        rows=indented("\n".join([*row_lines, *(RANDOM if spec.dropout else [])])),
         scale=f" * {philox.scale(spec.dropout)!r}" if spec.dropout else "",
-        state=_indented("\n".join(state)),
-        loops=_indented(_loops(spec, forms, names)),
-        again=_indented(_again(spec, names, state)),
+        state=indented("\n".join(state)),
+        loops=indented(loops(spec, forms, names)),
+        again=indented(again(spec, names, state)),
         # With a sink a row has weights even without keys; where the sink is -inf too they are 0 / 0.
-        dead=_indented(_dead(spec)),
+        dead=indented(_dead(spec)),
         lse=lse(forms, names),
     )

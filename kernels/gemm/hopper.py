@@ -15,8 +15,8 @@ import sympy
 
 from xfcompile.activation import GATE, KEEP, UP, X, separate, tensor, vector, with_distributions
 from xfcompile.kernels import gluon, pointwise
-from xfcompile.kernels.attention.template import wrapped
 from xfcompile.kernels.gemm.hopper_text import DROPOUT, FETCH, FIXED, HALVES, HEAD, KERNEL
+from xfcompile.kernels.lines import wrapped
 
 
 @dataclass(frozen=True)
