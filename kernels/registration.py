@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,25 @@ def _without(
         return kernel(*arguments) if plain[number] else usual(keys, *arguments)
 
     return call
+
+
+class _Followed(torch.autograd.Function):
+    """Its first argument, as something made of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *of: Tensor | None) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise AssertionError("what is made of it is refused first")
+
+
+def followed(dout: Tensor, *of: Tensor | None) -> Tensor:
+    """The gradient of a result, for an op's backward that is given products in place of what they were made `of`. Where
+    gradients of gradients are kept track of, it takes part in that for all of these, so that `refused` hears of one
+    that is wanted: products that were saved do not."""
+    return _Followed.apply(dout, *of) if torch.is_grad_enabled() else dout
 
 
 def refused(op: str, family: str) -> Gradients:

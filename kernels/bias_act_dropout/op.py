@@ -14,7 +14,7 @@ from xfcompile.kernels.attention import fit
 from xfcompile.kernels.attention.tiles import interpreting, runs
 from xfcompile.kernels.bias_act_dropout import launch, launch_backward, launch_linear, reference
 from xfcompile.kernels.bias_act_dropout.formula import parse
-from xfcompile.kernels.registration import Site, refused, register
+from xfcompile.kernels.registration import Site, followed, refused, register
 
 DEFINITION = "it is computed by its definition, in plain PyTorch"
 
@@ -334,7 +334,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     if ctx.again:
         ctx.pointwise[0] = None
     x_kept, weight_kept = (needs or ctx.again for needs in (needs_weight, needs_x))
-    kept = (x if x_kept else None, weight if weight_kept else None, bias if ctx.again else None)
+    kept = (x if x_kept else None, weight if weight_kept else None, bias)
     ctx.save_for_backward(*kept, *ctx.pointwise)
     del ctx.pointwise
 
@@ -345,7 +345,11 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
     x, weight, bias, *saved = ctx.saved_tensors
     if ctx.again:
         saved[0] = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    dpre, dbias, dv = _pointwise_gradients(ctx, dout, saved)
+    elif saved[0] is not None and torch.is_grad_enabled():
+        # A second derivative by what was not kept would be none, and no error.
+        if any(t is None for t, needed in zip((x, weight), ctx.needs_input_grad, strict=False) if needed):
+            _refused[0](ctx)
+    dpre, dbias, dv = _pointwise_gradients(ctx, followed(dout, x, weight, bias), saved)
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     dx = dpre @ weight if needs_x else None
     dweight = dpre.flatten(0, -2).t() @ x.flatten(0, -2) if needs_weight else None

@@ -12,7 +12,7 @@ from xfcompile.kernels.attention.tiles import interpreting, runs
 from xfcompile.kernels.gated_mlp import launch, launch_pointwise, reference
 from xfcompile.kernels.gated_mlp.operands import Dropout, outputs
 from xfcompile.kernels.gated_mlp.programs import program
-from xfcompile.kernels.registration import Site, refused, register
+from xfcompile.kernels.registration import Site, followed, refused, register
 from xfcompile.site import Layout
 
 LIBRARY = torch.library.Library("xfcompile", "FRAGMENT")
@@ -325,7 +325,15 @@ def _gradients(ctx: Any, dout: Tensor | None, _: Any) -> tuple[Any, ...]:
     else:  # of a product that needs no gradient, any will do
         dproduct = torch.mm(dout, down_weight) if inner else reference.parts(projections, layout)[0]
     backward = torch.ops.xfcompile.gated_mlp_backward
-    grad, product = backward(dproduct, projections, ctx.kernel, layout, remade, seed, ctx.p)
+    grad, product = backward(
+        followed(dproduct, x, weight, up_weight, gate_bias, up_bias),
+        projections,
+        ctx.kernel,
+        layout,
+        remade,
+        seed,
+        ctx.p,
+    )
     if ctx.down:
         d_weight = _weight_gradient(dout, product, down_weight) if needed[5] else None
         d_down = (d_weight, dout.sum(0) if needed[6] else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -363,11 +364,17 @@ def test_nothing_is_saved_but_inputs_and_projections() -> None:
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, *given.weights)}
 
 
-def test_a_second_derivative_is_refused() -> None:
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["sum", "squares"])
+@pytest.mark.parametrize("down", [False, True])
+def test_a_second_derivative_is_refused(down: bool, loss: Callable[[Tensor], Tensor], saved: bool) -> None:
+    """Of a sum too, whose gradient by the result depends on nothing."""
     given = inputs(Case(rows=3))
     x = given.x.clone().requires_grad_()
-    out = gated_mlp(x, *given.weights, None, None, key_of("silu"), "separate", "dual", True, torch.float32)[0]
-    (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    more = (torch.randn(6, given.weights[0].shape[0]), None) if down else ()
+    about = (*given.weights, None, None, *more, key_of("silu"), "separate", "dual", saved, torch.float32)
+    out = (gated_mlp_down if down else gated_mlp)(x, *about)[0]
+    (first,) = torch.autograd.grad(loss(out), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(first.sum(), x)
 

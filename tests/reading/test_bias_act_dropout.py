@@ -610,7 +610,7 @@ def test_frozen_inputs_cost_no_work() -> None:
     assert list(call.args[9]) == [True, False]
 
 
-@pytest.mark.parametrize("route", ["triton", "epilogue"])
+@pytest.mark.parametrize("route", ["triton", "epilogue", "epilogue, no bias", "epilogue, made again"])
 def test_a_gradient_of_a_gradient_is_refused_in_words(route: str) -> None:
     from xfcompile.kernels.bias_act_dropout import bias_act_dropout, linear_act_dropout, text_of
 
@@ -619,10 +619,33 @@ def test_a_gradient_of_a_gradient_is_refused_in_words(route: str) -> None:
     if route == "triton":
         out = bias_act_dropout(x, None, [], [], None, 0, formula, 0.0, torch.float32, False)
     else:
-        out, _ = linear_act_dropout(x, w, b, [], [], None, 0, formula, 0.0, torch.float32, True)
+        bias, save = None if "no bias" in route else b, "again" not in route
+        out, _ = linear_act_dropout(x, w, bias, [], [], None, 0, formula, 0.0, torch.float32, save)
     (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("needs", ["x", "weight", "x weight", "x bias", "weight bias", "x weight bias"])
+def test_a_gradient_of_any_gradient_is_refused(needs: str, save: bool) -> None:
+    """By each tensor, whichever of them need gradients, and so are kept."""
+    from xfcompile.kernels.bias_act_dropout import linear_act_dropout, text_of
+
+    x, w, b = (
+        t.detach().requires_grad_(name in needs) for name, t in zip(("x", "weight", "bias"), given()[:3], strict=True)
+    )
+    leaves = [t for t in (x, w, b) if t.requires_grad]
+    out, _ = linear_act_dropout(x, w, b, [], [], None, 0, text_of(X**3), 0.0, torch.float32, save)
+
+    def second(one: Tensor, other: Tensor) -> None:
+        (first,) = torch.autograd.grad(out.sum(), one, create_graph=True)
+        torch.autograd.grad(first.sum(), other)
+
+    for one in leaves:
+        for other in leaves:
+            with pytest.raises(NotImplementedError, match="no second derivative"):
+                second(one, other)
 
 
 @pytest.mark.parametrize("route", ["triton", "epilogue"])
