@@ -369,22 +369,27 @@ class Reading:
 
     def _custom_gradient(self, node: fx.Node, bodies: list[fx.GraphModule], operands: list[Any]) -> bool:
         """A `torch.autograd.Function` of one result that does nothing else: a value of its own, which knows what its
-        forward and its backward compute. What is made of it has the gradient that its author wrote."""
+        forward and its backward compute. What is made of it has the gradient that its author wrote. (Before torch 2.13
+        what is computed on the way to the result follows it, which nothing takes, and whose gradients are not read.)"""
         if not all(isinstance(c, Cell) for c in operands):
             return False
         given = [c.value for c in operands]
         forwards, backwards = bodies
         forward = self._inner(forwards, given)
         outs, saved = _pair(forward)
-        if len(outs) != 1:
-            return False
         example = example_or_shape(node)
         packed = isinstance(example, (tuple, list))
+        takers = [u for u in node.users if u.target is operator.getitem] if packed else [node]
+        placeholders = [n for n in backwards.graph.nodes if n.op == "placeholder"]
+        if not outs or len(placeholders) != len(outs) + len(saved):
+            return False
+        others_taken = len(takers) != len(node.users) or any(u.args[1] != 0 for u in takers)
+        if len(outs) > 1 and (others_taken or any(n.users for n in placeholders[1 : len(outs)])):
+            return False
         meta = meta_of(example[0] if packed else example)
         grad = self.values.leaf(meta, "gradient")
-        backward = self._inner(backwards, [grad, *saved])
-        expected = sum(n.op == "placeholder" for n in backwards.graph.nodes)
-        if expected != 1 + len(saved) or not (_is_pure(forward) and _is_pure(backward)):
+        backward = self._inner(backwards, [grad, *outs[1:], *saved])
+        if not (_is_pure(forward) and _is_pure(backward)):
             return False
         gradients = tuple(backward.value(n) for n in _outputs(backward))
         if len(gradients) != len(given) or None in gradients:
@@ -392,7 +397,6 @@ class Reading:
         args = {"args": tuple(given), "forward": outs[0], "grad": grad, "backward": gradients}
         value = self.values.intern("custom_gradient", args, meta)
         self.steps.setdefault(value, node)
-        takers = [u for u in node.users if u.target is operator.getitem] if packed else [node]
         self.makers.setdefault(value, []).extend(takers)
         self.inside[node] = [value]
         self.effects[node].opaque = False
