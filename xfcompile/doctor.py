@@ -88,8 +88,10 @@ def _versions() -> list[Finding]:
 def _version(name: str) -> str | None:
     import xfcompile
 
-    if name == "xfcompile":
-        return xfcompile.__version__
+    # Torch's has the build, which its package's metadata may leave out.
+    own = {"xfcompile": xfcompile.__version__, "torch": torch.__version__}
+    if name in own:
+        return own[name]
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -49,7 +49,15 @@ def test_an_activation_is_matched_where_it_has_a_word_and_equal_to_eager(name: s
     act, known = ACTIVATED[name]
     inputs = tensors((4, 8), (16, 8), (16,), grad=True)
     routes = {"bias-act-dropout": "triton"}
-    outcome = check(lambda x, w, b: act(F.linear(x, w, b)), *inputs, grad=True, routes=routes, family=ALL)
+
+    def program(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return act(F.linear(x, w, b))
+
+    try:
+        torch.compile(program, backend="eager")(*inputs)
+    except torch._dynamo.exc.TorchRuntimeError as error:  # torch 2.11, of bounds the other way round
+        pytest.skip(f"torch does not trace it: {error}")
+    outcome = check(program, *inputs, grad=True, routes=routes, family=ALL)
     assert bool(outcome.matched) == known, outcome.sites
 
 
