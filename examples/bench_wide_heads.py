@@ -5,7 +5,8 @@ and `tiles.BACKWARD` rest on there.
 
 Needs a CUDA GPU (`--try`: tiny sizes, Triton's interpreter on a CPU, no times). As `bench_few_keys.py`, whose forward
 and backward these are: in bf16, two sequences of 4096 with 8 heads and 4 of keys and values; times are a profiler's, in
-µs, of each kernel alone. Beside them stand Inductor's own, of the same program as it is written.
+µs, of each kernel alone. A forward's tiles that spill registers give way to others, as a user's do. Beside them stand
+Inductor's own, of the same program as it is written.
 """
 
 from __future__ import annotations
