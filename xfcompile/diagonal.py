@@ -75,7 +75,9 @@ class _Diagonal:
         # To the emitter the distances are keys of a site with one query.
         self.site = replace(site, queries=sympy.S.One, keys=self.distances)
         self.ranges: Ranges = {I: site.queries}
-        self.elements = Elements(RULES, self.ranges)
+        # Layers of a model ask for the same positions.
+        key = ("elements along diagonals", site.queries)
+        self.elements: Elements = emitter.reading.known.setdefault(key, Elements(RULES, self.ranges))
         self.walk = Walk(self.ranges)
         self.plans: dict[tuple[Value, Index], Make | None] = {}
 

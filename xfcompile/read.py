@@ -77,6 +77,8 @@ class Reading:
         """For each node, the values that its reading made, its own result and any on the way."""
         self.children: list[tuple[fx.Node, Reading]] = []
         self.holders: dict[Value, list[tuple[fx.Node, Cell]]] = {}
+        self.known: dict[Any, Any] = {}
+        """What was found out of its values and is asked for again, by what it is and of what."""
         self.inputs = list(example_inputs)
         self._outer = list(outer) if outer is not None else None
         self._memories: dict[Any, Memory] = {}

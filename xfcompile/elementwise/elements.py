@@ -61,6 +61,8 @@ class Elements:
         self.wrapped: set[Value] = set()
         """The whole numbers that may have left the range of their dtype: they may be as large as it has any."""
         self._memo: dict[tuple[Value, Index], Any] = {}
+        self._last: dict[Any, int] = {}
+        """Of formulas in the memo the last of `loads` that they read, -1 for none: where it was asked for."""
         self._on_dot: dict[Value, bool] = {}
 
     def at(self, value: Value, index: Index) -> Any:
@@ -69,6 +71,12 @@ class Elements:
         if key not in self._memo:
             self._memo[key] = self._read(value, index)
         return self._memo[key]
+
+    def _last_load(self, expr: Any) -> int:
+        found = self._last.get(expr)
+        if found is None:
+            found = self._last[expr] = max((load.operand for load in expr.atoms(Load)), default=-1)
+        return found
 
     def load(self, value: Value, index: Index) -> Any:
         if value.dtype.is_complex:
@@ -115,7 +123,7 @@ class Elements:
         if result is None or not self._gained(value, index, result):
             if not any((v in self.loads[:mark]) for v in self.loads[mark:]):
                 del self.loads[mark:]
-                self._memo = {k: v for k, v in self._memo.items() if not _mentions(v, mark)}
+                self._memo = {k: v for k, v in self._memo.items() if self._last_load(v) < mark}
             return self.load(value, index)
         self._note(value, result)
         return result
@@ -221,7 +229,3 @@ def _cancels(value: Value, result: sympy.Expr) -> bool:
         return False
     opposite = len({bool(term.as_coeff_Mul()[0] < 0) for term in loaded}) > 1
     return opposite or value.op in ("mul", "div") or any(term.is_number and abs(term) > SMALL for term in terms)
-
-
-def _mentions(expr: Any, mark: int) -> bool:
-    return any(load.operand >= mark for load in expr.atoms(Load))
