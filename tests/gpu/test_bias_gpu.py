@@ -81,6 +81,10 @@ def test_results_and_gradients_are_the_references(act: str, rows: int, features:
     wanted = reference.forward(formula, x, bias, [v], [r], seed, stream, p, torch.float64)
     wanted_dx, (wanted_dv,) = reference.gradients(formula, dout, x, bias, [v], seed, stream, p, torch.float64)
     eps = torch.finfo(dtype).eps
-    for mine, exact in ((out, wanted), (dx, wanted_dx), (dbias, wanted_dx.sum(0)), (dv, wanted_dv)):
+    # Of what little large terms leave of each other (gelu's tail) the error is that of the terms.
+    h, upstream = (x.double() + bias).abs(), dout.double().abs()
+    terms = ((v * h).abs() + r.abs(), (upstream * v).abs(), (upstream * v).abs().sum(0), (upstream * h).sum(0))
+    exact = (wanted, wanted_dx, wanted_dx.sum(0), wanted_dv)
+    for mine, right, size in zip((out, dx, dbias, dv), exact, terms, strict=True):
         assert mine.dtype == dtype and mine.isfinite().all()
-        assert (mine.double() - exact).abs().max() <= 4 * eps * exact.abs().max()
+        assert (mine.double() - right).abs().max() <= 4 * eps * size.max()
