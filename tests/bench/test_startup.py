@@ -74,9 +74,28 @@ def test_a_process_that_can_use_no_gpu_begins_anew(monkeypatch: pytest.MonkeyPat
 def test_a_server_that_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr(startup.sys, "executable", "/bin/false")
+    monkeypatch.setattr(startup, "read_from_disk", lambda *about: None)
     said: list[str] = []
     work = Start({"name": "GPT-2", "device": "cpu"})
     cells = startup.started(work, ["eager", "inductor", "xformers"], said.append)["cells"]
     assert said == ["inductor, cold", "xformers, cold"]
     assert "default mode" in cells["eager"]["skipped"]
     assert cells["inductor"]["failed"].startswith("cold: the process that others are forked from ended")
+
+
+def test_libraries_are_read_once_for_each_column(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a tiny size, by a process whose caches are not those that are measured."""
+    monkeypatch.setattr(startup.tempfile, "tempdir", str(tmp_path))
+    asked: list[tuple[str, str, Path]] = []
+    said: list[str] = []
+    work = Start({"name": "GPT-2", "device": "cpu", "scale": "gpu"})
+
+    def ask(arguments: dict[str, Any], folder: Path) -> dict[str, Any]:
+        asked.append((arguments["column"], arguments["scale"], folder))
+        return {"failed": "what it says does not matter"}
+
+    for columns in (["inductor"], ["inductor", "xformers"], ["xformers"]):
+        startup.read_from_disk(work, columns, ask, said.append)
+    assert [(column, scale) for column, scale, _ in asked] == [("inductor", "quick"), ("xformers", "quick")]
+    assert not any(folder.exists() for *_, folder in asked)
+    assert said == ["inductor, its libraries", "xformers, its libraries"]
