@@ -64,14 +64,14 @@ def fetch(desc, first_m, first_n, out_smem, r_full, at):
 DROPOUT = '''\
 @gluon.jit
 def philox(seed, groups, stream):
-    """Philox 4x32-10, as xfcompile.kernels.philox has it: four uint32 for each group, int64, of eight neighbours."""
+    """Philox 4x32-7, as xfcompile.kernels.philox has it: four uint32 for each group, int64, of eight neighbours."""
     k0 = seed.to(gl.uint32)
     k1 = (seed >> 32).to(gl.uint32)
     c0 = groups.to(gl.uint32)
     c1 = (groups >> 32).to(gl.uint32)
     c2 = gl.full(groups.shape, 0, gl.uint32, groups.type.layout)
     c3 = c2 + stream.to(gl.uint32)
-    for _ in gl.static_range(10):
+    for _ in gl.static_range(7):
         # One instruction for both halves of a product.
         a = c0.to(gl.uint64) * 0xD2511F53
         b = c2.to(gl.uint64) * 0xCD9E8D57
