@@ -40,7 +40,7 @@ def test_gradients_are_as_exact_as_eager(case: Case, dtype: torch.dtype) -> None
     check(case, on_gpu(inputs(case, dtype)))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
 def test_at_head_dims_of_models(case: Case, dtype: torch.dtype, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
