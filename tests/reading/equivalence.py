@@ -124,7 +124,13 @@ Shown = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
 def run(
-    fn: Callable[..., Any], inputs: Sequence[Any], *, grad: bool, double: bool, called: Callable[..., Any] | None = None
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    grad: bool,
+    double: bool,
+    called: Callable[..., Any] | None = None,
+    seed: int = 0,
 ) -> Shown:
     """Everything that running a program shows: outputs and inputs as it left them; and gradients."""
 
@@ -149,7 +155,7 @@ def run(
     if module is not None and grad:
         leaves += list(module.parameters())
         module.zero_grad()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with in_double() if double else contextlib.nullcontext():
         out = (fn if called is None else called)(*mine)
         shown = [x for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
