@@ -130,8 +130,8 @@ def _dropped_once(
 def _dropped(
     program: Program, inputs: list[torch.Tensor], routes: dict[str, str] | None, families: frozenset[str]
 ) -> Outcome:
-    """The same seed gives the same numbers, another seed others, and gradients are those of the same masks: along a
-    line, the result changes by as much as they say."""
+    """The same seed gives the same numbers, and gradients are those of the same masks: along a line, the result changes
+    by as much as they say."""
     _, compiled, outcome = _compiled(program, routes, families)
 
     def once(xs: list[torch.Tensor], seed: int = 5) -> torch.Tensor:
@@ -140,7 +140,11 @@ def _dropped(
         return result[0] if isinstance(result, tuple) else result
 
     out = once(inputs)
-    assert torch.equal(out, once(inputs)), "the same seed gives other numbers"
+    again = once(inputs)
+    assert torch.equal(out.isnan(), again.isnan()), "the same seed gives NaN elsewhere"
+    assert torch.equal(out.nan_to_num(), again.nan_to_num()), "the same seed gives other numbers"
+    if not out.isfinite().all():
+        return outcome
     weights = torch.linspace(0.5, 1.5, out.numel()).view(out.shape)
     gradients = torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True)
     generator = torch.Generator().manual_seed(1)
