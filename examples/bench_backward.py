@@ -153,6 +153,13 @@ def measured(name: str, sizes: Sizes, trial: Trial, call: Callable[[], Any], tim
     ]
 
 
+def in_parts(command: Sequence[str], processes: int) -> None:
+    """Runs a command whose last option is `--part`, in so many processes, each of which compiles its part."""
+    parts = [subprocess.Popen([*command, str(n), str(processes)]) for n in range(processes)]
+    for part in parts:
+        part.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the numbers, versions and hardware there")
@@ -167,9 +174,7 @@ def main() -> None:
     if options.processes > 1 and not options.part:
         more = [word for name in chosen for word in ("--only", name)]
         command = [sys.executable, __file__, *more, "--part"]
-        parts = [subprocess.Popen([*command, str(n), str(options.processes)]) for n in range(options.processes)]
-        for part in parts:
-            part.wait()
+        in_parts(command, options.processes)
     if options.part:
         # Neighbours are compiled by different processes.
         jobs = jobs[options.part[0] :: options.part[1]]

@@ -16,7 +16,6 @@ import inspect
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_backward import kernels
+from bench_backward import in_parts, kernels
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -224,24 +223,32 @@ def measured(trial: Trial, timed: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """What is asked of a script that times tiles."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the numbers, versions and hardware there")
     parser.add_argument("--processes", type=int, default=1, help="that compile at once")
     parser.add_argument("--usual", action="store_true", help="only with the tiles that are taken without being told")
     parser.add_argument("--try", dest="tiny", action="store_true", help="tiny sizes, interpreted, on a CPU")
     parser.add_argument("--part", type=int, nargs=2, metavar=("N", "OF"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def device_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """Where it runs; ends the program where it cannot."""
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         parser.error("this measures GPUs and none was found; --try runs it on a CPU")
-    device = "cpu" if options.tiny else "cuda"
+    return "cpu" if options.tiny else "cuda"
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
+    options = parser.parse_args()
+    device = device_of(options, parser)
     if options.processes > 1 and not options.part:
-        command = [sys.executable, __file__, "--part"]
-        parts = [subprocess.Popen([*command, str(n), str(options.processes)]) for n in range(options.processes)]
-        for part in parts:
-            part.wait()
+        in_parts([sys.executable, __file__, "--part"], options.processes)
     trial = Trial(CANDIDATES)
     trial.install()
     rows: list[dict[str, Any]] = []

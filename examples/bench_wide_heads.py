@@ -11,18 +11,15 @@ Inductor's own, of the same program as it is written.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench_few_keys import DEFAULT, Trial, measured, times
+from bench_backward import in_parts
+from bench_few_keys import DEFAULT, Trial, device_of, measured, parser_of, times
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -123,26 +120,14 @@ def inductor(program: Callable[..., Tensor]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the numbers, versions and hardware there")
-    parser.add_argument("--processes", type=int, default=1, help="that compile at once")
+    parser = parser_of(__doc__)
     parser.add_argument("--only", choices=PROGRAMS, action="append", help="a program; may be repeated")
-    parser.add_argument("--usual", action="store_true", help="only with the tiles that are taken without being told")
-    parser.add_argument("--try", dest="tiny", action="store_true", help="tiny sizes, interpreted, on a CPU")
-    parser.add_argument("--part", type=int, nargs=2, metavar=("N", "OF"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.tiny:
-        os.environ["TRITON_INTERPRET"] = "1"
-    elif not torch.cuda.is_available():
-        parser.error("this measures GPUs and none was found; --try runs it on a CPU")
-    device = "cpu" if options.tiny else "cuda"
+    device = device_of(options, parser)
     chosen = options.only or list(PROGRAMS)
     if options.processes > 1 and not options.part:
         more = [word for name in chosen for word in ("--only", name)] + ["--usual"] * options.usual
-        command = [sys.executable, __file__, *more, "--part"]
-        parts = [subprocess.Popen([*command, str(n), str(options.processes)]) for n in range(options.processes)]
-        for part in parts:
-            part.wait()
+        in_parts([sys.executable, __file__, *more, "--part"], options.processes)
     trial = Trial(CANDIDATES)
     trial.install()
     timed = device == "cuda" and not options.part

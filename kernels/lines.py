@@ -28,3 +28,8 @@ def _fill(text: str, first: str, rest: str) -> list[str]:
 
 def indented(text: str, depth: int = 1) -> str:
     return textwrap.indent(text.rstrip("\n"), "    " * depth)
+
+
+def constexprs(names: Iterable[str]) -> list[str]:
+    """Parameters of a Triton function that are known when it is compiled."""
+    return [f"{name}: tl.constexpr" for name in names]

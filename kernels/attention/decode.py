@@ -11,7 +11,7 @@ from xfcompile.kernels.attention import template
 from xfcompile.kernels.attention.forward_text import DEAD
 from xfcompile.kernels.attention.loops import step
 from xfcompile.kernels.attention.names import CONSTANTS, Forms, Names
-from xfcompile.kernels.lines import wrapped
+from xfcompile.kernels.lines import constexprs, wrapped
 from xfcompile.score import H, I, J, Load
 from xfcompile.site import ScoreSpec
 
@@ -172,7 +172,7 @@ def _split(spec: ScoreSpec, names: Names, row_lines: Sequence[str]) -> str:
     strides = [f"stride_{x}{d}" for x, dims in (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd")) for d in dims]
     pointers = ["q_ptr", "k_ptr", "v_ptr", "acc_ptr", "m_ptr", "l_ptr", *names.pointers]
     arguments = [*pointers, *strides, "heads", "group", *LENGTHS, *names.strides, *names.scalars]
-    constants = [f"{x}: tl.constexpr" for x in (*CONSTANTS, *names.flags, "BLOCK_M", "DEPENDENT")]
+    constants = constexprs([*CONSTANTS, *names.flags, "BLOCK_M", "DEPENDENT"])
     return SPLIT.format(
         lengths=[*LENGTHS, *names.scalars],
         signature=wrapped("def decode_split", [*arguments, *constants], ":"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
 
+from xfcompile.kernels.lines import constexprs
 from xfcompile.site import ScoreSpec
 
 COMMON = ["b", "h", "i", "lk", "k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
@@ -55,7 +55,7 @@ class Names:
 
     @property
     def flag_parameters(self) -> list[str]:
-        return [f"{flag}: tl.constexpr" for flag in self.flags]
+        return constexprs(self.flags)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,3 @@ def listed(spec: ScoreSpec) -> bool:
 def more_flags(spec: ScoreSpec, names: Names) -> list[str]:
     """Those of a step's compile-time flags that not every kernel has."""
     return [*(["AGAIN"] if spec.full is not None else []), *(["EVEN"] if names.evens else [])]
-
-
-def constexprs(names: Iterable[str]) -> list[str]:
-    return [f"{name}: tl.constexpr" for name in names]

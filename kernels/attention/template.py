@@ -11,8 +11,8 @@ import torch
 from xfcompile.kernels import philox
 from xfcompile.kernels.attention.forward_text import DEAD, FAR, FUNCTIONS, HEAD, HELPERS, KERNEL, MEAN_OF_SOME, TILE
 from xfcompile.kernels.attention.loops import again, loops
-from xfcompile.kernels.attention.names import COMMON, CONSTANTS, Form, Forms, Names, constexprs, more_flags
-from xfcompile.kernels.lines import indented, wrapped
+from xfcompile.kernels.attention.names import COMMON, CONSTANTS, Form, Forms, Names, more_flags
+from xfcompile.kernels.lines import constexprs, indented, wrapped
 from xfcompile.score import B, I, J, Load
 from xfcompile.site import Band, ScoreSpec
 

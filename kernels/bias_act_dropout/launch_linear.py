@@ -56,6 +56,11 @@ def linear(
     return None if call is None else call(x, weight, bias, vectors, tensors, seed, stream)
 
 
+def biased_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """PyTorch's own, with the bias in it, rounded once: what a kernel that saves the product saves."""
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -111,7 +116,7 @@ def _linear(
                 where = f"the tiles of a linear with its activation do not fit {fit.name_of(x.device)} ({error})"
                 why = error if isinstance(error, fit.Unavailable) else fit.NoTilesFit(where)
                 fit.give_way(why, text, "it is computed by PyTorch's product and a kernel after it")
-        product = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        product = biased_product(x, weight, bias)
         made = forward(product, None, vectors, tensors, seed, stream, text, p, dtype, check)
         assert made is not None
         return made, product if save else blank_pre()

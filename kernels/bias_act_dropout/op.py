@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from xfcompile.activation import X
@@ -159,7 +158,7 @@ def _linear(
         fit.give_way(error, formula, DEFINITION)
     out, pre = _linear_fake(x, weight, bias, vectors, tensors, seed, stream, formula, p, dtype, save)
     wide = torch.promote_types(x.dtype, torch.float32)
-    product = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    product = launch_linear.biased_product(x.to(wide), weight.to(wide), bias)
     if save:
         pre.copy_(product)
     parsed = parse(formula, len(vectors), len(tensors))
@@ -344,7 +343,7 @@ def _linear_gradients(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[
         return (None,) * 11
     x, weight, bias, *saved = ctx.saved_tensors
     if ctx.again:
-        saved[0] = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        saved[0] = launch_linear.biased_product(x, weight, bias)
     elif saved[0] is not None and torch.is_grad_enabled():
         # A second derivative by what was not kept would be none, and no error.
         if any(t is None for t, needed in zip((x, weight), ctx.needs_input_grad, strict=False) if needed):
