@@ -58,6 +58,22 @@ LISTED = ("key padding", "causal from a buffer", "T5 bias")
 FEATURES = {"ALiBi": "columns", "soft-cap": "bounded", "soft-cap, causal": "bounded", "dense bias": "tiles"}
 """What the score of a program allows."""
 
+POLYNOMIALS = {
+    ("no mask", 64): ["3 turns persistent", "2 persistent"],
+    ("no mask", 128): ["2 persistent"],
+    ("causal", 64): ["2 queued"],
+    ("causal", 128): ["2"],
+    ("key padding", 64): ["2 persistent"],
+    ("key padding", 128): ["2 persistent"],
+    ("ALiBi", 64): ["3 turns persistent columns"],
+    ("ALiBi", 128): ["2 turns persistent columns"],
+    ("soft-cap", 64): ["2 persistent bounded", "3 persistent bounded", "3 turns persistent bounded"],
+    ("soft-cap", 128): ["2 persistent bounded", "2 turns persistent bounded"],
+    ("soft-cap, causal", 64): ["2 queued bounded"],
+    ("soft-cap, causal", 128): ["2 queued bounded"],
+}
+"""Variants that are timed with polynomials too."""
+
 
 def variants(name: str, dim: int) -> dict[str, Variant]:
     """By their fields, those that a program is timed with."""
@@ -73,6 +89,8 @@ def variants(name: str, dim: int) -> dict[str, Variant]:
         named = {"turns": turns, **({order: True} if order else {}), **({feature: True} if feature and has else {})}
         words = [str(warpgroups), *(word for word, value in named.items() if value)]
         made[" ".join(words)] = Variant(stages(dim, warpgroups, named), warpgroups, **named)
+    for key in POLYNOMIALS.get((name, dim), ()):
+        made |= {f"{key} polynomials {n}": replace(made[key], polynomials=n) for n in range(1, 5)}
     return made
 
 

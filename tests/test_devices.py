@@ -207,6 +207,14 @@ def test_gpus_before_ampere_are_declined_by_all_families(
     assert supports(CUDA, half, 64, 64) is None
 
 
+@pytest.mark.parametrize("dim", [1, 36, 40])
+def test_results_that_cuda_pads_have_no_gaps(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, (8, 0))
+    report, code = rewritten(attention, ((1, 2, 16, dim),) * 3, {"attention": "sdpa"}, "cuda", (torch.bfloat16,) * 3)
+    assert [site.route for site in report.sites] == ["sdpa"]
+    assert ("clone" in code) == (dim != 40), "FlashAttention pads rows to multiples of 16 bytes"
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (9, 4)])
 def test_what_only_hopper_has_is_asked_of_hopper_only(
     capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -77,6 +77,18 @@ def _aligned(emitter: Emitter, x: fx.Node) -> fx.Node:
     return emitter.call("clone", x, memory_format=torch.contiguous_format)
 
 
+def _without_gaps(emitter: Emitter, out: fx.Node) -> fx.Node:
+    """SDPA's result, copied where it may be a part of the padded one that a kernel gave: what is computed of attention
+    that is written out has no gaps in memory, and programs may make views of it. Which kernel that is nobody knows
+    before it runs."""
+    example = example_of(out)
+    if not isinstance(example, torch.Tensor) or example.device.type != "cuda" or example.dtype not in HALF:
+        return out
+    if isinstance(example.shape[-1], int) and example.shape[-1] * example.element_size() % ALIGNMENT == 0:
+        return out
+    return emitter.call("clone", out)
+
+
 def _heads(candidate: AttentionCandidate) -> tuple[Any, Any]:
     """How many query heads share one head of k, and one of v."""
     site = candidate.site
@@ -125,7 +137,7 @@ def _sdpa(emitter: Emitter, candidate: AttentionCandidate, words: Told, dtype: t
             mask = emitter.call("to", mask, torch.float32 if exact else dtype)
         kwargs["attn_mask"] = _dense(emitter, _four(emitter, mask, words))
     q, k, v = (_aligned(emitter, x) for x in (q, k, v))
-    out = emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs)
+    out = _without_gaps(emitter, emitter.call(F.scaled_dot_product_attention, q, k, v, **kwargs))
     return out if dead is None else _dead_rows(emitter, site, dead, v, out)
 
 

@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from xfcompile.kernels import gluon
-from xfcompile.kernels.attention import codegen, template
+from xfcompile.kernels.attention import codegen, exponential, template
 from xfcompile.kernels.attention.codegen import Pieces
 from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.hopper_text import (
@@ -110,6 +110,7 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         PREAMBLE.format(meaning=template.meaning(spec), imports=gluon.IMPORTS),
         *helpers,
         *functions,
+        *([exponential.text(variant.polynomials)] if variant.polynomials else []),
         FIXED,
         kernel,
     ]
@@ -401,17 +402,18 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
             f"        kept = {seen}",
             '    s = gl.where(kept, s, float("-inf"))',
         ]
+    exp2 = "exp2" if variant.polynomials else "tl.exp2"
     scores = template.scores(spec, forms.usual, site)
-    weights = template.softmax(forms.usual, site, highest=highest)
+    weights = template.softmax(forms.usual, site, highest=highest, exp2=exp2)
     if variant.columns:
         shift = ", ".join(["start", "b", "h", *names.inside, *names.flags])
         scale = repr(_columns(spec, pieces).scale)
-        scores, weights = [], WITH_COLUMNS.format(shift=shift, scale=scale).split("\n")
+        scores, weights = [], WITH_COLUMNS.format(shift=shift, scale=scale, exp2=exp2).split("\n")
     if variant.bounded:
-        weights = ["m_new = m", f"p = tl.exp2(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
+        weights = ["m_new = m", f"p = {exp2}(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
     if variant.tiles:
         # Scores may be far from 0: their difference is taken first, and is 0 where they are equal.
-        weights = template.softmax(Form(), site, highest=highest)
+        weights = template.softmax(Form(), site, highest=highest, exp2=exp2)
         scores = ["bias = bias.to(tl.float32)", f"s = biased(s, bias, {site})"]
     usual = "\n".join([*scores, *masks, *weights])
     if forms.even is None:
@@ -420,7 +422,7 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     even = "\n".join(
         [
             *template.scores(spec, forms.even, with_evens, "even_"),
-            *template.softmax(forms.even, with_evens, "even_", highest=highest),
+            *template.softmax(forms.even, with_evens, "even_", highest=highest, exp2=exp2),
         ]
     )
     return "\n".join([*lines, "if EVEN:", _indented(even), "else:", _indented(usual)])

@@ -403,4 +403,4 @@ m_new = tl.maximum(m, here)
 # A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.
 m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
 offset = (here - m_safe) * POWER - tl.maximum(top, -1e38) * exponent
-p = tl.exp2(s * exponent + offset[:, None])"""
+p = {exp2}(s * exponent + offset[:, None])"""

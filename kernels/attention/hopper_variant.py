@@ -24,7 +24,8 @@ class Variant:
     exponentiates. columns: what is added in proportion to a key's place the tensor cores add. bounded: no maximum is
     looked for, but `REFERENCE` taken off each score. tiles: a bias that has a number for each score is loaded by TMA
     too. persistent: as many programs as multiprocessors, each of which loads ahead of the piece of work that it is at.
-    queued: they take the next piece when they are done with one.
+    queued: they take the next piece when they are done with one. polynomials: how many of eight exponentials are
+    (`exponential`).
     """
 
     stages: int
@@ -35,6 +36,7 @@ class Variant:
     tiles: bool = False
     persistent: bool = False
     queued: bool = False
+    polynomials: int = 0
 
     @property
     def rows(self) -> int:

@@ -200,15 +200,17 @@ def _masks(spec: ScoreSpec, site: str) -> list[str]:
 ROW_MAXIMUM = "tl.reduce(s, 1, tl.standard._elementwise_max)"
 
 
-def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM) -> list[str]:
-    """The maximum m_new and the weights p. Where scores are scale * s + shift, the scale joins the exponent's
-    multiply-add, and the shift the maximum that is subtracted there."""
+def softmax(
+    form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM, exp2: str = "tl.exp2"
+) -> list[str]:
+    """The maximum m_new and the weights p, which the function exp2 makes. Where scores are scale * s + shift, the scale
+    joins the exponent's multiply-add, and the shift the maximum that is subtracted there."""
     safe = [
         "# A row that has seen no key yet: its weights must be 0, and -inf - -inf is not.",
         'm_safe = tl.where(m_new == float("-inf"), 0.0, m_new)',
     ]
     if form.scale is None:
-        return [f"m_new = tl.maximum(m, {highest})", *safe, "p = tl.exp2((s - m_safe[:, None]) * POWER)  # [M, N]"]
+        return [f"m_new = tl.maximum(m, {highest})", *safe, f"p = {exp2}((s - m_safe[:, None]) * POWER)  # [M, N]"]
     scale = f"({form.scale!r} * UNIT)"
     added = [f"added = {prefix}shift({site})"] if form.shifted else []
     above = f"{highest} * {scale}" + (" + added" if form.shifted else "")
@@ -218,9 +220,9 @@ def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM)
         f"m_new = tl.maximum(m, {above})",
         *safe,
         "if UNIT == 1:  # not rounded before the maximum is off",
-        f"    p = tl.exp2((s * {scale} + ({below})[:, None]) * POWER)  # [M, N]",
+        f"    p = {exp2}((s * {scale} + ({below})[:, None]) * POWER)  # [M, N]",
         "else:",
-        f"    p = tl.exp2(s * ({form.scale!r} * UNIT * POWER) + (({below}) * POWER)[:, None])",
+        f"    p = {exp2}(s * ({form.scale!r} * UNIT * POWER) + (({below}) * POWER)[:, None])",
     ]
 
 

@@ -20,6 +20,7 @@ from types import CodeType, SimpleNamespace
 from typing import Any
 
 import in_turns
+import ptx_in_torch
 import torch
 from torch import Tensor
 
@@ -365,7 +366,8 @@ def _products_waited_for(n: int, deps: Sequence[Tensor | Product]) -> Any:
 
 
 def _assembly(text: str, constraints: str, given: Sequence[Tensor], dtype: Any, is_pure: bool, pack: int) -> Any:
-    """Pairs of 16 bits, the first of which are a word's lower ones; and an approximation."""
+    """Pairs of 16 bits, the first of which are a word's lower ones; an approximation; and several numbers of a thread,
+    for which neighbours of a row stand here."""
     halves = re.fullmatch(r"cvt\.rn\.(bf16|f16)x2\.f32 \$0, \$([12]), \$([12]);", text)
     if halves is not None:
         kind = {"bf16": torch.bfloat16, "f16": torch.float16}[halves[1]]
@@ -375,8 +377,10 @@ def _assembly(text: str, constraints: str, given: Sequence[Tensor], dtype: Any, 
         kind, same = dtype
         assert kind == same
         return given[0][..., None].view(kind).unbind(-1)
-    assert text == "tanh.approx.f32 $0, $1;", text
-    return torch.tanh(given[0])
+    if text == "tanh.approx.f32 $0, $1;":
+        return torch.tanh(given[0])
+    (x,) = given
+    return torch.stack(ptx_in_torch.run(text, x.unflatten(-1, (-1, pack)).unbind(-1), pack), -1).flatten(-2)
 
 
 def _of(function: Callable[..., Tensor]) -> Callable[..., Any]:
