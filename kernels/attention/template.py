@@ -200,9 +200,7 @@ def _masks(spec: ScoreSpec, site: str) -> list[str]:
 ROW_MAXIMUM = "tl.reduce(s, 1, tl.standard._elementwise_max)"
 
 
-def softmax(
-    form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM, exp2: str = "tl.exp2"
-) -> list[str]:
+def softmax(form: Form, site: str, prefix: str = "", highest: str = ROW_MAXIMUM, exp2: str = "tl.exp2") -> list[str]:
     """The maximum m_new and the weights p, which the function exp2 makes. Where scores are scale * s + shift, the scale
     joins the exponent's multiply-add, and the shift the maximum that is subtracted there."""
     safe = [

@@ -54,6 +54,7 @@ WAYS = {
     "in turns": {"turns": True, "queued": True},
     "three in turns": {"turns": True, "queued": True, "warpgroups": 3},
     "two stages": {"stages": 2, "persistent": True},
+    "polynomials": {"polynomials": 3, "persistent": True},
 }
 
 
@@ -65,7 +66,7 @@ def test_ways_to_hand_out_work(name: str, way: str, interpreter: None, monkeypat
     if "warpgroups" in WAYS[way] and CLASSES[name][1] == "some":
         name = "plain"  # lists are of 128 rows
         case = named(name)
-    plain = {"persistent": False, "queued": False, "turns": False, "warpgroups": 2, "stages": 4}
+    plain = {"persistent": False, "queued": False, "turns": False, "warpgroups": 2, "stages": 4, "polynomials": 0}
     variant = replace(usual(case, torch.bfloat16, 64), **(plain | WAYS[way]))
     for multiprocessors in (1, 3):
         checked(case, Sizes(1, 2, 1, 333, 600), 64, monkeypatch, variant=variant, multiprocessors=multiprocessors)
