@@ -10,7 +10,7 @@ from torch import Tensor
 
 import xfcompile
 from xfcompile.kernels import philox
-from xfcompile.kernels.gated_mlp import launch, launch_few, launch_triton
+from xfcompile.kernels.gated_mlp import launch, launch_few, launch_triton, programs
 from xfcompile.kernels.gated_mlp.tiles import Stream
 
 pytestmark = [
@@ -99,6 +99,8 @@ def test_few_rows_are_streamed_on_hopper(stream: Stream, dtype: torch.dtype, mon
 
     monkeypatch.setattr(launch_few.Few, "__call__", noted)
     monkeypatch.setattr(launch_few.tiles, "stream", lambda *about: stream)
+    monkeypatch.setattr(launch_few.tiles, "HOPPER_LEAST_ROWS", 1)
+    monkeypatch.setattr(programs, "known", {})  # calls of other streams
     sizes = ((1, 100, 72), (3, 33, 200), (8, 257, 1032), (9, 4300, 64), (16, 7, 8), (17, 130, 520), (33, 96, 136),
              (64, 200, 264), (65, 31, 1000), (128, 520, 328))  # fmt: skip
     for n, (rows, features, inner) in enumerate(sizes):
