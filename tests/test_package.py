@@ -65,7 +65,7 @@ def test_compile_finds_the_backend_by_name_without_an_import(installed: Path, tm
         q, k, v = torch.randn(3, 1, 2, 9, 64).unbind()
         assert not any(name.partition(".")[0] == "xfcompile" for name in sys.modules)
         compiled = torch.compile(attention, backend="xformers")
-        # As for Inductor itself, whose processes start when it is imported: before anything is traced.
+        # Before anything is traced, as of Inductor's own name.
         assert "torch._inductor.compile_fx" in sys.modules
         found = compiled(q, k, v)
         torch.testing.assert_close(found, attention(q, k, v))
@@ -75,6 +75,24 @@ def test_compile_finds_the_backend_by_name_without_an_import(installed: Path, tm
     file, listed = run(program, cwd=tmp_path, path=[installed]).split()
     assert file == str(installed / "xfcompile" / "__init__.py")
     assert listed == "True"
+
+
+@pytest.mark.parametrize(("gpu", "answer"), [(True, "ready"), (False, "None")])
+def test_processes_that_compile_start_with_the_name_where_there_is_a_gpu(
+    gpu: bool, answer: str, installed: Path, tmp_path: Path
+) -> None:
+    program = f"""
+        import torch
+        from torch._inductor import config
+        from torch._inductor.async_compile import AsyncCompile
+
+        config.compile_threads = 2
+        torch.cuda.is_available = lambda: {gpu}
+        torch.compile(lambda x: x, backend="xformers")
+        started = AsyncCompile._ready_future
+        print(None if started is None else started.result(timeout=100))
+    """
+    assert run(program, cwd=tmp_path, path=[installed]).split() == [answer]
 
 
 IMPORTS = """

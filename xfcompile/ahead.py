@@ -114,6 +114,20 @@ def call_of(op: torch._ops.OpOverload, args: Any, kwargs: Mapping[str, Any], gpu
     return Call(module, op._opname, tuple(ordered), tuple(named), gpu, fp32)
 
 
+def start_processes() -> None:
+    """Starts those in which Inductor compiles, where there is a GPU and they are not running yet. They import PyTorch
+    and Inductor first, which may take longer than Dynamo needs for a model; Inductor starts them with its first graph.
+    """
+    try:
+        if not torch.cuda.is_available() or not _wanted():
+            return
+        from torch._inductor.async_compile import maybe_warm_pool
+
+        maybe_warm_pool()
+    except Exception as error:
+        log.debug("Inductor's processes are not started early: %s", error)
+
+
 def planned(gm: fx.GraphModule) -> None:
     """Has what a graph's calls of our ops need compiled, where they run on a GPU."""
     if not _wanted():
@@ -265,6 +279,13 @@ def submit(call: Call) -> None:
         _pending.append(future)
 
 
+def _processes_answer() -> bool:
+    from torch._inductor.async_compile import AsyncCompile
+
+    first = AsyncCompile._ready_future  # of the first thing that they were asked, which is to answer
+    return first is None or first.done()
+
+
 def _environment() -> dict[str, str]:
     """What Triton compiles by, and keeps it by, which Inductor's processes may have been started without."""
     import torch._inductor.runtime.compile_tasks as tasks
@@ -291,8 +312,9 @@ def _mark(call: Call, environment: Mapping[str, str]) -> Path:
 
 
 def settle() -> None:
-    """Returns when nothing is being compiled any more that was submitted, or after `PATIENCE`."""
-    if not _pending:
+    """Returns when nothing is being compiled any more that was submitted, or after `PATIENCE`; at once if the processes
+    have not begun: the kernel is compiled here before they would have it."""
+    if not _pending or not _processes_answer():
         return
     end = time.monotonic() + PATIENCE
     while True:

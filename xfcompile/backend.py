@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
+from xfcompile.ahead import start_processes
 from xfcompile.options import Options
 from xfcompile.report import Report, publish
 from xfcompile.rewrite import rewrite_graph
@@ -31,8 +33,10 @@ def xformers(
 
     mode, options: as for Inductor, and ours (`xfcompile.Options`). Takes the graph over, as Inductor does.
     """
-    # Inductor takes seconds to import; it is here already where torch.compile was told the backend's name (`entry.py`).
-    from torch._inductor.compile_fx import compile_fx
+    # Both are done already where torch.compile was told the backend's name (`entry.py`).
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        start_processes()
+    from torch._inductor.compile_fx import compile_fx  # which takes seconds to import
 
     from xfcompile.direct import compile_ahead, lower
     from xfcompile.identity import identified

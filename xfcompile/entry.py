@@ -1,14 +1,17 @@
 """What `torch.compile(model, backend="xformers")` loads for the name, before Dynamo has traced anything.
 
-Importing Inductor's compiler takes seconds and starts the processes that compile kernels, ours too (`ahead.py`):
-torch.compile does so here for Inductor itself, and these are ready when the first graph comes. Whoever hands over the
-function `xfcompile.xformers` has them start with the first graph.
+The processes that compile kernels, Inductor's and ours (`ahead.py`), take seconds to start, and so does importing
+Inductor's compiler. Both begin here, so that they are ready when the first graph comes.
 """
 
 from __future__ import annotations
 
-import torch._inductor.compile_fx  # noqa: F401
+import importlib
 
+from xfcompile import ahead
 from xfcompile.backend import xformers
 
 __all__ = ["xformers"]
+
+ahead.start_processes()
+importlib.import_module("torch._inductor.compile_fx")

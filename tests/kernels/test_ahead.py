@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -286,6 +288,29 @@ def test_patience_ends(pool: Pool, monkeypatch: pytest.MonkeyPatch, caplog: pyte
     ahead.settle()
     assert "not compiled ahead within 0.05 s" in caplog.text and not ahead._pending
     ahead.settle()
+
+
+def test_processes_that_have_not_begun_are_not_waited_for(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first: Future[Any] = Future()
+    monkeypatch.setattr(AsyncCompile, "_ready_future", first)
+    ahead.submit(attention(CAUSAL))
+    started = time.perf_counter()
+    ahead.settle()
+    assert time.perf_counter() - started < ahead.PATIENCE / 10 and ahead._pending
+    first.set_result("ready")
+    threading.Timer(0.2, pool.futures[0].set_result, [["attention_forward"]]).start()
+    ahead.settle()
+    assert pool.futures[0].done() and not ahead._pending
+
+
+def test_a_failure_to_start_processes_is_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failed() -> None:
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ahead, "_wanted", lambda: True)
+    monkeypatch.setattr(AsyncCompile, "warm_pool", failed)
+    ahead.start_processes()
 
 
 def test_a_forked_process_waits_for_nothing(pool: Pool) -> None:
