@@ -6,10 +6,11 @@
     python examples/profile_start.py "T5 1.1" --functions functions.txt      # warm once more, by function
 
 Each state is a process of its own: `cold` with nothing compiled, `warm` with what the first has left. It shows when
-each graph's reading ended and how long it took; which calls were handed to Inductor's processes to be compiled ahead,
-when, and when they were done; how long the first launches waited for them; and how long Triton took at each first
-launch, which is next to nothing for a kernel that was compiled ahead. Seconds since the call began. --functions: all of
-Python's functions that a third process ran, warm, as cProfile lists them; its own time is added to each.
+Inductor's processes first answered; when each graph's reading ended and how long it took; which calls were handed to
+these processes to be compiled ahead, when, and when they were done; how long the first launches waited for them; and
+how long Triton took at each first launch, which is next to nothing for a kernel that was compiled ahead. Seconds since
+the call began. --functions: all of Python's functions that a third process ran, warm, as cProfile lists them; its own
+time is added to each.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ ROOT = Path(__file__).parents[1]
 def measured(name: str, mode: str, attention: str, scale: str, functions: Path | None) -> dict[str, Any]:
     """In this process, which has compiled nothing yet."""
     import torch
+    from torch._inductor.async_compile import AsyncCompile
 
     from xfcompile import ahead, backend
     from xfcompile.bench import columns as c
@@ -48,7 +50,7 @@ def measured(name: str, mode: str, attention: str, scale: str, functions: Path |
     model, given = build(name, mode, attention, Place(device, dtype, scale))  # type: ignore[arg-type]
     x = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
     (x @ x).sum().backward()
-    found: dict[str, list[Any]] = {"readings": [], "ahead": [], "waits": [], "first launches": []}
+    found: dict[str, list[Any]] = {"processes": [], "readings": [], "ahead": [], "waits": [], "first launches": []}
     begin = time.perf_counter()
 
     def timed(kind: str, what: Callable[..., str | None], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +83,12 @@ def measured(name: str, mode: str, attention: str, scale: str, functions: Path |
         "first launches", lambda kernel, *_: str(getattr(kernel, "__name__", kernel)), fit.compile_first
     )
     with torch.set_grad_enabled(mode == TRAIN), contextlib.nullcontext() if functions is None else _listed(functions):
-        step(model, c.compiled(model, c.XFORMERS), given, mode)()
+        compiled = c.compiled(model, c.XFORMERS)
+        if (started := AsyncCompile._ready_future) is not None:
+            started.add_done_callback(
+                lambda _: found["processes"].append({"what": "answer", "at_s": time.perf_counter() - begin})
+            )
+        step(model, compiled, given, mode)()
         if device == "cuda":
             torch.cuda.synchronize()
     return {"total_s": time.perf_counter() - begin, **found}
@@ -103,7 +110,7 @@ def _outcome(future: Any) -> str:
 
 def show(state: str, found: dict[str, Any], console: Console) -> None:
     table = Table("what", "at", "took", "made", title=f"{state}: {found['total_s']:.1f} s", title_justify="left")
-    for kind in ("readings", "ahead", "waits", "first launches"):
+    for kind in ("processes", "readings", "ahead", "waits", "first launches"):
         for x in found[kind]:
             took = x["done_s"] - x["at_s"] if "done_s" in x else x.get("took_s", float("nan"))
             table.add_row(f"{kind}: {x['what']}", f"{x['at_s']:.1f}", f"{took:.2f}", x.get("made", ""))
