@@ -62,11 +62,16 @@ def _relation(p: Any, ranges: _Ranges, some: bool) -> Any:
     if isinstance(p, sympy.Eq):
         if some and (residue := _residue(a, b) or _residue(b, a)) is not None:
             return _some_of_residue(*residue, ranges)
-        low, high = ranges.of(sympy.expand(a - b))
+        low, high = ranges.of(_gap(a, b))
         return sympy.And(low <= 0, high >= 0) if some else sympy.And(sympy.Eq(low, 0), sympy.Eq(high, 0))
-    low, high = ranges.of(sympy.expand(a - b))
+    low, high = ranges.of(_gap(a, b))
     least = low if some else high
     return least <= 0 if isinstance(p, sympy.Le) else least < 0
+
+
+def _gap(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
+    """a - b, in which what cancels is gone, and powers are whole: of i*i - 2*i*j + j*j nobody knows the bounds."""
+    return sympy.expand(a - b, multinomial=False)
 
 
 def _residue(a: sympy.Expr, b: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:
@@ -134,6 +139,18 @@ def _product(ranges: _Ranges, x: sympy.Mul) -> Bounds:
     return sympy.Min(*corners), sympy.Max(*corners)
 
 
+def _power(ranges: _Ranges, x: sympy.Pow) -> Bounds:
+    base, exponent = x.args
+    if not (exponent.is_Integer and exponent > 0):
+        return UNKNOWN
+    low, high = ranges.of(base)
+    if UNKNOWN[0] in (low, -high):
+        return UNKNOWN
+    if exponent % 2 == 0:  # of what is nearest to 0, and of what is furthest
+        low, high = sympy.Max(low, -high, 0), sympy.Max(-low, high)
+    return low**exponent, high**exponent
+
+
 def _quotient(ranges: _Ranges, x: Any) -> Bounds:
     a, c = x.args
     if not (c.is_Integer and c > 0):
@@ -174,6 +191,6 @@ def _choice(ranges: _Ranges, x: Where) -> Bounds:
 
 
 _RULES: list[tuple[Any, Callable[[_Ranges, Any], Bounds]]] = [
-    (sympy.Add, _sum), (sympy.Mul, _product), (FloorDiv, _quotient), ((Mod, PythonMod, sympy.Mod), _remainder),
+    (sympy.Add, _sum), (sympy.Mul, _product), (sympy.Pow, _power), (FloorDiv, _quotient), ((Mod, PythonMod, sympy.Mod), _remainder),
     (sympy.Abs, _magnitude), ((sympy.Min, sympy.Max), _extremum), (Where, _choice),
 ]  # fmt: skip

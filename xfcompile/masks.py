@@ -251,8 +251,10 @@ def _word(term: Any, ranges: Ranges) -> str:
         return "limit from data"
     if loads and J in symbols and I not in symbols:
         return "key padding"
-    if loads and I in symbols and J in symbols:
+    if any({I, J} <= load.free_symbols for load in loads):
         return "dense mask"
+    if loads and I in symbols and J in symbols:
+        return "positions from data"
     if loads:
         return "mask from data"
     return str(term)

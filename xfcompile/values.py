@@ -99,7 +99,8 @@ _FILLS = {
 }  # fmt: skip
 _RENAMED = {
     "bitwise_and": "and", "logical_and": "and", "__and__": "and", "bitwise_or": "or", "logical_or": "or",
-    "__or__": "or", "bitwise_xor": "xor", "logical_xor": "xor", "bitwise_not": "not", "logical_not": "not",
+    "__or__": "or", "bitwise_xor": "xor", "logical_xor": "xor", "__xor__": "xor", "bitwise_not": "not",
+    "logical_not": "not",
     "true_divide": "div", "divide": "div", "multiply": "mul", "subtract": "sub", "special_softmax": "softmax",
     "_softmax": "softmax", "less_equal": "le", "less": "lt", "greater": "gt", "greater_equal": "ge",
     "not_equal": "ne", "negative": "neg", "absolute": "abs", "remainder": "mod", "__rsub__": "rsub",

@@ -20,6 +20,7 @@ import profile_start
 def test_the_table_has_all_that_was_found() -> None:
     found: dict[str, Any] = {
         "total_s": 12.34,
+        "processes": [{"what": "answer", "at_s": 2.2}],
         "readings": [{"what": "78 nodes", "took_s": 0.41, "at_s": 3.0}],
         "ahead": [
             {"what": "attention", "at_s": 3.1, "done_s": 6.6, "made": "attention_forward"},
@@ -33,6 +34,7 @@ def test_the_table_has_all_that_was_found() -> None:
     lines = [line for line in out.getvalue().splitlines() if ":" in line]
     assert lines[0].strip() == "cold: 12.3 s"
     cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in lines[1:]]
+    assert cells.pop(0)[:3] == ["processes: answer", "2.2", "nan"]
     assert cells[0][:3] == ["readings: 78 nodes", "3.0", "0.41"]
     assert cells[1] == ["ahead: attention", "3.1", "3.50", "attention_forward"]
     assert cells[2][:3] == ["ahead: gated_mlp", "3.2", "nan"]

@@ -426,7 +426,7 @@ def check(case: Case, x: Inputs, slack: float = 1.0, lse: bool = True) -> None:
         # Sums in another order than eager's are neither better nor worse: twice its error is within its own spread. So
         # is what it has where it adds products up as we do: of a few rows it may do that in a tree.
         allowed = 2 * max(error(single, exact), error(eager_in_sequence(case.spec, x), exact))
-        if x.q.is_cuda:  # whose powers of two are off by 2**-22 of them (CUDA's own exp2f), and those of e by half of it
+        if x.q.is_cuda:  # whose powers of two are off by 2**-22 of them (CUDA's exp2f), and those of e by half of it
             allowed += 2.0**-22 * magnitude
     else:
         allowed = min(error(eager(case.spec, x), exact), 4 * torch.finfo(x.q.dtype).eps * magnitude)

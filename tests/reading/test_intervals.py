@@ -93,6 +93,7 @@ def integers(depth: int = 2) -> st.SearchStrategy[Any]:
         st.tuples(inner, st.integers(1, 5)).map(lambda t: FloorDiv(t[0], sympy.Integer(t[1]))),
         st.tuples(inner, st.integers(1, 5)).map(lambda t: PythonMod(t[0], sympy.Integer(t[1]))),
         inner.map(sympy.Abs),
+        st.tuples(inner, st.integers(2, 3)).map(lambda t: t[0] ** t[1]),
         st.tuples(inner, inner).map(lambda t: t[0] - t[1]),
         st.tuples(inner, st.integers(-3, 3)).map(lambda t: t[0] * t[1]),
         st.tuples(inner, inner).map(lambda t: t[0] * t[1]),
@@ -148,6 +149,7 @@ NAMED = {
     "every fifth key": sympy.Eq(PythonMod(J, 5), 2),
     "every key but": sympy.Ne(J, 6),
     "neighbourhood on a grid of 4": NEIGHBOURS,
+    "square of distances": (I - J) ** 2 <= 20,
     "up to a position": J <= 9,
 }
 DATED = {

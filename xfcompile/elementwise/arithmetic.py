@@ -94,9 +94,20 @@ def _clamp(e: Elements, v: Value, index: Index) -> Any:
 
 def _pow(e: Elements, v: Value, index: Index) -> Any:
     exponent = v["exponent"]
-    if isinstance(exponent, Value) or not e.depends_on_dot(v) or exponent not in (1, 2, 3):
+    if isinstance(exponent, Value) or exponent not in (1, 2, 3):
         return None
-    return e.numeric(v["self"], index, v.shape) ** int(exponent)
+    x = e.numeric(v["self"], index, v.shape)
+    return x ** int(exponent) if e.depends_on_dot(v) or _of_positions(x, v) else None
+
+
+def _square(e: Elements, v: Value, index: Index) -> Any:
+    x = e.numeric(v["self"], index, v.shape)
+    return x**2 if e.depends_on_dot(v) or _of_positions(x, v) else None
+
+
+def _of_positions(x: sympy.Expr, v: Value) -> bool:
+    """Whether a power of this is of positions alone, in a dtype that has it."""
+    return v.dtype == torch.int64 and bool(x.is_integer)
 
 
 def _log(e: Elements, v: Value, index: Index) -> Any:
@@ -127,7 +138,7 @@ def _smooth(f: Callable[[sympy.Expr], Any]) -> Rule:
 
 RULES: dict[str, Rule] = {
     "add": _add, "sub": _add, "mul": _mul, "div": _div, "floor_divide": _div, "mod": _mod, "fmod": _mod,
-    "neg": _unary(lambda x: -x), "abs": _unary(sympy.Abs), "square": _smooth(lambda x: x**2), "pow": _pow,
+    "neg": _unary(lambda x: -x), "abs": _unary(sympy.Abs), "square": _square, "pow": _pow,
     "minimum": _extremum, "maximum": _extremum, "min": _extremum, "max": _extremum,
     "clamp": _clamp, "clamp_min": _clamp, "clamp_max": _clamp,
     "tanh": _smooth(sympy.tanh), "exp": _smooth(sympy.exp), "sigmoid": _smooth(lambda x: 1 / (1 + sympy.exp(-x))),

@@ -26,7 +26,7 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
     if S in a.free_symbols or S in b.free_symbols:
         raise Miss("scores are compared", v)
     if (
-        not (_exact(a) and _exact(b))
+        not (_exact(e, a) and _exact(e, b))
         or narrows(v)
         or not holds(operating(v), a, b)
         or e.told_apart(v["self"], b)
@@ -42,9 +42,15 @@ def _comparison(e: Elements, v: Value, index: Index) -> Any:
     return fold(_COMPARISONS[v.op], a, b)
 
 
-def _exact(x: sympy.Expr) -> bool:
-    """Whether a formula, evaluated in fp32, gives the very number that the program has."""
-    return bool(x.is_integer) or x.is_number or isinstance(x, Load) or is_mask(x)
+def _exact(e: Elements, x: sympy.Expr) -> bool:
+    """Whether a formula, evaluated in fp32 or, of whole numbers, in theirs, gives the very number that the program has.
+    Kernels add 32 bits to 32 in 32, where the program may have added 64."""
+    if x.is_integer or x.is_number or isinstance(x, Load) or is_mask(x):
+        return True
+    loads = x.atoms(Load)
+    if any(e.loads[load.operand].dtype != torch.int64 for load in loads):
+        return False
+    return bool(x.xreplace({load: sympy.Dummy(integer=True) for load in loads}).is_integer)
 
 
 def _logical(e: Elements, v: Value, index: Index) -> Any:
