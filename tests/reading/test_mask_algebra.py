@@ -113,7 +113,7 @@ def test_only_causal_is_called_causal(keep: Any) -> None:
         (sympy.Or(J <= I, Load(0, B) > J), "(causal | prefix from data)"),
         (sympy.Or(J <= I, Load(0, B) > 3), "(causal | mask from data)"),
         (sympy.Or(J <= I, Load(0, B, I) > J), "(causal | positions from data)"),
-        (J <= I + Load(0, B), "positions from data"),
+        (I + Load(0, B) >= J, "positions from data"),
         (Load(0, B, I) >= Load(0, B, J), "positions from data"),
         (sympy.Or(sympy.And(J <= I, sympy.Ne(Load(0, B, J), 0)), J >= 4), "(causal & key padding | j >= 4)"),
         (sympy.Eq(I - J - 3 * FloorDiv(I - J, 3), 0), "dilated(3)"),
