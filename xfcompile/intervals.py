@@ -192,5 +192,6 @@ def _choice(ranges: _Ranges, x: Where) -> Bounds:
 
 _RULES: list[tuple[Any, Callable[[_Ranges, Any], Bounds]]] = [
     (sympy.Add, _sum), (sympy.Mul, _product), (sympy.Pow, _power), (FloorDiv, _quotient),
-    ((Mod, PythonMod, sympy.Mod), _remainder), (sympy.Abs, _magnitude), ((sympy.Min, sympy.Max), _extremum), (Where, _choice),
+    ((Mod, PythonMod, sympy.Mod), _remainder), (sympy.Abs, _magnitude), ((sympy.Min, sympy.Max), _extremum),
+    (Where, _choice),
 ]  # fmt: skip
