@@ -20,6 +20,7 @@ from xfcompile.masking import Masked, adding, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
 from xfcompile.order import BIASES_FIRST, Order, one_order
+from xfcompile.plan import FEW_QUERIES
 from xfcompile.query_key import label_sizes, score_of
 from xfcompile.score import B, H, I, J, Load, S, Where
 from xfcompile.site import AttentionSite, Band, Miss
@@ -307,9 +308,11 @@ def _site(
     finite = [fill for fill, _ in masked.fills if fill.is_finite]
     predicate = prove(sympy.And(keep, masked.keep), ranges)
     full = None
-    if finite and predicate != sympy.true and absorbs(masked.score, loads):
-        full = Where(keep, score, -sympy.oo)
     alive = has_live_key(predicate, ranges)
+    added_in = score_dtype if call is None else torch.float32  # SDPA's kernels add masks to what they accumulate
+    once_more = not alive and sink is None and _leaves_something(masked, added_in, sizes[I])
+    if finite and predicate != sympy.true and (once_more or absorbs(masked.score, loads)):
+        full = Where(keep, score, -sympy.oo)
     dead = masked.dead() if masked.fills and full is None else dead_bool
     dead = dead_bool if dead == "nan" else dead  # SDPA gives 0 where every score is -inf
     if masked.fills and keep != sympy.true and dead == "mean" and not alive:
@@ -325,7 +328,6 @@ def _site(
         if any(not fill.is_finite for fill, _ in masked.fills):
             raise Miss("a row may see no key, and the fills of its masks do not agree", root)
         masked, predicate, dead, alive = _separate_nothing(score), keep, dead_bool, keep == sympy.true
-    added_in = score_dtype if call is None else torch.float32  # SDPA's kernels add masks to what they accumulate
     if call is not None:  # it adds one tensor, which is a sum where that says so
         orders = {order for order in orders if order.summed is not None}
     rounding = added_in if _rounds(masked.score, predicate, loads, added_in, orders, ranges) else None
@@ -374,6 +376,15 @@ def _site(
         one_fill=len(masked.fills) == 1 and masked.fills[0][1] and keep == sympy.true,
         call=call,
     )
+
+
+def _leaves_something(masked: Masked, dtype: torch.dtype, queries: sympy.Expr) -> bool:
+    """Whether a number that is added leaves something of the scores of a row without keys, as fp16's least does: such
+    rows are computed once more, of all keys. For a few queries against many keys no kernel does that."""
+    fills = masked.fills
+    if (queries.is_Integer and queries < FEW_QUERIES) or masked.dead() != "unknown":
+        return False
+    return all(x.is_finite for x, _ in fills) and any(added and adds_coarse(x, dtype) for x, added in fills)
 
 
 def _rounds(

@@ -141,6 +141,30 @@ def test_rows_without_keys_are_eagers(name: str, dtype: torch.dtype, route: str)
     as_eager(name, dtype, route)
 
 
+@pytest.mark.parametrize("name, dtype", [unless_quick(n, d) for n in SPELLINGS for d in FILLS])
+def test_of_many_queries_rows_without_keys_are_eagers(name: str, dtype: torch.dtype) -> None:
+    """What fp16's least number leaves of them is computed once more, where all others skip what is masked."""
+    as_eager(name, dtype, "triton", 40, 44)
+
+
+@pytest.mark.parametrize("dtype", FILLS, ids=str)
+def test_what_the_least_number_masks_is_skipped(dtype: torch.dtype) -> None:
+    """Keys that no row of a tile may see may hold anything, also in fp16, where something is left of their scores."""
+    n = 160
+    x, padding = inputs(dtype, n, n), torch.arange(n) < torch.tensor([n, n - 3, 2, n])[:, None]
+    x[2][:, :, 128:] = torch.nan
+    f = number("min", dtype)
+
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor, f: float) -> Tensor:
+        kept = m[:, None, None, :] & bottom_right(q, k)
+        return (q @ k.mT * 0.5 + added(kept, f, q)).softmax(-1) @ v
+
+    outcome = Outcome()
+    compiled = torch.compile(program, backend=rewriting(outcome, {"attention": "triton"}), dynamic=False)
+    assert compiled(*x, padding, f)[:, :, :128].isfinite().all()
+    assert [site.mask for site in outcome.sites] == ["causal & key padding"]
+
+
 def lacks(q: Tensor, k: Tensor) -> Tensor:
     """The last two keys are masked, and all of which the query is no even one."""
     return (torch.arange(k.shape[2]) > k.shape[2] - 3) | (torch.arange(q.shape[2])[:, None] % 2 == 1)
