@@ -95,6 +95,15 @@ def test_processes_that_compile_start_with_the_name_where_there_is_a_gpu(
     assert run(program, cwd=tmp_path, path=[installed]).split() == [answer]
 
 
+def test_a_cache_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "xfcompile", "doctor"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "TORCHINDUCTOR_CACHE_DIR is '/dev/null/cache'" in last and "name another one, or unset it" in last
+
+
 IMPORTS = """
     import logging, os, sys, threading, warnings
     import torch, torch._inductor.config, torch._dynamo.config, torch._functorch.config

@@ -56,6 +56,30 @@ def test_a_file_of_something_else_is_not_written_over(tmp_path: Path) -> None:
     assert path.read_text() == "my thesis"
 
 
+def test_a_file_of_results_is_kept_by_whatever_begins_anew(tmp_path: Path) -> None:
+    """Nothing that is refused moves it, and no second file takes the place of the first."""
+    path, other = tmp_path / "a.json", tmp_path / "package.json"
+    arguments = ["attention", "--quick", "--in-process", "--no-errors", "--seconds", "0.05", "--json", str(path)]
+    once = [*arguments, "--backends", "eager", "--only", "no mask, forward,"]
+    code, output = call(*once, "--resume")  # which begins where there is nothing to go on with
+    assert code == 0, output
+    first = path.read_text()
+    for wrong in (["--budget", "0"], ["--only", "nothing"], ["--backends", "inductr"], ["--device", "tpu"]):
+        code, output = call(*arguments, *wrong)
+        assert code == 2 and path.read_text() == first and sorted(tmp_path.iterdir()) == [path], output
+    for n in (1, 2):
+        second = path.read_text()
+        code, output = call(*once)
+        kept = tmp_path / ("a.json.before" if n == 1 else "a.json.before-2")
+        assert code == 0 and kept.name in output and kept.read_text() == second
+    assert (tmp_path / "a.json.before").read_text() == first
+    other.write_text('{"name": "mine"}')
+    code, output = call("attention", "--quick", "--json", str(other))
+    assert code == 2 and "no file of results" in output and other.read_text() == '{"name": "mine"}'
+    code, output = call("all", "--quick", "--out", str(other))
+    assert code == 2 and "--out is a folder" in output
+
+
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(tmp_path: Path, option: str) -> None:
     (tmp_path / "a").write_text("my thesis")

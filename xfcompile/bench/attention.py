@@ -113,6 +113,8 @@ def _sdpa(column: str, program: Program, x: list[Tensor]) -> Call:
     q, k, v, *rest = x
     if program.sdpa is None:
         raise Skip("SDPA has no words for it")
+    if column in ("sdpa-cudnn", "sdpa-efficient") and not q.is_cuda:
+        raise Skip("CPUs have no such kernel")
     said = program.sdpa
     if program.learned and torch.is_grad_enabled():  # the mask is made in the call: it has a gradient
         return c.within(column, lambda: _for_projection(F.scaled_dot_product_attention(q, k, v, **said(q, *rest))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import json
+import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ Only = Annotated[
         help='Only rows whose title has all of these words ("causal forward D64"); may be repeated, in that order.',
     ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the file of --json holds.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what the file of --json holds, if it is there.")]
 Budget = Annotated[float, typer.Option("--budget", help="Seconds for all of it; what is not reached is listed.")]
 Limit = Annotated[float, typer.Option("--limit", help="Seconds that one column of a row may take.")]
 Jobs = Annotated[
@@ -141,6 +141,8 @@ def everything(
     from xfcompile.bench import registry
 
     begun = time.monotonic()
+    if out.exists() and not out.is_dir():
+        _refuse(f"--out is a folder, and {out} is a file: give another name")
     wanted = _several(backends)
     known = {column for name in registry.NAMES for column in registry.benchmark(name).columns}
     _known("--backends", wanted, known)
@@ -151,7 +153,7 @@ def everything(
             continue
         there = out / f"{name}.json"
         asked = Asked(
-            quick, there, out / f"{name}.png", chosen, tuple(only or ()), resume and there.exists(), budget, limit,
+            quick, there, out / f"{name}.png", chosen, tuple(only or ()), resume, budget, limit,
             not no_errors, device, False, in_process, jobs, seconds,
         )  # fmt: skip
         _checked(asked)
@@ -214,12 +216,15 @@ def _benchmark(
     console = _console()
     here = surroundings(device) | {"arguments": asked.as_dict()}
     results = Results(name, made.title, list(columns), made.baseline)
-    if asked.resume:
-        assert asked.json is not None
-        try:
-            results = continued(asked.json, name, here)
-        except Unusable as error:
-            _refuse(str(error))
+    if asked.json is not None and asked.json.exists():
+        if asked.resume:
+            try:
+                results = continued(asked.json, name, here)
+            except Unusable as error:
+                _refuse(f"--resume: {error}")
+        else:
+            kept = _set_aside(asked.json)
+            console.print(f"{asked.json} was there, and is {kept.name} now; --resume goes on with it", style="yellow")
     results.runs.append(here)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rounds = QUICK if asked.quick else Rounds()
@@ -231,7 +236,8 @@ def _benchmark(
     left = asked.budget - (time.monotonic() - begun)
     interrupted = False
     try:
-        run(Plan(rows, columns, asked.json, max(left, 0.0)), results, measuring, console, time.monotonic)
+        plan = Plan(rows, columns, asked.json, max(left, 0.0), asked.budget)
+        run(plan, results, measuring, console, time.monotonic)
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -315,7 +321,7 @@ def _checked(asked: Asked) -> None:
         if reason is not None:
             _refuse(f"{option}: {reason}")
     if asked.json is not None and asked.json.exists() and not asked.resume and not asked.listing:
-        _set_aside(asked.json)
+        _holds_results(asked.json)
     for option, seconds in (("--budget", asked.budget), ("--limit", asked.limit), ("--seconds", asked.seconds)):
         if seconds is not None and not seconds > 0:
             _refuse(f"{option} is a number of seconds above 0, not {seconds:g}")
@@ -330,13 +336,22 @@ def _checked(asked: Asked) -> None:
             _refuse(str(error))
 
 
-def _set_aside(path: Path) -> None:
-    """Keep what a file holds: a run that began anew by mistake must not cost hours of another."""
+def _holds_results(path: Path) -> None:
+    """What is something else is nobody's to move."""
+    from xfcompile.bench.results import Unusable, load
+
     try:
-        json.loads(path.read_text())
-    except (OSError, ValueError):
-        _refuse(f"--json: {path} is there and is no file of results; give another name, or remove it")
-    path.replace(path.with_name(path.name + ".before"))
+        load(path)
+    except Unusable as error:
+        _refuse(f"--json: {path} is there and is no file of results ({error}): give another name, or remove it")
+
+
+def _set_aside(path: Path) -> Path:
+    """Keep what a file holds: a run that began anew by mistake must not cost hours of another."""
+    names = (f"{path.name}.before{'' if n == 1 else f'-{n}'}" for n in itertools.count(1))
+    kept = next(found for name in names if not (found := path.with_name(name)).exists())
+    path.replace(kept)
+    return kept
 
 
 def _device(asked: str) -> str:

@@ -28,12 +28,14 @@ class Measuring(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """rows and columns: what is measured. json: where results are kept. budget: seconds, for all of it."""
+    """rows and columns: what is measured. json: where results are kept. budget: seconds, for all of it; asked: what it
+    was before other benchmarks took of it."""
 
     rows: Sequence[Row]
     columns: Sequence[str]
     json: Path | None = None
     budget: float = math.inf
+    asked: float | None = None
 
 
 def run(
@@ -53,7 +55,7 @@ def run(
         if len(measuring) > 1:
             _at_once(work, measuring)
         work.go_on(measuring[0], alone=True)
-    _keep(plan, results, left, f"the budget of {plan.budget:g} s was over")
+    _keep(plan, results, left, f"the budget of {plan.asked or plan.budget:g} s was over")
 
 
 class _Work:

@@ -149,11 +149,16 @@ def goals_table(results: Results) -> RenderableType:
         failed = f"failed: {'; '.join(o.failed)}" if o.failed else ""
         why = "\n".join(filter(None, [behind, failed]))
         made.add_row(
-            o.goal.text, f"{o.goal.least:.2f}", "–" if o.value is None else f"{o.value:.2f}",
+            o.goal.text, f"{o.goal.least:.2f}", "–" if o.value is None else _told_apart(o.value, o.goal.least),
             f"{o.counted} of {o.asked}",
             word + (f"[/]\n[dim]{escape(why)}" if why else ""),
         )  # fmt: skip
     return Group(Text("\ngoals", style="bold"), made)
+
+
+def _told_apart(value: float, least: float) -> str:
+    """With as many digits as it takes to see which is more."""
+    return next((text for n in (2, 3, 4) if (text := f"{value:.{n}f}") != f"{least:.{n}f}"), f"{value:.2f}")
 
 
 def reasons(results: Results) -> Iterator[Text]:
