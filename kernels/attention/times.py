@@ -95,7 +95,7 @@ class Search(Generic[Tiles]):
         try:
             tiles = _tiles_of(self.sort, timings.winner())
         except ValueError:
-            log.debug("no tiles: %s", timings)
+            store.refused(self.about, "they are of no tiles")
             return None
         self._done()
         return tiles

@@ -17,6 +17,7 @@ from xfcompile.kernels.attention import hopper_variant, tiles
 from xfcompile.kernels.attention.tiles import Tiles
 from xfcompile.kernels.bias_act_dropout import tiles as bias
 from xfcompile.kernels.gated_mlp import tiles as gated
+from xfcompile.kernels.gemm import tiles as gemm
 from xfcompile.measured import CPU, HARDWARE, Fact, hardware, hardware_of
 
 plan = importlib.import_module("xfcompile.plan")
@@ -28,6 +29,7 @@ TABLES: dict[str, dict[Any, Fact[Any]]] = {
     "attention routes": plan.ROUTES,
     "attention tiles": tiles.TABLE,
     "attention backward": tiles.BACKWARD,
+    "attention in windows": tiles.WINDOWS,
     "attention on Hopper": hopper_variant.USUAL,
     "gated routes": gated_routes.USUAL,
     "gated tiles": gated.DUAL,
@@ -35,6 +37,7 @@ TABLES: dict[str, dict[Any, Fact[Any]]] = {
     "bias routes": bias_family.USUAL,
     "bias tiles": bias.PRODUCT,
     "bias shares": bias.POINTWISE,
+    "gemm tiles": gemm.USUAL,
 }
 
 

@@ -57,7 +57,8 @@ def about(**other: Any) -> dict[str, Any]:
     return {**store.identity(torch.device("cpu"), "site", "options"), **other}
 
 
-def in_a_process(**options: Any) -> tuple[list[list[str]], list[str], list[str]]:
+def in_a_process(said: bool = False, **options: Any) -> tuple[list[list[str]], list[str], list[str]]:
+    """said: what it warns of is this process's output too."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(options)],
         capture_output=True,
@@ -66,6 +67,8 @@ def in_a_process(**options: Any) -> tuple[list[list[str]], list[str], list[str]]
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
+    if said:
+        print(done.stderr, file=sys.stderr)
     asked, routes, reasons = json.loads(done.stdout.splitlines()[-1])
     return asked, routes, reasons
 
@@ -77,6 +80,22 @@ def test_a_second_process_times_nothing_and_takes_what_the_first_found() -> None
     assert (asked, routes, reasons) == ([], ["inductor"], ["timed before: inductor 1 ms, sdpa 2"])
     asked, routes, _ = in_a_process(max_autotune=True)  # other code of Inductor's
     assert (asked, routes) == ([["sdpa", "inductor"]], ["inductor"])
+
+
+def test_timings_of_a_route_that_there_is_not_are_made_anew(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    in_a_process()
+    (path,) = (cache / "xfcompile" / "timings").iterdir()
+    path.write_text(path.read_text().replace('"sdpa"', '"sdpaX"'))
+    asked, routes, _ = in_a_process(said=True)
+    assert asked and routes == ["inductor"]
+    assert "they are of 'sdpaX', which is no route here" in capfd.readouterr().err
+    assert in_a_process()[0] == []
+
+
+def test_what_cannot_be_read_is_said() -> None:
+    store._path(about()).mkdir(parents=True)
+    with pytest.warns(RuntimeWarning, match="it cannot be read"):
+        assert store.find(about()) is None
 
 
 def test_what_is_stored_is_found_as_it_was() -> None:

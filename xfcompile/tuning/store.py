@@ -87,8 +87,10 @@ def find(about: Mapping[str, Any]) -> Timings | None:
                 _warn(path, "it belongs to another user")
                 return None
             text = file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
-        log.debug("no timings at %s: %s", path, error)
+        _warn(path, f"it cannot be read ({error.strerror})")
         return None
     try:
         found = json.loads(text)
@@ -98,6 +100,11 @@ def find(about: Mapping[str, Any]) -> Timings | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         _warn(path, f"{type(error).__name__}: {error}")
         return None
+
+
+def refused(about: Mapping[str, Any], why: str) -> None:
+    """Says that timings which were found cannot be what is asked for."""
+    _warn(_path(about), why)
 
 
 def store(about: Mapping[str, Any], timings: Timings) -> None:

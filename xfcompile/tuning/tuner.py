@@ -122,9 +122,12 @@ class Tuner:
             return site.chosen(self.known[key], before=False)
         about = self._about(site, key)
         found = None if about is None else store.find(about)
-        if found is not None and all(t.route in site.family.routes for t in found.trials):
-            self.known[key] = found
-            return site.chosen(found, before=True)
+        if found is not None and about is not None:
+            unknown = sorted({t.route for t in found.trials if t.route not in site.family.routes})
+            if not unknown:
+                self.known[key] = found
+                return site.chosen(found, before=True)
+            store.refused(about, f"they are of {', '.join(map(repr, unknown))}, which is no route here")
         start = time.monotonic()
         try:
             timings = _in_a_thread(
