@@ -212,7 +212,8 @@ def test_no_grad_is_inference(explain: Explain, tmp_path: Path) -> None:
         ("mine:build", "It returned NoneType, and compiled nothing with backend='xformers'"),
         ("mine:pair", "It returned a tuple of int, int, and compiled nothing"),
         ("mine:nowhere", "mine has no function 'nowhere'; it has attention, build, pair"),
-        ("mine:QKV", "mine:QKV is a Tensor, and no function"),
+        ("mine:QKV", "mine:QKV is no function, but of the type Tensor"),
+        ("mine:attention", "mine:attention needs q, k, v, and is called without arguments"),
         ("nomodule:f", "there is no module 'nomodule'"),
         ("none.py", "there is no file 'none.py'"),
         ("none.py:f", "there is no file 'none.py'"),
@@ -228,6 +229,7 @@ def test_what_cannot_be_explained_is_said(explain: Explain, tmp_path: Path, targ
 
 def test_a_module_that_cannot_be_imported_shows_its_own_error(explain: Explain, tmp_path: Path) -> None:
     script(tmp_path, "import nothing_of_this_name\n")
+    assert "--no-grad is for what a function returns" in explain(tmp_path, "mine.py", "--no-grad").stderr
     for target in ("mine:build", "mine.py:build", "mine.py"):
         done = explain(tmp_path, target)
         assert done.returncode == 1

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import runpy
 import sys
@@ -41,6 +42,10 @@ def run(target: str, arguments: Sequence[str] = (), *, no_grad: bool = False) ->
     """
     name, colon, function = target.rpartition(":")
     if target.endswith(".py") or Path(target).is_file():
+        if no_grad:
+            raise WrongTarget(
+                "explain: --no-grad is for what a function returns; scripts say themselves, by torch.no_grad()."
+            )
         return _script(Path(target), arguments)
     if colon and function.isidentifier():
         return _function(name, function, arguments, no_grad)
@@ -102,7 +107,7 @@ def _guarded(program: Callable[[], object]) -> int:
 def _print_own(error: Exception) -> None:
     """The traceback as the user's program would have it: without the frames that ran it."""
     at: TracebackType | None = error.__traceback__
-    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    ours = (__file__, str(Path(__file__).with_name("explain.py")), runpy.__file__, "<frozen runpy>")
     while at is not None and (at.tb_frame.f_code.co_filename in ours or _imports(at)):
         at = at.tb_next
     traceback.print_exception(type(error), error, at)
@@ -221,8 +226,22 @@ def _found(module: str, name: str) -> Callable[[], Any]:
         listed = f"; it has {', '.join(known[:12])}" if known else ""
         raise WrongTarget(f"explain: {module} has no function {name!r}{listed}.")
     if not callable(function):
-        raise WrongTarget(f"explain: {module}:{name} is a {type(function).__name__}, and no function.")
+        raise WrongTarget(f"explain: {module}:{name} is no function, but of the type {type(function).__name__}.")
+    if needed := _needed(function):
+        raise WrongTarget(
+            f"explain: {module}:{name} needs {', '.join(needed)}, and is called without arguments. Give a function "
+            "that needs none, and returns (model, args) or (model, args, kwargs)."
+        )
     return function
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The arguments that a function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # nothing is known of it
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _module(name: str) -> ModuleType:
