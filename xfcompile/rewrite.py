@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -322,10 +323,16 @@ def _keep_shared(
             makers = {reading.steps[v] for v in c.costly if v in reading.steps} - {c.node}
             return c.route.replaces and not live.isdisjoint(makers)
 
-        if not any(kept(c) for c in candidates):
+        wanted = [c for c in candidates if kept(c)]
+        if not wanted:
             return candidates
         reason = f"{family.costly} are used elsewhere too"
-        candidates = [_left(c, reason) if kept(c) else c for c in candidates]
+        # Two sites with one result may be all that needs each other's parts, of a sum of two activations, say.
+        nodes = Counter(c.node for c in candidates if c.route.replaces)
+        rivals = [c for c in wanted if nodes[c.node] > 1]
+        if rivals:
+            wanted, reason = rivals[-1:], "another site with the same result is replaced"
+        candidates = [_left(c, reason) if any(c is x for x in wanted) else c for c in candidates]
 
 
 def _left(candidate: Candidate, reason: str) -> Candidate:

@@ -241,6 +241,27 @@ def test_the_part_that_is_a_site_is_taken(name: str, route: str) -> None:
     assert [s.route for s in outcome.sites] == [route]
 
 
+TWO: dict[str, Fn] = {
+    "two activations": lambda h, k, r: F.silu(h) + F.silu(k),
+    "two dropouts and a residual": lambda h, k, r: F.dropout(h, 0.0, True) + F.dropout(F.gelu(k), 0.0, True) + r,
+    "three": lambda h, k, r: F.silu(h) + F.silu(k) + F.gelu(h + 1),
+}
+
+
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("route", ["triton", "epilogue"])
+def test_of_two_sites_with_one_result_one_is_taken(name: str, route: str) -> None:
+    """As of a GPT-NeoX, which adds what its attention and its MLP drop out. Each has the other for its residual."""
+
+    def program(x: Tensor, w: Tensor, b: Tensor, r: Tensor, g: Tensor) -> Tensor:
+        return TWO[name](F.linear(x, w, b), F.linear(x, w.flip(0), g), r)
+
+    outcome = check(program, *given(), grad=True, routes={FAMILY: route}, family=FAMILY)
+    assert [s.route for s in outcome.sites].count(route) == 1, [(s.route, s.reason) for s in outcome.sites]
+    others = {s.reason for s in outcome.sites if s.route != route}
+    assert others <= {"another site with the same result is replaced"}
+
+
 MOVED: dict[str, tuple[int, Fn]] = {
     "rows moved": (1, lambda h, r, g: F.silu(h.transpose(0, 1)) * g + r.transpose(0, 1)),
     "rows moved, another view": (1, lambda h, r, g: F.silu(h.view(10, 16).view(2, 5, 16).transpose(0, 1)) + r.transpose(0, 1)),
