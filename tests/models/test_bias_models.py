@@ -188,6 +188,15 @@ DROPPING: dict[str, tuple[Callable[[], tuple[nn.Module, dict[str, Any]]], dict[s
 }
 
 
+_NO_LINEAR = {"no linear makes what is activated": 1}  # torch's own attention ends in one of its own
+LEFT: dict[tuple[str, str], dict[str, int]] = {
+    **{("GPT-NeoX", route): {"another site with the same result is replaced": 2} for route in ("triton", "epilogue")},
+    ("nn.TransformerEncoderLayer", "epilogue"): _NO_LINEAR,
+    ("nn.TransformerEncoderLayer, norm first", "epilogue"): _NO_LINEAR,
+}
+"""Why sites of these models are left to Inductor, by a route."""
+
+
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("route", ["triton", "epilogue"])
 @pytest.mark.parametrize("name", DROPPING)
@@ -223,6 +232,8 @@ def test_models_that_drop_out(name: str, route: str) -> None:
     first = step()
     found = Counter(site.expression if site.matched else f"near miss: {site.reason}" for site in report.sites)
     assert found == expected
+    left = Counter(site.reason for site in report.sites if site.matched and site.route != route)
+    assert left == LEFT.get((name, route), {}), "a site is not replaced"
     assert all(torch.isfinite(g).all() for g in first)
     assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
 
