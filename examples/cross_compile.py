@@ -67,7 +67,7 @@ class Compiled:
     registers: int
     spills: int
     shared: int
-    wgmma: bool
+    matrix: str
     wide: int
     narrow: int
 
@@ -204,24 +204,40 @@ def outcome(job: Job, compiled: Any, tiles: Tiles) -> Compiled:
         registers,
         spills,
         compiled.metadata.shared,
-        "wgmma" in compiled.asm.get("ptx", ""),
+        matrix_instruction(compiled),
         wide,
         narrow,
     )
+
+
+MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma")
+
+
+def matrix_instruction(compiled: Any) -> str:
+    """What the tensor cores are given products of matrices by; "" where they are not."""
+    text = compiled.asm.get("ptx") or compiled.asm.get("amdgcn", "")
+    return next((name for name in MATRIX_INSTRUCTIONS if name in text), "")
 
 
 def show(results: list[Compiled]) -> Table:
     table = Table(title=f"triton {triton.__version__}")
     for column in ("kernel", "program", "dtype", "target"):
         table.add_column(column)
-    for column in ("D", "tiles, warps, stages", "registers", "spills", "shared KiB", "wgmma", "16-byte loads, others"):
+    for column in (
+        "D",
+        "tiles, warps, stages",
+        "registers",
+        "spills",
+        "shared KiB",
+        "tensor cores",
+        "16-byte loads, others",
+    ):
         table.add_column(column, justify="right")
     for r in results:
         tiles = f"{r.tiles.block_m}x{r.tiles.block_n}, {r.tiles.num_warps}, {r.tiles.num_stages}"
         spills = f"[red]{r.spills}[/]" if r.spills else "0"
         shared = f"{r.shared / 1024:.0f}"
-        wgmma = "yes" if r.wgmma else ""
-        cells = (str(r.dim), tiles, str(r.registers), spills, shared, wgmma, f"{r.wide}, {r.narrow}")
+        cells = (str(r.dim), tiles, str(r.registers), spills, shared, r.matrix, f"{r.wide}, {r.narrow}")
         table.add_row(r.kernel, r.program, r.dtype, r.target, *cells)
     return table
 

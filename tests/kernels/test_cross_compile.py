@@ -43,6 +43,22 @@ def test_every_target_compiles(kernel: str, results: list[dict[str, Any]]) -> No
     }
 
 
+TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", *BACKWARD, "bias_linear", "gated_forward"])
+def test_products_are_those_of_the_tensor_cores(kernel: str, results: list[dict[str, Any]]) -> None:
+    found = {r["target"]: r["matrix"] for r in results if r["kernel"] == kernel}
+    assert found == TENSOR_CORES
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", "gated_forward"])
+def test_tiles_are_loaded_by_16_bytes_a_thread(kernel: str, results: list[dict[str, Any]]) -> None:
+    for r in results:
+        if r["kernel"] == kernel:
+            assert r["wide"] > 0 and r["narrow"] == 0, r
+
+
 def test_lists_of_tiles_compile_for_every_target(results: list[dict[str, Any]]) -> None:
     found = {(r["target"], r["program"]) for r in results if r["kernel"] == "tile_verdicts"}
     assert found == {
@@ -60,7 +76,7 @@ def test_bias_activation_and_dropout_compile_for_every_target(results: list[dict
         for kernel in ("bias_forward", "bias_linear", "bias_backward", "bias_total")
     }
     assert all(r["spills"] == 0 for (_, kernel), r in mine.items() if kernel == "bias_total")
-    assert mine["sm_90", "bias_linear"]["wgmma"]
+    assert mine["sm_90", "bias_linear"]["matrix"] == "wgmma.mma_async"
     for target in ("sm_80", "sm_90", "sm_100"):
         # A mask is made where it is used: eight neighbours by one thread, which exchanges nothing with others. What is
         # shared are rows that are read ahead.
@@ -106,9 +122,11 @@ def test_windows_leave_room_for_many_programs(results: list[dict[str, Any]]) -> 
 
 
 def test_kernels_of_rows_without_keys_compile(results: list[dict[str, Any]]) -> None:
-    found = {(r["target"], r["kernel"]): r["wgmma"] for r in results if r["kernel"].startswith("dead_")}
+    found = {(r["target"], r["kernel"]): r["matrix"] for r in results if r["kernel"].startswith("dead_")}
     assert found == {
-        (target, kernel): target == "sm_90" for target in ("sm_90", "gfx942") for kernel in ("dead_rows", "dead_keys")
+        (target, kernel): name
+        for target, name in (("sm_90", "wgmma.mma_async"), ("gfx942", "v_mfma"))
+        for kernel in ("dead_rows", "dead_keys")
     }
 
 
@@ -116,7 +134,7 @@ def test_the_kernel_for_hopper_multiplies_with_wgmma(results: list[dict[str, Any
     found = {(r["program"], r["dim"]): r for r in results if r["kernel"] == "hopper"}
     assert set(found) == {(program, dim) for program in ("causal", "key padding") for dim in (64, 128)}
     for r in found.values():
-        assert r["wgmma"], r
+        assert r["matrix"] == "wgmma.mma_async", r
         assert r["shared"] <= 227 * 1024, r
 
 
@@ -124,7 +142,7 @@ def test_the_backward_for_hopper_adds_dq_up_by_tma(results: list[dict[str, Any]]
     found = {r["dim"]: r for r in results if r["kernel"] == "hopper_backward"}
     assert set(found) == {64, 128}
     for r in found.values():
-        assert r["wgmma"], r
+        assert r["matrix"] == "wgmma.mma_async", r
         assert r["shared"] <= 227 * 1024, r
 
 
@@ -132,12 +150,12 @@ def test_the_product_for_hopper_fits_its_shared_memory_and_registers(results: li
     found = {r["program"]: r for r in results if r["kernel"] == "gemm"}
     assert set(found) == {"SwiGLU", "gelu, dropout, saving"}
     for r in found.values():
-        assert (r["target"], r["wgmma"], r["spills"]) == ("sm_90", True, 0), r
+        assert (r["target"], r["matrix"] == "wgmma.mma_async", r["spills"]) == ("sm_90", True, 0), r
         assert r["shared"] <= 227 * 1024, r
 
 
 def test_hopper_multiplies_with_wgmma(results: list[dict[str, Any]]) -> None:
-    found = [r["wgmma"] for r in results if r["target"] == "sm_90" and r["kernel"] == "attention_forward"]
+    found = [r["matrix"] for r in results if r["target"] == "sm_90" and r["kernel"] == "attention_forward"]
     assert found == [True, True]
 
 
@@ -192,7 +210,7 @@ def test_gated_mlps_compile_for_every_target(results: list[dict[str, Any]]) -> N
     assert [r for r in gated if r["spills"]] == []
     for r in gated:
         if r["target"] == "sm_90" and r["kernel"].startswith("gated_forward"):
-            assert r["wgmma"], r
+            assert r["matrix"] == "wgmma.mma_async", r
             assert r["shared"] <= 227 * 1024, r
 
 
@@ -201,6 +219,6 @@ def test_few_rows_compile_for_hopper_as_their_tiles_say(results: list[dict[str, 
     assert {r["target"] for r in found} == {"sm_90"}
     assert sorted(r["tiles"]["block_m"] for r in found) == [16, 16, 128, 128]
     for r in found:
-        assert r["wgmma"] and r["spills"] == 0, r
+        assert r["matrix"] == "wgmma.mma_async" and r["spills"] == 0, r
         rows = r["tiles"]["block_m"]
         assert r["shared"] <= stream(rows, 11008, 132).shared(rows) <= 227 * 1024, r
