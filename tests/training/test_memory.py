@@ -54,6 +54,17 @@ def documents(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
     return (q @ k.mT * 0.25).masked_fill(~keep, -math.inf).softmax(-1) @ v
 
 
+def prefix(q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> Tensor:
+    i, j = positions(q, k)
+    keep = (j <= i) | (j < length[:, None, None, None])
+    return (q @ k.mT * 0.25).masked_fill(~keep, -math.inf).softmax(-1) @ v
+
+
+def offset(q: Tensor, k: Tensor, v: Tensor, start: Tensor) -> Tensor:
+    i, j = positions(q, k)
+    return (q @ k.mT * 0.25).masked_fill(j > i + start[:, None, None, None], -math.inf).softmax(-1) @ v
+
+
 def padding(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     return (q @ k.mT * 0.25).masked_fill(~keep[:, None, None, :], LEAST).softmax(-1) @ v
 
@@ -84,6 +95,8 @@ PROGRAMS: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
     "plain": (plain, []),
     "window": (window, []),
     "documents": (documents, [(torch.arange(LK) // 6).expand(2, -1).clone()]),
+    "prefix": (prefix, [torch.tensor([3, 8])]),
+    "offset": (offset, [torch.tensor([0, 4])]),
     "padding": (padding, [KEPT]),
     "padding, added": (padding_added, [KEPT]),
     "dropout": (dropped, []),
