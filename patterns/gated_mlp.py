@@ -33,6 +33,7 @@ GROUPED = frozenset({"_grouped_mm", "grouped_mm", "_scaled_grouped_mm", "transfo
 _VIEWS = frozenset("reshape permute expand to".split())
 _PARTS = frozenset("slice select".split())
 _CHOICES = frozenset("masked_fill where".split())
+_PICKING = frozenset("index index_select embedding".split())
 
 
 def anchors(values: list[Value]) -> Iterator[Value]:
@@ -93,7 +94,7 @@ def _ends_of(value: Value, sources: list[Value], known: dict[Value, frozenset[An
     if value.op == "add" and OTHER in mine and len(mine) > 1:
         # A bias: smaller than what it is added to.
         others = [s for s in sources if OTHER in known[s]]
-        if all(known[s] == {OTHER} and _smaller(s, value) for s in others):
+        if all(known[s] == {OTHER} and (_smaller(s, value) or _picked(s)) for s in others):
             return mine - {OTHER}
     if value.op in _CHOICES | {"add"} and any(map(_is_grouped, sources)):
         return mine - {OTHER}  # rows that belong to no expert, biases picked for each row
@@ -118,6 +119,13 @@ def _smaller(bias: Value, result: Value) -> bool:
         bias = bias["self"]
     sizes = [n for n in bias.shape if n != 1]
     return bias.ndim < result.ndim or len(sizes) < len([n for n in result.shape if n != 1]) or result.ndim == 1
+
+
+def _picked(bias: Value) -> bool:
+    """Whether each row has a bias of its own, that of its expert, which is said to be left."""
+    while bias.op in _VIEWS:
+        bias = bias["self"]
+    return bias.op in _PICKING
 
 
 def _within(anchor: Value, ends: dict[Value, frozenset[Any]]) -> Iterator[Value]:

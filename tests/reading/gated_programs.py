@@ -245,7 +245,10 @@ for _name in ("silu in place", "gelu", "gelu, approximate='tanh'", "silu in fp32
 
 
 def gpt_oss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    gate_up = F.linear(x, w, b)
+    return gpt_oss_of(F.linear(x, w, b))
+
+
+def gpt_oss_of(gate_up: Tensor) -> Tensor:
     gate, up = gate_up[..., ::2], gate_up[..., 1::2]
     gate = gate.clamp(min=None, max=7.0)
     up = up.clamp(min=-7.0, max=7.0)
@@ -283,6 +286,15 @@ spell("experts with biases", lambda x, w, v, b, c: F.silu(torch.baddbmm(b[:, Non
       (3, 5, 8), (3, 8, 12), (3, 8, 12), (3, 12), (3, 12))  # fmt: skip
 spell("experts with one bias", lambda x, w, v, b: F.silu(torch.bmm(x, w) + b) * torch.bmm(x, v),
       (3, 5, 8), (3, 8, 12), (3, 8, 12), (12,))  # fmt: skip
+
+
+def picked(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """transformers' batched_mm: a weight and a bias of its expert for each row."""
+    expert = torch.tensor([0, 2, 1, 1, 0])
+    return gpt_oss_of(torch.bmm(w[expert], x.unsqueeze(-1)).squeeze(-1) + b[expert])
+
+
+spell("experts picked for each row", picked, (5, 8), (3, 24, 8), (3, 24), layout="gate even", formula=OSS)
 spell("a linear after it", lambda x, w, v, d: F.linear(F.silu(F.linear(x, w)) * F.linear(x, v), d), X, W, W, DOWN)
 spell("a linear with a bias after it", lambda x, w, v, d, e: F.linear(F.silu(F.linear(x, w)) * F.linear(x, v), d, e),
       X, W, W, DOWN, (6,))  # fmt: skip
