@@ -111,6 +111,9 @@ def back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index
             value, zeroed = value["self"], True
         elif (masked := _masked(value, anchor, known)) is not None:
             weights, mask = masked
+            if _clears_nan(value, weights, mask):
+                value, index, zeroed = weights, broadcast(index, value.shape, weights.shape), True
+                continue
             if depends(mask, anchor, known):
                 raise Miss("weights are masked by what depends on them", value)
             maskings.append(Masking(value, weights, mask, index))
@@ -121,6 +124,29 @@ def back_to(anchor: Value, weights: Value, at: Index, walk: Walk) -> tuple[Index
                 raise Miss(f"{value.op} stands between the softmax and the values", value)
             value, index = step
     return index, dropout, zeroed, maskings
+
+
+def _clears_nan(value: Value, weights: Value, mask: Value) -> bool:
+    """Whether a choice has 0 in place of NaN, as `nan_to_num` does: where(isnan(w), 0, w)."""
+    if value.op != "where":
+        return False
+    first = value["self"] is weights
+    mask, negated = (mask["self"], True) if mask.op == "not" else (mask, False)
+    if mask.op == "isnan":
+        tested, says_nan = mask["self"], True
+    elif mask.op in ("ne", "eq") and mask["self"] is mask["other"]:
+        tested, says_nan = mask["self"], mask.op == "ne"
+    else:
+        return False
+    return tested is weights and (says_nan != negated) != first and _is_zero(value["other" if first else "self"])
+
+
+def _is_zero(x: Any) -> bool:
+    while isinstance(x, Value) and x.op in ("to", "reshape", "permute", "expand"):
+        x = x["self"]
+    if isinstance(x, Value):
+        return x.op == "full" and literal(x["fill"]) == 0
+    return bool(literal(x) == 0)
 
 
 def _masked(value: Value, anchor: Value, known: dict[Value, bool]) -> tuple[Value, Value] | None:

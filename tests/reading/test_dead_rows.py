@@ -58,6 +58,21 @@ REPLACED: dict[str, Program] = {
     ),
     "nan_to_num": lambda q, k, v, m, f: (q @ k.mT * 0.5).masked_fill(~m, f).softmax(-1).nan_to_num() @ v,
     "bottom-right": lambda q, k, v, m, f: (q @ k.mT * 0.5).masked_fill(~bottom_right(q, k), f).softmax(-1) @ v,
+    "isnan, filled": lambda q, k, v, m, f: (lambda w: w.masked_fill(torch.isnan(w), 0.0) @ v)(
+        (q @ k.mT * 0.5).masked_fill(~m, f).softmax(-1)
+    ),
+    "not isnan, chosen": lambda q, k, v, m, f: (lambda w: torch.where(~w.isnan(), w, torch.zeros_like(w)) @ v)(
+        (q @ k.mT * 0.5).masked_fill(~m, f).softmax(-1)
+    ),
+    "not itself": lambda q, k, v, m, f: (lambda w: torch.where(w != w, 0.0, w).to(q.dtype) @ v)(
+        torch.softmax((q @ k.mT * 0.5).masked_fill(~m, f), -1, dtype=torch.float32)
+    ),
+}
+NO_CLEARING: dict[str, Callable[[Tensor], Tensor]] = {
+    "NaN is 1": lambda w: torch.where(w.isnan(), 1.0, w),
+    "what is no NaN is 0": lambda w: torch.where(w.isnan(), w, 0.0),
+    "of other weights": lambda w: torch.where(w.roll(1, -1).isnan(), 0.0, w),
+    "by itself alone": lambda w: w.masked_fill(w.isnan(), 0.0) + w * 0,
 }
 ADDED: dict[str, Program] = {
     "added": lambda q, k, v, m, f: (q @ k.mT * 0.5 + added(m, f, q)).softmax(-1) @ v,
@@ -163,6 +178,19 @@ def test_what_the_least_number_masks_is_skipped(dtype: torch.dtype) -> None:
     compiled = torch.compile(program, backend=rewriting(outcome, {"attention": "triton"}), dynamic=False)
     assert compiled(*x, padding, f)[:, :, :128].isfinite().all()
     assert [site.mask for site in outcome.sites] == ["causal & key padding"]
+
+
+@pytest.mark.parametrize("name", NO_CLEARING)
+def test_what_does_more_or_less_than_clear_nan_is_left(name: str) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor, m: Tensor, f: float) -> Tensor:
+        return NO_CLEARING[name]((q @ k.mT * 0.5).masked_fill(~m, f).softmax(-1)) @ v
+
+    torch._dynamo.reset()
+    x, m = inputs(torch.float32), keep()
+    outcome = Outcome()
+    compiled = torch.compile(program, backend=rewriting(outcome, {"attention": "triton"}), dynamic=False)
+    torch.testing.assert_close(compiled(*x, m, -math.inf), program(*x, m, -math.inf), equal_nan=True)
+    assert [site.matched for site in outcome.sites] == [False]
 
 
 def lacks(q: Tensor, k: Tensor) -> Tensor:
