@@ -245,6 +245,7 @@ def _predicate(w: Writer, s: _State, depth: int = 0) -> str:
     return w.one(
         f"({j} <= {i} + {n})", f"({i} >= {j})", f"(({i} - {j}).abs() <= {n})", f"({j} > {i} - {n})", f"({j} < {n + 1})",
         f"({j} // 2 == {i} // 2)", f"({j} % 2 == 0)", f"({i} >= 0)", f"({j} != {n})", f"({j} <= {i}).logical_not()",
+        f"(({i} - {j}) ** 2 <= {n})", f"(({i} - {j}).square() + ({i} // 2 - {j} // 2) ** 2 > {n})",
         f"torch.zeros({s.queries}, {s.keys}, dtype=torch.bool)",
     )  # fmt: skip
 
@@ -255,7 +256,7 @@ def _mask(w: Writer, s: _State) -> None:
     w.line(f"{name} = {_predicate(w, s)}")
     low = "torch.finfo(s.dtype).min"
     fill = (
-        w.one("float('-inf')", "-1e4")
+        w.one("float('-inf')", "-1e4", low)
         if s.dtype == torch.float16
         else w.one("float('-inf')", low, "-1e9", "-1e30", "-1e4", "-100.0")
     )
@@ -334,6 +335,7 @@ def _w_noop(w: Writer, s: _State) -> None:
     w.line(w.one(
         "w = F.dropout(w, 0.1, False)", "w = F.dropout(w, 0.0, True)", "w = w.clone()", "w = w.contiguous()", "w = w * 1",
         f"w = w.reshape(-1, {s.keys}).reshape({shape})", "w = w.float().to(v.dtype)", "w = w.mT.mT", "w = w + 0",
+        "w = torch.where(w.isnan(), 0.0, w)", "w = w.masked_fill(w != w, 0)", "w = w.nan_to_num()",
     ))  # fmt: skip
 
 
