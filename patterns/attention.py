@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ FAMILY = "attention"
 SDPA = "scaled_dot_product_attention"
 
 VANISHING = 1000
-"""exp(-1000 + s) is 0 in fp64 for all s below 254."""
+"""exp(-1000 + s) is 0 in fp64 for all s below 254: a number that may be added to scores."""
 
 
 def anchors(values: list[Value]) -> Iterator[Value]:
@@ -166,7 +167,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         raise Miss("the maximum of other scores is taken off, which may be as low as a masked key", anchor)
     score = adding(without_row_shift(score), score_dtype)
     if anchor.op == "div" and not exact:
-        score = _vanishing(score)
+        score = _vanishing(score, scores.dtype)
         if absorbs(score, elements.loads, finite=True):
             raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0", anchor)
     score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
@@ -201,13 +202,26 @@ def _is_far(score: sympy.Expr, elements: Elements, dtype: torch.dtype) -> bool:
     return bool(separate(adding(score, dtype), dtype, rounded=True).fills) or absorbs(score, elements.loads)
 
 
-def _vanishing(score: sympy.Expr) -> sympy.Expr:
-    """A score of which exp is taken as it is: numbers that stand where keys are masked leave 0 of it, as -inf does."""
+def _vanishing(score: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
+    """A score of which exp is taken as it is, in a dtype: numbers that stand where keys are masked leave 0 of it, as
+    -inf does. `Miss` where that goes by the scores that they are added to."""
+    about = torch.finfo(dtype)
+    least = math.log(about.smallest_normal * about.eps / 2)  # half of the least that is not 0
 
-    def fill(x: sympy.Expr) -> sympy.Expr:
+    def far(x: sympy.Expr) -> sympy.Expr:
         return -sympy.oo if x.is_number and x <= -VANISHING else x
 
-    return score.replace(lambda x: isinstance(x, Where), lambda w: Where(w.args[0], fill(w.args[1]), fill(w.args[2])))
+    def filled(x: sympy.Expr) -> sympy.Expr:
+        if isinstance(x, Where):
+            return Where(x.args[0], filled(x.args[1]), filled(x.args[2]))
+        return -sympy.oo if x.is_number and x <= least else x
+
+    score = filled(
+        score.replace(lambda x: isinstance(x, Where), lambda w: Where(w.args[0], far(w.args[1]), far(w.args[2])))
+    )
+    if any(x.is_number and -sympy.oo < x <= least for w in score.atoms(Where) for x in w.args[1:]):
+        raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0")
+    return score
 
 
 def _sdpa(call: Value) -> AttentionSite:

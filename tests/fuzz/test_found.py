@@ -153,3 +153,33 @@ def program(x, w{more}):
         kept=source.format(more=", keep", dropped="h * keep"),
     )
     assert fate(program) == ("wrong without us too", [])
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("dtype", "fill", "added", "matched"),
+    [
+        (torch.bfloat16, -100.0, False, True),
+        (torch.bfloat16, -80.0, False, True),
+        (torch.float16, -50.0, False, True),
+        (torch.float16, -5.0, False, True),
+        (torch.float32, -104.0, False, True),
+        (torch.float32, -100.0, False, True),
+        (torch.bfloat16, -100.0, True, False),
+        (torch.float16, -50.0, True, False),
+        (torch.bfloat16, -2000.0, True, True),
+        (torch.float32, -100.0, True, True),
+    ],
+)
+def test_a_softmax_that_is_written_out_is_0_by_0_where_its_dtype_has_no_such_powers(
+    dtype: torch.dtype, fill: float, added: bool, matched: bool
+) -> None:
+    def program(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        masked = torch.arange(6)[:, None] < torch.tensor([9, 2, 9, 3])  # the first two rows see nothing
+        s = q @ k.mT
+        s = s + torch.where(masked, fill, 0.0).to(s.dtype) if added else s.masked_fill(masked, fill)
+        e = s.exp()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    outcome = check(program, *tensors((2, 6, 3), (2, 4, 3), (2, 4, 3), dtype=dtype), routes={"attention": "triton"})
+    assert [site.matched for site in outcome.sites] == [matched], outcome.reasons
