@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,20 +24,18 @@ from xfcompile.plan import FEW_QUERIES
 from xfcompile.query_key import label_sizes, score_of
 from xfcompile.score import B, H, I, J, Load, S, Where
 from xfcompile.site import AttentionSite, Band, Miss
+from xfcompile.softmax import softmax_of, vanishing, written_out
 from xfcompile.values import Value, depends
 from xfcompile.weights import back_to, emptied, left_of_dead, products
 
 FAMILY = "attention"
 SDPA = "scaled_dot_product_attention"
 
-VANISHING = 1000
-"""exp(-1000 + s) is 0 in fp64 for all s below 254: a number that may be added to scores."""
-
 
 def anchors(values: list[Value]) -> Iterator[Value]:
     """The values around which an attention may stand: every softmax, and every SDPA call."""
     for value in values:
-        if value.op in ("softmax", SDPA) or _written_out(value) is not None:
+        if value.op in ("softmax", SDPA) or written_out(value) is not None:
             yield value
 
 
@@ -50,36 +47,6 @@ def match(anchor: Value, users: dict[Value, list[Value]]) -> list[AttentionSite]
     if not found:
         raise Miss("the softmax is not multiplied with values", anchor)
     return [_at_product(anchor, product) for product in found]
-
-
-# -- the softmax ----------------------------------------------------------------------------------------------
-
-
-def _written_out(value: Value) -> tuple[Value, int] | None:
-    """exp(x) / sum(exp(x)) over one axis: (x, axis)."""
-    if value.op == "exp" and value["self"].op == "log_softmax":
-        inner = value["self"]
-        return inner["self"], inner["dim"] % inner.ndim
-    if value.op != "div" or value.args.get("rounding_mode") is not None:
-        return None
-    top, bottom = value["self"], value["other"]
-    if not isinstance(top, Value) or not isinstance(bottom, Value) or top.op != "exp":
-        return None
-    unsqueezed = bottom.op == "reshape"
-    total = bottom["self"] if unsqueezed else bottom
-    if total.op != "sum" or total["self"] is not top or not total.dtype.is_floating_point:
-        return None
-    dims = total.args.get("dim")
-    if not isinstance(dims, tuple) or len(dims) != 1:
-        return None
-    axis = dims[0] % top.ndim
-    kept = tuple(1 if k == axis else n for k, n in enumerate(top.shape))
-    return (top["self"], axis) if bottom.shape == kept else None
-
-
-def _softmax_of(anchor: Value) -> tuple[Value, int]:
-    written = _written_out(anchor)
-    return written if written is not None else (anchor["self"], anchor["dim"])
 
 
 # -- one attention --------------------------------------------------------------------------------------------
@@ -100,7 +67,7 @@ def _splits(anchor: Value, product: Contraction) -> Iterator[tuple[Any, Any]]:
     """Ways to see one flattened batch axis of the product as (b, h)."""
     if product.value.ndim != 3:
         return
-    sources = [_softmax_of(anchor)[0], product.rhs["self"] if product.rhs.op == "reshape" else product.rhs]
+    sources = [softmax_of(anchor)[0], product.rhs["self"] if product.rhs.op == "reshape" else product.rhs]
     for source in sources:
         if source.ndim == 4 and integer(source.shape[0]) * integer(source.shape[1]) == integer(product.value.shape[0]):
             yield source.shape[0], source.shape[1]
@@ -142,7 +109,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
     walk = Walk(ranges)
     at = tuple(axis[c] for c in product.lhs_labels)
     index, dropout, zeroed, maskings = back_to(anchor, weights, at, walk)
-    scores, softmax_axis = _softmax_of(anchor)
+    scores, softmax_axis = softmax_of(anchor)
     if index[softmax_axis] != J:
         raise Miss("softmax runs over another axis than the one that meets the values", anchor)
     others = (*index[:softmax_axis], *index[softmax_axis + 1 :])
@@ -167,7 +134,7 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
         raise Miss("the maximum of other scores is taken off, which may be as low as a masked key", anchor)
     score = adding(without_row_shift(score), score_dtype)
     if anchor.op == "div" and not exact:
-        score = _vanishing(score, scores.dtype)
+        score = vanishing(score, scores.dtype)
         if absorbs(score, elements.loads, finite=True):
             raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0", anchor)
     score, sink = (x if x is None else x.xreplace(substitution) for x in (score, sink))
@@ -200,28 +167,6 @@ def _softmax(anchor: Value, product: Contraction, split: tuple[Any, Any] | None)
 def _is_far(score: sympy.Expr, elements: Elements, dtype: torch.dtype) -> bool:
     """Whether a whole row of scores may be as low as masked keys are."""
     return bool(separate(adding(score, dtype), dtype, rounded=True).fills) or absorbs(score, elements.loads)
-
-
-def _vanishing(score: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
-    """A score of which exp is taken as it is, in a dtype: numbers that stand where keys are masked leave 0 of it, as
-    -inf does. `Miss` where that goes by the scores that they are added to."""
-    about = torch.finfo(dtype)
-    least = math.log(about.smallest_normal * about.eps / 2)  # half of the least that is not 0
-
-    def far(x: sympy.Expr) -> sympy.Expr:
-        return -sympy.oo if x.is_number and x <= -VANISHING else x
-
-    def filled(x: sympy.Expr) -> sympy.Expr:
-        if isinstance(x, Where):
-            return Where(x.args[0], filled(x.args[1]), filled(x.args[2]))
-        return -sympy.oo if x.is_number and x <= least else x
-
-    score = filled(
-        score.replace(lambda x: isinstance(x, Where), lambda w: Where(w.args[0], far(w.args[1]), far(w.args[2])))
-    )
-    if any(x.is_number and -sympy.oo < x <= least for w in score.atoms(Where) for x in w.args[1:]):
-        raise Miss("exp(x) / sum(exp(x)) of an x that may be too low as a whole is 0 / 0")
-    return score
 
 
 def _sdpa(call: Value) -> AttentionSite:
