@@ -15,7 +15,7 @@ from xfcompile.elementwise.positions import Index, broadcast
 from xfcompile.elementwise.rows import ROW, takes_off
 from xfcompile.elementwise.rules import RULES
 from xfcompile.indexing import integer, linear, unravel
-from xfcompile.magnitude import absorbs, adds_coarse, bends, is_coarse
+from xfcompile.magnitude import absorbs, adds_coarse, bends, is_coarse, overflows
 from xfcompile.masking import Masked, adding, separate, without_row_shift
 from xfcompile.masks import band, describe, has_live_key, prove
 from xfcompile.operands import D, Walk, place
@@ -263,6 +263,8 @@ def _site(
     """chosen, multiplied: where weights are left, once they add up to 1; elsewhere they are 0, or times 0."""
     if bends(score, score_dtype, loads):
         raise Miss("what is left of scores beside large numbers goes through more than sums", root)
+    if overflows(score, score_dtype):
+        raise Miss("a large number that masks is multiplied by what is data, and may overflow", root)
     masked = separate(score, score_dtype)
     finite = [fill for fill, _ in masked.fills if fill.is_finite]
     predicate = prove(sympy.And(keep, masked.keep), ranges)

@@ -92,6 +92,27 @@ def bends(score: sympy.Basic, dtype: torch.dtype, loads: Sequence[Value]) -> boo
     return any(bends(x, dtype, loads) for x in score.args)
 
 
+def overflows(score: sympy.Basic, dtype: torch.dtype) -> bool:
+    """Whether a large number that a mask puts in place of scores, or adds, is multiplied by data: in that dtype it may
+    be infinite then, and in the fp32 of our kernels not."""
+    most = torch.finfo(dtype).max / 100
+
+    def is_large(x: sympy.Expr) -> bool:
+        return isinstance(x, Where) and any(
+            n.is_number and n.is_finite and abs(n) >= most for n in _numerals(x) if not isinstance(n, Load)
+        )
+
+    def is_small(x: sympy.Expr) -> bool:
+        if isinstance(x, Where):
+            return is_small(x.args[1]) and is_small(x.args[2])
+        return bool(x.is_number and abs(x) <= 1)
+
+    products = (x.args for x in score.atoms(sympy.Mul))
+    return any(
+        is_large(x) and not all(is_small(y) or y.is_number for y in xs if y is not x) for xs in products for x in xs
+    )
+
+
 def _beside_coarse(expr: sympy.Basic, dtype: torch.dtype, loads: Sequence[Value], low: bool) -> bool:
     """low: whether -inf is such a number too."""
     if isinstance(expr, Load):

@@ -47,7 +47,7 @@ def vanishing(score: sympy.Expr, dtype: torch.dtype) -> sympy.Expr:
     """A score of which exp is taken as it is, in a dtype: numbers that stand where keys are masked leave 0 of it, as
     -inf does. `Miss` where that goes by the scores that they are added to."""
     about = torch.finfo(dtype)
-    least = math.log(about.smallest_normal * about.eps / 2)  # half of the least that is not 0
+    least = math.log(about.smallest_normal) + math.log(about.eps / 2)  # of half of the least that is not 0
 
     def far(x: sympy.Expr) -> sympy.Expr:
         return -sympy.oo if x.is_number and x <= -VANISHING else x

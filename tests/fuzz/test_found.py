@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from equivalence import ALL, Outcome, check, tensors
+from equivalence import ALL, Outcome, check, rewriting, tensors
 from torch import Tensor
 
 BIAS = "bias-act-dropout"
@@ -164,6 +164,7 @@ def program(x, w{more}):
         (torch.float16, -50.0, False, True),
         (torch.float16, -5.0, False, True),
         (torch.float32, -104.0, False, True),
+        (torch.float64, -800.0, False, True),
         (torch.float32, -100.0, False, True),
         (torch.bfloat16, -100.0, True, False),
         (torch.float16, -50.0, True, False),
@@ -181,5 +182,26 @@ def test_a_softmax_that_is_written_out_is_0_by_0_where_its_dtype_has_no_such_pow
         e = s.exp()
         return (e / e.sum(-1, keepdim=True)) @ v
 
-    outcome = check(program, *tensors((2, 6, 3), (2, 4, 3), (2, 4, 3), dtype=dtype), routes={"attention": "triton"})
+    route = "sdpa" if dtype == torch.float64 else "triton"
+    outcome = check(program, *tensors((2, 6, 3), (2, 4, 3), (2, 4, 3), dtype=dtype), routes={"attention": route})
     assert [site.matched for site in outcome.sites] == [matched], outcome.reasons
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("fill", ["min", -1e4, -100.0])
+@pytest.mark.parametrize("times", [-1.5, 0.5, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_mask_that_is_multiplied_by_data_may_overflow(dtype: torch.dtype, times: float, fill: float | str) -> None:
+    number = torch.finfo(dtype).min if isinstance(fill, str) else fill
+
+    def program(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        masked = torch.arange(6)[:, None] < torch.tensor([9, 2, 9, 3])  # the first two rows see nothing
+        return ((q @ k.mT).masked_fill(masked, number) * x).softmax(-1) @ v
+
+    given = [*tensors((2, 6, 3), (2, 4, 3), (2, 4, 3), dtype=dtype), torch.tensor([times], dtype=dtype)]
+    torch._dynamo.reset()
+    outcome = Outcome()
+    compiled = torch.compile(program, backend=rewriting(outcome, {"attention": "triton"}), dynamic=False)
+    torch.testing.assert_close(compiled(*given), program(*given), rtol=0.02, atol=0.02, equal_nan=True)
+    large = number <= -torch.finfo(dtype).max / 100
+    assert [site.matched for site in outcome.sites] == [not large], outcome.reasons
