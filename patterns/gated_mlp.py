@@ -122,7 +122,7 @@ def _smaller(bias: Value, result: Value) -> bool:
 
 
 def _picked(bias: Value) -> bool:
-    """Whether each row has a bias of its own, that of its expert, which is said to be left."""
+    """Whether each row has a bias of its own, that of its expert."""
     while bias.op in _VIEWS:
         bias = bias["self"]
     return bias.op in _PICKING

@@ -146,8 +146,8 @@ def _power(ranges: _Ranges, x: sympy.Pow) -> Bounds:
     low, high = ranges.of(base)
     if UNKNOWN[0] in (low, -high):
         return UNKNOWN
-    if exponent % 2 == 0:  # of what is nearest to 0, and of what is furthest
-        low, high = sympy.Max(low, -high, 0), sympy.Max(-low, high)
+    if exponent % 2 == 0:
+        low, high = _sizes(low, high)
     return low**exponent, high**exponent
 
 
@@ -171,7 +171,11 @@ def _remainder(ranges: _Ranges, x: Any) -> Bounds:
 
 
 def _magnitude(ranges: _Ranges, x: sympy.Abs) -> Bounds:
-    low, high = ranges.of(x.args[0])
+    return _sizes(*ranges.of(x.args[0]))
+
+
+def _sizes(low: sympy.Expr, high: sympy.Expr) -> Bounds:
+    """Of what is nearest to 0, and of what is furthest."""
     return sympy.Max(low, -high, 0), sympy.Max(-low, high)
 
 

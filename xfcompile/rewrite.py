@@ -323,16 +323,16 @@ def _keep_shared(
             makers = {reading.steps[v] for v in c.costly if v in reading.steps} - {c.node}
             return c.route.replaces and not live.isdisjoint(makers)
 
-        wanted = [c for c in candidates if kept(c)]
-        if not wanted:
+        leaving = [c for c in candidates if kept(c)]
+        if not leaving:
             return candidates
         reason = f"{family.costly} are used elsewhere too"
         # Two sites with one result may be all that needs each other's parts, of a sum of two activations, say.
         nodes = Counter(c.node for c in candidates if c.route.replaces)
-        rivals = [c for c in wanted if nodes[c.node] > 1]
+        rivals = [c for c in leaving if nodes[c.node] > 1]
         if rivals:
-            wanted, reason = rivals[-1:], "another site with the same result is replaced"
-        candidates = [_left(c, reason) if any(c is x for x in wanted) else c for c in candidates]
+            leaving, reason = rivals[-1:], "another site with the same result is replaced"
+        candidates = [_left(c, reason) if any(c is x for x in leaving) else c for c in candidates]
 
 
 def _left(candidate: Candidate, reason: str) -> Candidate:

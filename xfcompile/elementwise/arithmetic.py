@@ -96,18 +96,18 @@ def _pow(e: Elements, v: Value, index: Index) -> Any:
     exponent = v["exponent"]
     if isinstance(exponent, Value) or exponent not in (1, 2, 3):
         return None
-    x = e.numeric(v["self"], index, v.shape)
-    return x ** int(exponent) if e.depends_on_dot(v) or _of_positions(x, v) else None
+    return _power(e, v, index, int(exponent))
 
 
 def _square(e: Elements, v: Value, index: Index) -> Any:
+    return _power(e, v, index, 2)
+
+
+def _power(e: Elements, v: Value, index: Index, exponent: int) -> Any:
+    """Of scores, or of positions alone in a dtype that has it."""
     x = e.numeric(v["self"], index, v.shape)
-    return x**2 if e.depends_on_dot(v) or _of_positions(x, v) else None
-
-
-def _of_positions(x: sympy.Expr, v: Value) -> bool:
-    """Whether a power of this is of positions alone, in a dtype that has it."""
-    return v.dtype == torch.int64 and bool(x.is_integer)
+    positions = v.dtype == torch.int64 and x.is_integer
+    return x**exponent if positions or e.depends_on_dot(v) else None
 
 
 def _log(e: Elements, v: Value, index: Index) -> Any:

@@ -121,8 +121,7 @@ class Tuner:
         if key in self.known:
             return site.chosen(self.known[key], before=False)
         about = self._about(site, key)
-        found = None if about is None else store.find(about)
-        if found is not None and about is not None:
+        if about is not None and (found := store.find(about)) is not None:
             unknown = sorted({t.route for t in found.trials if t.route not in site.family.routes})
             if not unknown:
                 self.known[key] = found
