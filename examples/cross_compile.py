@@ -17,7 +17,7 @@ import hopper_attention_jobs
 import torch
 import triton
 from attention_jobs import BACKWARD, CACHES, DEAD, LEAKING, LOAD, NAMES, WINDOW, WINDOW_DIM, WINDOW_KEYS
-from resources import loads, resources
+from resources import loads, resources, shallow
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -56,6 +56,7 @@ class Compiled:
     """What the compiler made. registers and spills (32-bit, a thread; bytes of stack on NVIDIA) and shared bytes.
 
     wide, narrow: instructions that read 16 bytes a thread from the device's memory, and that read fewer.
+    repeating: products that take numbers twice, which are wrong.
     """
 
     kernel: str
@@ -70,6 +71,7 @@ class Compiled:
     matrix: str
     wide: int
     narrow: int
+    repeating: int
 
 
 def jobs(all_programs: bool) -> Iterator[Job]:
@@ -207,6 +209,7 @@ def outcome(job: Job, compiled: Any, tiles: Tiles) -> Compiled:
         matrix_instruction(compiled),
         wide,
         narrow,
+        len(shallow(compiled.asm["ttgir"])),
     )
 
 
@@ -236,8 +239,9 @@ def show(results: list[Compiled]) -> Table:
     for r in results:
         tiles = f"{r.tiles.block_m}x{r.tiles.block_n}, {r.tiles.num_warps}, {r.tiles.num_stages}"
         spills = f"[red]{r.spills}[/]" if r.spills else "0"
+        matrix = f"[red]{r.matrix}, wrong[/]" if r.repeating else r.matrix
         shared = f"{r.shared / 1024:.0f}"
-        cells = (str(r.dim), tiles, str(r.registers), spills, shared, r.matrix, f"{r.wide}, {r.narrow}")
+        cells = (str(r.dim), tiles, str(r.registers), spills, shared, matrix, f"{r.wide}, {r.narrow}")
         table.add_row(r.kernel, r.program, r.dtype, r.target, *cells)
     return table
 

@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a GPU: registers, spills, and how wide its loads are."""
+"""What a compiled kernel takes of a GPU: registers, spills, how wide its loads are; and products that are wrong."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def loads(compiled: Any) -> tuple[int, int]:
         found += re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?, (0x\w+)", text)
         wide = [x for x in found if x.endswith((".v4.b32", ".v2.b64", "0x10"))]
     return len(wide), len(found) - len(wide)
+
+
+def shallow(text: str) -> list[str]:
+    """Products of a kernel in Triton's intermediate language for GPUs that add up fewer numbers than the four threads
+    of a tensor core's operand have neighbours: those take the same numbers twice (see `DEEP` of attention's tiles)."""
+    operand = r"tensor<\d+x(\d+)x\w+, #ttg.dot_op<{opIdx = 0, parent = #\w+, kWidth = (\d+)}>>"
+    found = re.finditer(rf"tt\.dot .*?{operand}", text)
+    return [match[0] for match in found if int(match[1]) < 4 * int(match[2])]
 
 
 def _number(pattern: str, text: str) -> int:

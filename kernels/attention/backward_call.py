@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator
-from xfcompile.kernels.attention import fit, lists, programs, reference
+from xfcompile.kernels.attention import backward_dead, fit, lists, programs, reference
 from xfcompile.kernels.attention.arguments import mask_values
 from xfcompile.kernels.attention.backward_layout import Layout, Needs, Program
 from xfcompile.kernels.attention.exactness import precision, speed
@@ -20,6 +20,8 @@ from xfcompile.kernels.attention.tiles import (
     Tiles,
     choose_backward,
     columns,
+    deepened,
+    depth,
     device_generation,
     divides,
     neighbours,
@@ -190,12 +192,18 @@ class Call:
         def candidates() -> fit.Candidates:
             kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)
             traits = [few, *traits] if few is not None else traits
+            least, over_queries = depth(self.program.spec), name in ADD_QUERIES
             first = choose_backward(_source(name), kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
+            first = deepened(first, least, over_queries=over_queries)
             if listed is not None:
                 first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
             timed = neighbours(first) if _source(name) in ("dq", "dkdv") else ()  # the two main kernels
-            return fit.Candidates((first,), smaller(first), [t for t in timed if divides(t, listed)])
+            ways = [
+                [t for t in way if divides(t, listed) and t == deepened(t, least, over_queries=over_queries)]
+                for way in (smaller(first), timed)
+            ]
+            return fit.Candidates((first,), *ways)
 
         return fit.remembered(
             self.program.fitting, kind, launch_with, candidates, self.q, self.dv, self.program.forward
@@ -206,6 +214,10 @@ class Call:
         return reference.evaluator(
             self.program.spec, shape, self.operands, self.ints, self.floats, torch.float32, device
         )
+
+
+ADD_QUERIES = ("dkdv", backward_dead.KEYS)
+"""Kernels whose products of weights add queries up; those of the others add keys."""
 
 
 def alike(exact: bool) -> dict[str, bool]:

@@ -24,17 +24,19 @@ NEAREST = 1.5 * 2**23 + 127
 """A number that is added to this is rounded to an integer, which stands in the last bits, an exponent's bias added."""
 
 
-def text(eighths: int) -> str:
-    """The function `exp2` of a module: so many of eight by the polynomial, in turns with the others."""
+def text(eighths: int, bounded: bool) -> str:
+    """The function `exp2` of a module: so many of eight by the polynomial, in turns with the others. bounded: nothing
+    that it is given is less than `LEAST`, but for a rounding."""
     by_polynomial = {n * PACK // eighths for n in range(eighths)}
-    body = "\n".join(_polynomial(n) if n in by_polynomial else _special(n) for n in range(PACK))
+    body = "\n".join(_polynomial(n, bounded) if n in by_polynomial else _special(n) for n in range(PACK))
+    bounds = f"between {LEAST:g} and 128" if bounded else "less than 128"
     lines = "\n".join(["{", body, "}"])
     constraints = ",".join(["=f"] * PACK + ["f"] * PACK)
     return "\n".join(
         [
             "@gluon.jit",
             "def exp2(x):",
-            f'    """Of {PACK} of a thread\'s numbers, which are less than 128, {eighths} by a polynomial."""',
+            f'    """Of {PACK} of a thread\'s numbers, which are {bounds}, {eighths} by a polynomial."""',
             '    return gl.inline_asm_elementwise("""',
             textwrap.indent(lines, "        "),
             f'        """, "{constraints}",',
@@ -48,8 +50,9 @@ def _special(n: int) -> str:
     return f"ex2.approx.ftz.f32 ${n}, ${n + PACK};"
 
 
-def _polynomial(n: int) -> str:
+def _polynomial(n: int, bounded: bool) -> str:
     """2**x = 2**i 2**f for the integer i that is nearest to x. NaN stays what it is."""
+    given = f"${n + PACK}"
     x, i, f, p, scale = (f"{name}{n}" for name in ("x", "i", "f", "p", "scale"))
     *rest, last = COEFFICIENTS
     steps = [f"fma.rn.f32 {p}, {f}, {p}, {_float(c)};" for c in (*reversed(rest), 1.0)]
@@ -57,7 +60,7 @@ def _polynomial(n: int) -> str:
         [
             f".reg .f32 {x}, {i}, {f}, {p};",
             f".reg .b32 {scale};",
-            f"max.NaN.f32 {x}, ${n + PACK}, {_float(LEAST)};",
+            f"mov.f32 {x}, {given};" if bounded else f"max.NaN.f32 {x}, {given}, {_float(LEAST)};",
             f"add.rn.f32 {i}, {x}, {_float(NEAREST)};",
             f"mov.b32 {scale}, {i};",
             f"shl.b32 {scale}, {scale}, 23;",

@@ -110,7 +110,7 @@ def module(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         PREAMBLE.format(meaning=template.meaning(spec), imports=gluon.IMPORTS),
         *helpers,
         *functions,
-        *([exponential.text(variant.polynomials)] if variant.polynomials else []),
+        *([exponential.text(variant.polynomials, variant.bounded)] if variant.polynomials else []),
         FIXED,
         kernel,
     ]
@@ -394,13 +394,17 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
     highest = "gl.max(s, 1)"
     lines = ["column = start + offs_n", "j = column", "if MASKED:", "    j = gl.minimum(j, lk - 1)"]
     seen = "column < lk" if spec.keep == sympy.true else f"keep({site}) & (column < lk)"
-    masks = ["if MASKED:", f'    s = gl.where({seen}, s, float("-inf"))']
+    exponent = f"({forms.usual.scale!r} * UNIT * POWER)"
+    unseen = 'float("-inf")'
+    if variant.bounded and variant.polynomials:  # its power is 0 too
+        unseen = f"{exponential.LEAST + REFERENCE} / {exponent}"
+    masks = ["if MASKED:", f"    s = gl.where({seen}, s, {unseen})"]
     if spec.keep.has(Load):
         masks = [
             "if MASKED:",
             "    if kept is None:",
             f"        kept = {seen}",
-            '    s = gl.where(kept, s, float("-inf"))',
+            f"    s = gl.where(kept, s, {unseen})",
         ]
     exp2 = "exp2" if variant.polynomials else "tl.exp2"
     scores = template.scores(spec, forms.usual, site)
@@ -410,7 +414,7 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
         scale = repr(_columns(spec, pieces).scale)
         scores, weights = [], WITH_COLUMNS.format(shift=shift, scale=scale, exp2=exp2).split("\n")
     if variant.bounded:
-        weights = ["m_new = m", f"p = {exp2}(s * ({forms.usual.scale!r} * UNIT * POWER) - {REFERENCE})"]
+        weights = ["m_new = m", f"p = {exp2}(s * {exponent} - {REFERENCE})"]
     if variant.tiles:
         # Scores may be far from 0: their difference is taken first, and is 0 where they are equal.
         weights = template.softmax(Form(), site, highest=highest, exp2=exp2)

@@ -18,6 +18,8 @@ from xfcompile.kernels.attention.tiles import (
     Tiles,
     alternatives,
     choose,
+    deepened,
+    depth,
     device_generation,
     divides,
     neighbours,
@@ -117,10 +119,11 @@ def _fitting(
     kind = (q.device, q.dtype, precision(q.dtype), q.shape[3], dv, padded(min(q.shape[2], 128)), listed, few)
 
     def candidates() -> fit.Candidates:
-        first = choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few)
+        least = depth(prepared.spec)
+        first = deepened(choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few), least)
         if listed is not None:
             first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
         ways = (alternatives(first), smaller(first), neighbours(first))
-        return fit.Candidates(*([t for t in way if divides(t, listed)] for way in ways))
+        return fit.Candidates(*([t for t in way if divides(t, listed) and t.block_n >= least] for way in ways))
 
     return fit.remembered(prepared.fitting, kind, launch, candidates, q, dv, prepared.key)

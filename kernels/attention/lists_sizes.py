@@ -6,7 +6,7 @@ import torch
 
 from xfcompile.kernels.attention import hopper, launch_hopper
 from xfcompile.kernels.attention.programs import program
-from xfcompile.kernels.attention.tiles import INTERPRETED, choose, device_generation
+from xfcompile.kernels.attention.tiles import INTERPRETED, choose, deepened, depth, device_generation
 
 FEW_TILES = 4
 """So many tiles a row are visited without a list: making one takes as long."""
@@ -18,7 +18,7 @@ def tile_sizes(key: str, device: torch.device, dtype: torch.dtype, dq: int, dv: 
         return INTERPRETED.block_m, INTERPRETED.block_n
     if always_listed(key, device, dtype, dq, dv):
         return hopper.ROWS, hopper.KEYS
-    tiles = choose(device_generation(device), dtype, dq, dv, lq)
+    tiles = deepened(choose(device_generation(device), dtype, dq, dv, lq), depth(program(key).spec))
     return tiles.block_m, tiles.block_n
 
 

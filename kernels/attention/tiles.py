@@ -12,6 +12,7 @@ from torch.utils._triton import has_triton_package
 
 from xfcompile.measured import GFX942, SM_80, SM_90, SM_100, Fact, Measured
 from xfcompile.measured import hardware as generation
+from xfcompile.site import ScoreSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -26,6 +27,12 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+
+DEPTH, DEEP = 16, 32
+"""Numbers that a product adds up, at least: what `tl.dot` takes; and where an operand comes of bytes that are loaded
+and of random numbers. A thread of a tensor core's operand has as many neighbours as fit into the narrowest load that it
+comes of, and twice as many where tensors were joined, as random numbers are: 8 then, which four threads have of 16
+twice. Triton takes the same numbers twice, up to 3.7 at least (triton-lang/triton#10645, #11691)."""
 
 HOPPER, BLACKWELL, AMPERE, AMD = SM_90, SM_100, SM_80, GFX942
 
@@ -213,6 +220,18 @@ def choose_backward(name: str, kind: str, dtype: torch.dtype, dq: int, dv: int, 
     if name == "dq":
         return Tiles(64, 64, 4 if kind == AMD else 8, 1 if kind == AMD else 2)
     return Tiles(32, 64, 4 if kind == AMD else 8, 1 if kind == AMD else 2)
+
+
+def depth(spec: ScoreSpec) -> int:
+    """Of the products of weights and of their gradients."""
+    return DEEP if spec.dropout and any(x.dtype.itemsize == 1 for x in spec.operands) else DEPTH
+
+
+def deepened(tiles: Tiles, least: int, *, over_queries: bool = False) -> Tiles:
+    """Whose products add so many numbers up: keys, or queries."""
+    if over_queries:
+        return replace(tiles, block_m=max(tiles.block_m, least))
+    return replace(tiles, block_n=max(tiles.block_n, least))
 
 
 STEP_BYTES = 32 * 1024

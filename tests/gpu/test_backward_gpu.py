@@ -79,13 +79,26 @@ def test_head_dims(dq: int, dv: int, dtype: torch.dtype) -> None:
         check(named(name), on_gpu(inputs(named(name), dtype, "transposed", z)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [(130, 140), (144, 144), (300, 310)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["causal", "padding_mean", "some_rows_mean", "some_rows_leak"])
-def test_dropout(name: str, dtype: torch.dtype) -> None:
+def test_dropout(name: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+    """In tiles of windows, too."""
+    drops_out(named(name), dtype, 32, lengths)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
+def test_dropout_at_head_dims_of_models(case: Case, dim: int) -> None:
+    drops_out(case, torch.bfloat16, dim)
+
+
+def drops_out(case: Case, dtype: torch.dtype, dim: int, lengths: tuple[int, int] = (130, 140)) -> None:
     """The same weights are dropped out as by the definition, of rows without keys too."""
-    case, seed = named(name), torch.tensor([0x1234_5678_9ABC], device="cuda")
-    spec = replace(case.spec, dropout=0.25)
-    x = on_gpu(inputs(case, dtype, "transposed", Sizes(2, 4, 2, 130, 140, 32, 32)))
+    seed = torch.tensor([0x1234_5678_9ABC], device="cuda")
+    # Of a row that is NaN nothing comes back.
+    spec = replace(case.spec, dropout=0.25, dead="zero" if case.spec.dead == "nan" else case.spec.dead)
+    x = on_gpu(inputs(case, dtype, "transposed", Sizes(2, 4, 2, *lengths, dim, dim)))
     dout = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(1)).to(x.q)
 
     def step(

@@ -52,6 +52,10 @@ def test_products_are_those_of_the_tensor_cores(kernel: str, results: list[dict[
     assert found == TENSOR_CORES
 
 
+def test_no_product_takes_numbers_twice(results: list[dict[str, Any]]) -> None:
+    assert [r for r in results if r["repeating"]] == []
+
+
 @pytest.mark.parametrize("kernel", ["attention_forward", "gated_forward"])
 def test_tiles_are_loaded_by_16_bytes_a_thread(kernel: str, results: list[dict[str, Any]]) -> None:
     for r in results:
@@ -173,6 +177,7 @@ def test_a_mask_of_each_score_is_read_16_bytes_at_a_time(results: list[dict[str,
 @pytest.mark.slow
 def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> None:
     results = compiled(tmp_path / "results.json", "--all", "--target", "sm_90")
+    assert [r for r in results if r["repeating"]] == []
     found = {r["program"] for r in results if r["kernel"] == "attention_forward"}
     assert len(found - {"added padding", "added padding, dropout", "added padding, soft-cap"}) == 12
     hopper = {(r["program"], r["dim"]) for r in results if r["kernel"] == "hopper"}

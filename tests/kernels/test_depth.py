@@ -1,0 +1,114 @@
+"""Weights that come of a mask's bytes and of random numbers: products of them, as they are compiled for GPUs.
+
+Triton multiplies wrongly there where a product adds up few numbers (`tiles.DEEP`), which the interpreter does not.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import sympy
+import torch
+from test_ahead import A100, H200, compiled, folder  # noqa: F401 (a fixture)
+
+from xfcompile import ahead
+from xfcompile.ahead import Gpu, Outline
+from xfcompile.kernels.attention import prepare
+from xfcompile.kernels.attention.tiles import DEEP, DEPTH, Tiles, deepened, depth
+from xfcompile.score import B, J, Load, S
+from xfcompile.site import Operand, ScoreSpec
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+from resources import shallow
+
+PADDED = ScoreSpec(S / 8, sympy.Ne(Load(0, B, J), 0), "mean", (Operand(torch.bool, 2),))
+DROPPED = replace(PADDED, dropout=0.25)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """With as many keys as queries. direct: whether fp32 is multiplied by tensor cores."""
+
+    gpu: Gpu
+    dtype: torch.dtype
+    length: int
+    dim: int
+    direct: bool = False
+
+
+SHAPES = {
+    "windows of 144": Shape(H200, torch.bfloat16, 144, 32),
+    "windows of 140": Shape(H200, torch.float16, 140, 32),
+    "tf32": Shape(A100, torch.float32, 300, 256, direct=True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_products_add_up_enough(name: str, folder: Path) -> None:  # noqa: F811
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "tf32" if SHAPES[name].direct else before
+        text = made(SHAPES[name], folder)
+    finally:
+        products.fp32_precision = before
+    assert "kWidth = 8" in text and shallow(text) == []
+
+
+def test_what_is_looked_for_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The sizes that were measured for masks of 16 bits."""
+    monkeypatch.setattr("xfcompile.kernels.attention.backward_call.depth", lambda spec: DEPTH)
+    other = replace(DROPPED, dropout=0.5)  # of which no tiles are remembered
+    assert len(shallow(made(SHAPES["windows of 140"], folder, other))) == 2, "dk and dv"
+
+
+def made(shape: Shape, folder: Path, spec: ScoreSpec = DROPPED) -> str:  # noqa: F811
+    """All that was compiled for a forward and a backward, in Triton's language for GPUs."""
+    q = outline(2, 4, shape.length, shape.dim, dtype=shape.dtype)
+    lse, seed = outline(2, 4, shape.length, dtype=torch.float32), outline(1, dtype=torch.int64)
+    kept, key, random = outline(2, shape.length, dtype=torch.bool), prepare(spec), {"seed": seed, "stream": 1}
+    needs = (True, True, True, False)
+    forward = (q, q, q, (kept,), (), (), key)
+    backward = (q, q, q, q, q, lse, (kept,), (), (), key, needs)
+    for op, args in (("attention", forward), ("attention_backward", backward)):
+        compiled(ahead.call_of(getattr(torch.ops.xfcompile, op).default, args, random, shape.gpu))
+    return "\n".join(path.read_text() for path in sorted(folder.glob("*/attention_*.ttgir")))
+
+
+def outline(*shape: int, dtype: torch.dtype) -> Outline:
+    return Outline.of(shape, torch.empty(shape, device="meta").stride(), 0, dtype)
+
+
+def test_which_sites_take_more() -> None:
+    data = replace(DROPPED, operands=(Operand(torch.float32, 2),))
+    assert [depth(spec) for spec in (PADDED, DROPPED, data, replace(data, operands=()))] == [DEPTH, DEEP, DEPTH, DEPTH]
+
+
+@pytest.mark.parametrize(
+    ("tiles", "over_queries", "wanted"),
+    [((16, 32), False, (16, 32)), ((16, 32), True, (32, 32)), ((16, 16), False, (16, 32)), ((64, 64), True, (64, 64))],
+)
+def test_tiles_are_deepened(tiles: tuple[int, int], over_queries: bool, wanted: tuple[int, int]) -> None:
+    assert deepened(Tiles(*tiles, 1, 2), DEEP, over_queries=over_queries) == Tiles(*wanted, 1, 2)
+
+
+OPERANDS = "tensor<32x{k}x{dtype}, #ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {width}}}>> * tensor<{k}x32x{dtype}"
+
+
+@pytest.mark.parametrize(
+    ("k", "width", "dtype", "found"),
+    [
+        (16, 8, "bf16", True),
+        (32, 8, "bf16", False),
+        (16, 4, "f16", False),
+        (16, 8, "f32", True),
+        (16, 2, "bf16", False),
+    ],
+)
+def test_products_that_repeat_numbers(k: int, width: int, dtype: str, found: bool) -> None:
+    line = f"%dv_338 = tt.dot %a, %b, %c : {OPERANDS.format(k=k, width=width, dtype=dtype)}, ...> -> tensor<32x32xf32>"
+    assert bool(shallow(f"before\n{line}\nafter")) == found
