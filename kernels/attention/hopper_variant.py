@@ -71,7 +71,7 @@ _POLYNOMIALS = replace(_MEASURED, date="2026-11-30")
 # diagonal blocks of 192 rows compute about as much more in vain as they are faster elsewhere.
 #
 # A soft-capped score takes a tanh and an exponential, and 64 columns leave the multipliers time for half of the latter:
-# 1.56 ms in place of 1.62, 0.865 in place of 0.898 below a diagonal. Elsewhere one of eight gains 3 % at most, and four
+# 1.53 ms in place of 1.58, 0.865 in place of 0.879 below a diagonal. Elsewhere one of eight gains 3 % at most, and four
 # cost up to 44 %.
 #
 # A bias of each score of 64 columns is the Triton kernel's, in 1.89 ms: this one's took 1.83 ... 2.07.
@@ -92,9 +92,9 @@ USUAL: dict[tuple[Kind, Seen, int], Fact[Variant]] = {
     ("columns", "some", 128): Fact(Variant(2, turns=True, columns=True, persistent=True)),
     ("columns", "lists", 64): Fact(Variant(4, columns=True)),
     ("columns", "lists", 128): Fact(Variant(2, turns=True, columns=True)),
-    ("bounded", "all", 64): Fact(Variant(4, bounded=True, persistent=True, polynomials=4), _POLYNOMIALS),
+    ("bounded", "all", 64): Fact(Variant(4, 3, bounded=True, persistent=True, polynomials=2), _POLYNOMIALS),
     ("bounded", "all", 128): Fact(Variant(3, bounded=True, persistent=True), _MEASURED),
-    ("bounded", "bounds", 64): Fact(Variant(4, bounded=True, queued=True, polynomials=3), _POLYNOMIALS),
+    ("bounded", "bounds", 64): Fact(Variant(4, bounded=True, queued=True, polynomials=2), _POLYNOMIALS),
     ("bounded", "bounds", 128): Fact(Variant(3, bounded=True, queued=True), _MEASURED),
     ("bounded", "some", 64): Fact(Variant(4, bounded=True, persistent=True)),
     ("bounded", "some", 128): Fact(Variant(3, bounded=True, persistent=True)),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,12 +11,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
-from attention_cases import CAUSAL, Case, Inputs, Sizes, error, inputs, named
+from attention_cases import CAUSAL, Case, Inputs, Sizes, inputs, named
 from attention_cases import check as check_forward
 from backward_cases import BIAS, BOTH, DIFFERENTIABLE, check, distances
-from torch import Tensor
+from dropout_cases import check as check_dropout
 
-from xfcompile.kernels.attention import lists_sizes, prepare, reference
+from xfcompile.kernels.attention import lists_sizes
 from xfcompile.score import H
 
 pytestmark = [
@@ -84,37 +81,14 @@ def test_head_dims(dq: int, dv: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["causal", "padding_mean", "some_rows_mean", "some_rows_leak"])
 def test_dropout(name: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
     """In tiles of windows, too."""
-    drops_out(named(name), dtype, 32, lengths)
+    case = named(name)
+    check_dropout(case, on_gpu(inputs(case, dtype, "transposed", Sizes(2, 4, 2, *lengths, 32, 32))))
 
 
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=lambda case: case.name)
 def test_dropout_at_head_dims_of_models(case: Case, dim: int) -> None:
-    drops_out(case, torch.bfloat16, dim)
-
-
-def drops_out(case: Case, dtype: torch.dtype, dim: int, lengths: tuple[int, int] = (130, 140)) -> None:
-    """The same weights are dropped out as by the definition, of rows without keys too."""
-    seed = torch.tensor([0x1234_5678_9ABC], device="cuda")
-    # Of a row that is NaN nothing comes back.
-    spec = replace(case.spec, dropout=0.25, dead="zero" if case.spec.dead == "nan" else case.spec.dead)
-    x = on_gpu(inputs(case, dtype, "transposed", Sizes(2, 4, 2, *lengths, dim, dim)))
-    dout = torch.randn(x.q.shape, generator=torch.Generator().manual_seed(1)).to(x.q)
-
-    def step(
-        attention: Callable[..., tuple[Tensor, Tensor]], dout: Tensor, wanted: torch.dtype, *more: object
-    ) -> list[Tensor]:
-        qkv = [y.to(wanted, copy=True).requires_grad_() for y in (x.q, x.k, x.v)]
-        out = attention(*qkv, x.operands, x.ints, x.floats, *more, seed=seed, stream=3)[0]
-        return [out, *torch.autograd.grad(out, qkv, dout.to(wanted))]
-
-    definition = partial(reference.attention, spec)
-    right, eager = (step(definition, dout, wanted, wanted) for wanted in (torch.float64, dtype))
-    ours = step(torch.ops.xfcompile.attention, dout, dtype, prepare(spec))
-    # dv is a sum of weights, which are not below 0, times dout: its roundings are measured in what that has of sizes.
-    sizes = [*right[:3], step(definition, dout.abs(), torch.float64, torch.float64)[3]]
-    for a, b, exact, size in zip(ours, eager, right, sizes, strict=True):
-        assert error(a, exact) <= 2 * error(b, exact) + 4 * torch.finfo(dtype).eps * size.abs().max().item()
+    check_dropout(case, on_gpu(inputs(case, torch.bfloat16, "transposed", Sizes(2, 4, 2, 130, 140, dim, dim))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
