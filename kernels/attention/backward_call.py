@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from xfcompile.kernels.attention.tiles import (
     divides,
     neighbours,
     smaller,
+    within,
 )
 
 
@@ -135,6 +135,8 @@ class Call:
         self.fitting(name, with_tiles, tensors, free)
 
     def constants(self, sizes: Tiles) -> dict[str, Any]:
+        # Of a list's tile that ends beyond the last row, or key, all parts are visited.
+        listed = self.sizes or (1, 1)
         wide_q, wide_v = columns(self.dq, self.dv, interpreted=self.interpreted, narrow=self.layout.few is not None)
         return {
             "DQ": self.dq,
@@ -144,8 +146,8 @@ class Call:
             "PRECISION": precision(self.q.dtype),
             "UPCAST": self.interpreted and self.q.dtype == torch.bfloat16,
             "EXACT": self.exact,
-            "EDGE_M": self.lq % sizes.block_m != 0,
-            "EDGE_N": self.lk % sizes.block_n != 0,
+            "EDGE_M": bool(self.lq % sizes.block_m or self.lq % listed[0]),
+            "EDGE_N": bool(self.lk % sizes.block_n or self.lk % listed[1]),
             "FAST": speed(self.program.spec, self.q),
             "BLOCK_M": sizes.block_m,
             "BLOCK_N": sizes.block_n,
@@ -183,7 +185,7 @@ class Call:
     def tiles(self, name: str, launch_with: Callable[[Tiles], Any]) -> Tiles:
         listed = self.sizes if _source(name) in ("dq", "dkdv") else None
         if self.interpreted:
-            wanted = INTERPRETED if listed is None else replace(INTERPRETED, block_m=listed[0], block_n=listed[1])
+            wanted = within(INTERPRETED, listed)
             launch_with(wanted)
             return wanted
         few = self.layout.few
@@ -195,8 +197,7 @@ class Call:
             least, over_queries = depth(self.program.spec), name in ADD_QUERIES
             first = choose_backward(_source(name), kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
             first = deepened(first, least, over_queries=over_queries)
-            if listed is not None:
-                first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+            first = within(first, listed)
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
             timed = neighbours(first) if _source(name) in ("dq", "dkdv") else ()  # the two main kernels
             ways = [

@@ -173,7 +173,7 @@ class Layout:
         lse: Tensor,
         operands: Sequence[Tensor],
     ) -> None:
-        self.few = windows(q, k, v, dout)
+        self.few = windows(program.spec.dropout, q, k, v, dout)
         dq, dk, dv, doperands = outputs(q, k, v, operands, needs)
         self.own = [Blank.like(x) for x in (dq, dk, dv)]
         self.of_operands = [Blank.like(x) for x in doperands]

@@ -44,7 +44,7 @@ def call_of(
         )
     strides = [stride for operand in operands for stride in operand.stride()]
     decodes = launch_decode.wanted(spec, q, k)
-    few = None if decodes else windows(q, k, v)
+    few = None if decodes else windows(spec.dropout, q, k, v)
     wide_q, wide_v = columns(dq, dv, interpreted=interpreted, narrow=few is not None)
     constants: dict[str, Any] = {
         "DQ": dq,

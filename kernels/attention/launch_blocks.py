@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +24,7 @@ from xfcompile.kernels.attention.tiles import (
     neighbours,
     padded,
     smaller,
+    within,
 )
 
 
@@ -79,9 +79,7 @@ class Blocks:
             return self.launches[sizes](tensors, free)
 
         if q.device.type == "cpu":
-            chosen = INTERPRETED
-            if self.listed is not None:
-                chosen = replace(INTERPRETED, block_m=self.listed[0], block_n=self.listed[1])
+            chosen = within(INTERPRETED, self.listed)
             launch(chosen)
         else:
             chosen = _fitting(self.prepared, q, self.dv, self.few, launch, self.listed)
@@ -121,8 +119,7 @@ def _fitting(
     def candidates() -> fit.Candidates:
         least = depth(prepared.spec)
         first = deepened(choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few), least)
-        if listed is not None:
-            first = replace(first, block_m=min(first.block_m, listed[0]), block_n=min(first.block_n, listed[1]))
+        first = within(first, listed)
         ways = (alternatives(first), smaller(first), neighbours(first))
         return fit.Candidates(*([t for t in way if divides(t, listed) and t.block_n >= least] for way in ways))
 

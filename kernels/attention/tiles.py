@@ -269,6 +269,13 @@ def alternatives(tiles: Tiles) -> Iterator[Tiles]:
         yield replace(tiles, block_n=tiles.block_n // 2)
 
 
+def within(tiles: Tiles, listed: tuple[int, int] | None) -> Tiles:
+    """No larger than those of a list, where there is one."""
+    if listed is None:
+        return tiles
+    return replace(tiles, block_m=min(tiles.block_m, listed[0]), block_n=min(tiles.block_n, listed[1]))
+
+
 def divides(tiles: Tiles, listed: tuple[int, int] | None) -> bool:
     """Whether tiles of a list, where there is one, are made up of these."""
     return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)

@@ -91,6 +91,21 @@ def test_dropout_at_head_dims_of_models(case: Case, dim: int) -> None:
     check_dropout(case, on_gpu(inputs(case, torch.bfloat16, "transposed", Sizes(2, 4, 2, 130, 140, dim, dim))))
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128, 192])
+@pytest.mark.parametrize("lengths", [(192, 320), (320, 192), (192, 192), (96, 160)])
+@pytest.mark.parametrize("name", ["documents", "padding_mean", "additive_padding", "t5"])
+def test_tiles_of_a_list_that_end_beyond_the_last_row_or_key(
+    name: str, lengths: tuple[int, int], dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of lists are of 128 rows, or keys, those of these kernels of 64 or 32."""
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    case = named(name)
+    x = on_gpu(inputs(case, torch.bfloat16, "transposed", Sizes(2, 4, 2, *lengths, dim, dim)))
+    check_forward(case, x)
+    check(case, x)
+    check_dropout(case, x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [16, 49, 64, 144, 197, 256])
 @pytest.mark.parametrize("case", [BIAS, BOTH], ids=lambda case: case.name)

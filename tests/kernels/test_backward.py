@@ -7,10 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 from attention_cases import Case, Inputs, Sizes, error, inputs, named
+from attention_cases import check as check_forward
 from backward_cases import DIFFERENTIABLE, check, exact, floating, sizes_of_terms
+from dropout_cases import check as check_dropout
 from torch import Tensor
 
-from xfcompile.kernels.attention import FEW_TILES, dead_rows, prepare, programs, reference
+from xfcompile.kernels.attention import (
+    FEW_TILES,
+    backward_call,
+    dead_rows,
+    launch_blocks,
+    lists_sizes,
+    prepare,
+    programs,
+    reference,
+    tiles,
+)
 
 
 def smaller(case: Case) -> Sizes:
@@ -50,6 +62,26 @@ def test_gradients_by_lists_of_tiles(name: str, interpreter: None) -> None:
     x = inputs(case, torch.float32, sizes=sizes)
     assert programs.program(prepare(case.spec)).mask is not None
     check(case, x)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize("lengths", [(48, 80), (80, 48), (64, 64), (50, 80)])
+@pytest.mark.parametrize("name", ["documents", "padding_mean", "padding_zero", "additive_padding", "t5"])
+def test_tiles_of_a_list_that_end_beyond_the_last_row_or_key(
+    name: str, lengths: tuple[int, int], rate: float, interpreter: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are several of the kernel's, as on GPUs, of which the last ends where the rows do: another lies beyond."""
+    own, listed = tiles.Tiles(16, 16, 4, 1), tiles.Tiles(32, 64, 4, 1)
+    for module, sizes in ((launch_blocks, own), (backward_call, own), (lists_sizes, listed)):
+        monkeypatch.setattr(module, "INTERPRETED", sizes)
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    case = named(name)
+    x = inputs(case, torch.float32, sizes=Sizes(2, 1, 1, *lengths, 16, 16))
+    check_forward(case, x)
+    if rate:
+        check_dropout(case, x, rate)
+    else:
+        check(case, x)
 
 
 @pytest.mark.parametrize("name", ["padding_mean", "some_rows_leak", "some_rows_leak_and_slope"])
