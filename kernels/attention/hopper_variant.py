@@ -70,9 +70,9 @@ _POLYNOMIALS = replace(_MEASURED, date="2026-11-30")
 # hardware hands them out, the largest first. Lists are of 128 rows, which the backward takes them to be; and below a
 # diagonal blocks of 192 rows compute about as much more in vain as they are faster elsewhere.
 #
-# A soft-capped score takes a tanh and an exponential, and 64 columns leave the multipliers time for half of the latter:
-# 1.53 ms in place of 1.58, 0.865 in place of 0.879 below a diagonal. Elsewhere one of eight gains 3 % at most, and four
-# cost up to 44 %.
+# A soft-capped score takes a tanh and an exponential, and 64 columns leave the multipliers time for some of the latter:
+# with 4096 keys 1.53 ms in place of 1.58, 0.865 in place of 0.879 below a diagonal (see `LONG`). Elsewhere one of eight
+# gains 3 % at most, and four cost up to 44 %.
 #
 # A bias of each score of 64 columns is the Triton kernel's, in 1.89 ms: this one's took 1.83 ... 2.07.
 USUAL: dict[tuple[Kind, Seen, int], Fact[Variant]] = {
@@ -110,6 +110,19 @@ def usual(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype, width: int) -> Va
     seen = seen_of(spec, pieces)
     fact = USUAL.get((kind_of(spec, pieces, dtype), seen, width), USUAL["other", seen, width])
     return fact.value
+
+
+LONG = 4096
+"""Keys from which some exponentials are a polynomial's. With 1024 keys, and blocks of 192 rows, a soft-capped forward
+of 64 columns took 0.53 ms and, causal, 0.34 so, without 0.44 and 0.30; with 16384 keys 5.5 and 3.0, without 6.2 and 3.2
+(an H200, examples/results/soft_cap_h200.json, examples/benchmarks/attention_h200.json)."""
+
+
+def at_length(variant: Variant, keys: int) -> Variant:
+    """The variant of a site's usual one for so many keys."""
+    if variant.polynomials and keys < LONG:
+        return replace(variant, polynomials=0, warpgroups=2)
+    return variant
 
 
 def kind_of(spec: ScoreSpec, pieces: Pieces, dtype: torch.dtype) -> Kind:

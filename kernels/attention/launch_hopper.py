@@ -103,7 +103,7 @@ class Hopper:
         operands: Sequence[Tensor] = (),
         variant: Variant | None = None,
     ) -> None:
-        variant = variant or usual(prepared.key, q.dtype, q.shape[3])
+        variant = variant or hopper_variant.at_length(usual(prepared.key, q.dtype, q.shape[3]), k.shape[2])
         batch, heads, lq, dq = q.shape
         kv_heads, lk, dv = k.shape[1], k.shape[2], v.shape[3]
         blocks = -(-lq // variant.rows)

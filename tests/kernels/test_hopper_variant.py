@@ -123,6 +123,14 @@ def test_persistent_programs_have_pieces_of_equal_sizes_and_lists_are_of_one_siz
         assert kind == "other" or getattr(fact.value, kind), (kind, seen, width)
 
 
+def test_short_sequences_have_no_polynomials() -> None:
+    for fact in USUAL.values():
+        long, short = (hopper_variant.at_length(fact.value, n) for n in (hopper_variant.LONG, 1024))
+        assert long == fact.value and short.polynomials == 0
+        changed = {"polynomials": long.polynomials, "warpgroups": long.warpgroups}
+        assert short == long or (short.rows == hopper.ROWS and replace(short, **changed) == long)
+
+
 def taken(case: Case) -> bool:
     return hopper.why_not(*made(case.spec), torch.bfloat16, 64, 64) is None
 
