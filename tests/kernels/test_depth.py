@@ -43,8 +43,8 @@ class Shape:
 TINY = Tiles(16, 16, 1, 2)
 SHAPES = {
     "bf16": Shape(H200, torch.bfloat16, 144, 32),
-    "fp16": Shape(A100, torch.float16, 140, 64),
-    "tf32": Shape(A100, torch.float32, 300, 256, direct=True),
+    "fp16": Shape(A100, torch.float16, 140, 32),
+    "tf32": Shape(A100, torch.float32, 100, 32, direct=True),
 }
 
 
