@@ -25,6 +25,7 @@ THINNED = {
     "test_cache.py::test_a_changed_kernel_is_seen_before_it_runs": 3,
     "test_dead_rows.py": 4,
     "test_decode.py": 12,
+    "test_depth.py::test_products_add_up_enough": 3,
     "test_diagonal.py::test_a_bias_of_distances_is_a_vector": 6,
     "test_diagonal.py::test_what_is_learned_of_distances_alone_is_told_apart": 3,
     "test_distances_by_sdpa.py": 12,
@@ -60,6 +61,7 @@ THINNED = {
     "test_models.py": 6,
     "test_package.py::test_transformers_works_from_the_repositorys_root": 2,
     "test_philox.py::test_a_tile_keeps_what_the_reference_keeps": 2,
+    "test_positions_from_data.py::test_what_is_compared_with_data": 4,
     "test_replace.py::test_of_a_mask_of_parts_none_is_read_beyond_its_end": 3,
     "test_rows.py::test_gradients_of_rows_whose_masks_were_added": 3,
     "test_rows.py::test_rows_whose_masks_were_added_to_keys_with_a_mean": 3,
@@ -68,6 +70,7 @@ THINNED = {
     "test_soft_families.py::test_an_error_leaves_a_site_as_it_was_and_strict_raises_it": 3,
     "test_tables.py::test_gradients_of_tables": 6,
     "test_window_masks.py::test_what_is_learned_of_each_window_has_its_gradient": 3,
+    "test_windows.py::test_both_orders_of_batches_and_heads": 2,
     "test_windows.py::test_the_sum_over_batches_is_that_of_its_parts": 4,
 }
 """Long tables, by their file or by it and a function, of which one case in so many runs each time, and the first of
