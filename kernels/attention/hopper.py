@@ -43,7 +43,7 @@ from xfcompile.kernels.attention.hopper_variant import (
     usual,
 )
 from xfcompile.kernels.attention.names import Form, Names
-from xfcompile.kernels.lines import WIDTH, returned, wrapped
+from xfcompile.kernels.lines import WIDTH, indented, returned, wrapped
 from xfcompile.kernels.printing.printer import NAMES, Printer
 from xfcompile.kernels.printing.rules import RULES
 from xfcompile.kernels.printing.term import Term
@@ -429,14 +429,10 @@ def _softmax(spec: ScoreSpec, pieces: Pieces, variant: Variant) -> str:
             *template.softmax(forms.even, with_evens, "even_", highest=highest, exp2=exp2),
         ]
     )
-    return "\n".join([*lines, "if EVEN:", _indented(even), "else:", _indented(usual)])
-
-
-def _indented(text: str) -> str:
-    return textwrap.indent(text, "    ")
+    return "\n".join([*lines, "if EVEN:", indented(even), "else:", indented(usual)])
 
 
 def _partition(function: str, arguments: Sequence[str]) -> str:
     """What a part of a program's warps runs."""
     listed = textwrap.fill(", ".join(arguments), WIDTH - 12, break_long_words=False)
-    return f"({function}, (\n{_indented(listed)},\n)),"
+    return f"({function}, (\n{indented(listed)},\n)),"

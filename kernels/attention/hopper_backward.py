@@ -22,7 +22,7 @@ from xfcompile.kernels.attention.forward_text import HELPERS
 from xfcompile.kernels.attention.gradient import Gradients
 from xfcompile.kernels.attention.hopper_backward_text import KERNELS, PREAMBLE
 from xfcompile.kernels.attention.hopper_variant import bias_of, place_of
-from xfcompile.kernels.lines import WIDTH, wrapped
+from xfcompile.kernels.lines import WIDTH, indented, wrapped
 from xfcompile.kernels.printing.arithmetic import LOG2E
 from xfcompile.kernels.printing.extent import extent
 from xfcompile.score import I, J, Load, S
@@ -197,28 +197,28 @@ def _kernels(w: Writer) -> str:
         finish=wrapped("def finish_dq", [*finish, *(f"{x}: tl.constexpr" for x in ("DQ", "COLUMNS", "ROWS"))], ":"),
         slope=w.times_slope(),
         bounds=define("bounds", bounds, bounds_constants),
-        bounds_body=_indented(_bounds(w)),
+        bounds_body=indented(_bounds(w)),
         tile=define("tile", tile, tile_constants),
-        tile_body=_indented(_tile(w)),
+        tile_body=indented(_tile(w)),
         produce=define("produce", produce, constants),
         call_bounds_first=call("bounds", first_bounds, 1),
         call_bounds=call("bounds", [*bounds, *bounds_constants], 3),
         call_tile=call("tile", [*tile, *tile_constants], 3),
         advance=define("advance", advance, [*advance_constants, "MASKED"]),
         call_tile_advanced=call("tile", [*tile, *tile_constants], 1),
-        rows=_indented("\n".join(w.row_lines)),
+        rows=indented("\n".join(w.row_lines)),
         site=w.site,
         seen=keep,
         score="exact_score" if w.exact else "score",
         exponent=exponent,
         # By now dv's product has the weights in 16 bits; later on s and its function's value would take registers.
         bend="" if w.bend is None else f"    p *= bend(s, {w.site})",
-        load_more=_indented("\n".join(load_more), 3),
+        load_more=indented("\n".join(load_more), 3),
         row_bytes=row_bytes,
-        more_smem=_indented("\n".join(more_smem)),
+        more_smem=indented("\n".join(more_smem)),
         bias=read_bias,
         consume=define("consume", consume, consume_constants),
-        columns=_indented("\n".join(w.column_lines), 2),
+        columns=indented("\n".join(w.column_lines), 2),
         call_advance_masked=advanced(True),
         call_advance=advanced(False),
         unspecialized=repr([*sizes, "padded", *w.scalars, *listed[1:]]),
@@ -288,10 +288,6 @@ def _tile(w: Writer) -> str:
 def _in_order(w: Writer) -> bool:
     """Whether masked tiles, which come first, are the first ones."""
     return w.spec.keep == sympy.true or not w.spec.band.exact or w.spec.band.lower is None
-
-
-def _indented(text: str, depth: int = 1) -> str:
-    return textwrap.indent(text, "    " * depth)
 
 
 def _arguments(names: Sequence[str]) -> str:

@@ -43,7 +43,7 @@ LAYOUTS = ("contiguous", "transposed", "transposed", "poisoned", "key_major", "e
 DIMS = (8, 16, 17, 24, 32, 32, 40, 64, 64, 64, 72, 80, 96, 128, 128, 160, 192, 256)
 MOST = 1100
 """Queries or keys."""
-LEAST = 4.0
+LEAST = 8.0
 """What gradients' largest is taken to be, at least: of a row that sees one key they are differences of the same."""
 
 
