@@ -38,7 +38,7 @@ CONSTANTS = [
 ]
 """Compile-time arguments that all kernels of a backward have. EXACT: whether weights come from the maximum and
 the sum of a row, in base e until the one is subtracted, rather than from its log-sum-exp. EDGE_M, EDGE_N: whether the
-last block of queries, or of keys, is ragged."""
+last block of queries, or of keys, is ragged, or the last tile of a list, of which parts may lie beyond the end."""
 
 
 FLAGS = "MASKED", "EDGE"

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -35,7 +36,7 @@ import torch
 from attention_cases import CASES, Case, Inputs, Sizes, inputs
 from attention_cases import check as check_forward
 
-from xfcompile.kernels.attention import backward_call, launch_blocks, lists_sizes
+from xfcompile.kernels.attention import backward_call, launch_blocks, launch_decode, lists_sizes
 from xfcompile.kernels.attention.tiles import Tiles
 
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
@@ -149,16 +150,16 @@ def _listed(on: bool) -> Iterator[None]:
 def _interpreted(trial: Trial) -> Iterator[None]:
     """With tiles as there are on GPUs, where those of a list are of several of a kernel's."""
     n, (rows, keys) = trial.tile, trial.parts
-    own, listed = Tiles(n, n, 4, 1), Tiles(n * rows, n * keys, 4, 1)
-    places = ((launch_blocks, own), (backward_call, own), (lists_sizes, listed))
-    before = [module.INTERPRETED for module, _ in places]
-    for module, tiles in places:
-        module.INTERPRETED = tiles  # type: ignore[attr-defined]
-    try:
+    own, listed, few = Tiles(n, n, 4, 1), Tiles(n * rows, n * keys, 4, 1), Tiles(16 * rows, n * keys, 4, 1)
+    usual, decoding = "INTERPRETED", "INTERPRETED_DECODING"
+    with ExitStack() as stack:
+        for module, name, tiles in (
+            (launch_blocks, usual, own), (backward_call, usual, own), (lists_sizes, usual, listed),
+            (launch_decode, decoding, few),
+        ):  # fmt: skip
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, tiles)
         yield
-    finally:
-        for (module, _), tiles in zip(places, before, strict=True):
-            module.INTERPRETED = tiles  # type: ignore[attr-defined]
 
 
 def work(part: int, asked: argparse.Namespace, results: Any) -> None:
