@@ -49,7 +49,7 @@ def compile_call(call: Call, environment: dict[str, str], mark: str = "") -> lis
 
     with ExitStack() as stack:
         modes = (Launch.compiling_only(compiled), torch.no_grad(), FakeTensorMode(), _Addresses())
-        setting = _instead(torch.backends.cuda.matmul, "fp32_precision", call.fp32)
+        setting = instead(torch.backends.cuda.matmul, "fp32_precision", call.fp32)
         for context in (_environment_of(environment), _pretended(call.gpu), setting, *modes):
             stack.enter_context(context)
 
@@ -114,7 +114,8 @@ def _environment_of(other: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+def instead(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute has another value meanwhile."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -153,7 +154,7 @@ def _pretended(gpu: Gpu) -> Iterator[None]:
             # Inductor's processes have another assembler (TRITON_PTXAS_PATH), or remember it.
             (type(make_backend(gpu.target)), "hash", lambda self: gpu.compiler),
         ):
-            stack.enter_context(_instead(owner, name, value))
+            stack.enter_context(instead(owner, name, value))
         yield
 
 

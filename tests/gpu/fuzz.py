@@ -10,7 +10,6 @@ Prints what failed, and a line to keep. `--only 17,203` runs these numbers again
 from __future__ import annotations
 
 import argparse
-import contextlib
 import multiprocessing
 import os
 import sys
@@ -19,7 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -38,6 +37,7 @@ from attention_cases import check as check_forward
 
 from xfcompile.kernels.attention import backward_call, launch_blocks, launch_decode, lists_sizes
 from xfcompile.kernels.attention.tiles import Tiles
+from xfcompile.pretend import instead
 
 DTYPES = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)
 LAYOUTS = ("contiguous", "transposed", "transposed", "poisoned", "key_major", "expanded")
@@ -114,7 +114,9 @@ def outcome(trial: Trial, device: str) -> str:
     differentiable = trial.case in backward_cases.DIFFERENTIABLE
     # Large scores of many columns. And numbers of 11 bits, of which eager's products of few rows may have more.
     slack = 4.0 if not trial.tf32 else 2.0**-11 / torch.finfo(torch.float32).eps
-    with _tf32(trial.tf32), _listed(trial.listed), _interpreted(trial):
+    with ExitStack() as stack:
+        for setting in _settings(trial):
+            stack.enter_context(setting)
         if trial.dropout and differentiable:
             dropout_cases.check(trial.case, x, trial.dropout, slack, LEAST)
             return "right, with dropout"
@@ -125,41 +127,18 @@ def outcome(trial: Trial, device: str) -> str:
         return "right"
 
 
-@contextlib.contextmanager
-def _tf32(on: bool) -> Iterator[None]:
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    products.fp32_precision = "tf32" if on else before
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
-
-
-@contextlib.contextmanager
-def _listed(on: bool) -> Iterator[None]:
-    before = lists_sizes.FEW_TILES
-    lists_sizes.FEW_TILES = 0 if on else before
-    try:
-        yield
-    finally:
-        lists_sizes.FEW_TILES = before
-
-
-@contextlib.contextmanager
-def _interpreted(trial: Trial) -> Iterator[None]:
-    """With tiles as there are on GPUs, where those of a list are of several of a kernel's."""
+def _settings(trial: Trial) -> Iterator[AbstractContextManager[None]]:
+    """What a trial asks for; in the interpreter also tiles as there are on GPUs, where those of a list are of several
+    of a kernel's."""
+    if trial.tf32:
+        yield instead(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    if trial.listed:
+        yield instead(lists_sizes, "FEW_TILES", 0)
     n, (rows, keys) = trial.tile, trial.parts
-    own, listed, few = Tiles(n, n, 4, 1), Tiles(n * rows, n * keys, 4, 1), Tiles(16 * rows, n * keys, 4, 1)
-    usual, decoding = "INTERPRETED", "INTERPRETED_DECODING"
-    with ExitStack() as stack:
-        for module, name, tiles in (
-            (launch_blocks, usual, own), (backward_call, usual, own), (lists_sizes, usual, listed),
-            (launch_decode, decoding, few),
-        ):  # fmt: skip
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, tiles)
-        yield
+    for module in (launch_blocks, backward_call):
+        yield instead(module, "INTERPRETED", Tiles(n, n, 4, 1))
+    yield instead(lists_sizes, "INTERPRETED", Tiles(n * rows, n * keys, 4, 1))
+    yield instead(launch_decode, "INTERPRETED_DECODING", Tiles(16 * rows, n * keys, 4, 1))
 
 
 def work(part: int, asked: argparse.Namespace, results: Any) -> None:

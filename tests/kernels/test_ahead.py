@@ -185,11 +185,8 @@ def test_how_fp32_is_multiplied_is_the_users(folder: Path) -> None:
     """Other kernels are compiled, as they are launched."""
     products = torch.backends.cuda.matmul
     before, usual = products.fp32_precision, linear(A100, torch.float32)
-    try:
-        products.fp32_precision = "tf32"
+    with pretend.instead(products, "fp32_precision", "tf32"):
         other = linear(A100, torch.float32)
-    finally:
-        products.fp32_precision = before
     assert other.fp32 == "tf32" != usual.fp32 and ahead._mark(usual, {}) != ahead._mark(other, {})
     compiled(usual)
     found = entries(folder)

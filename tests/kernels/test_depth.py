@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import sympy
 import torch
-from test_ahead import A100, H200, compiled, folder  # noqa: F401 (a fixture)
+from test_ahead import A100, H200, compiled, folder, laid_out  # noqa: F401 (a fixture)
 
 from xfcompile import ahead
-from xfcompile.ahead import Gpu, Outline
+from xfcompile.ahead import Gpu
 from xfcompile.kernels.attention import backward_call, launch_blocks, prepare
 from xfcompile.kernels.attention.tiles import DEEP, DEPTH, Tiles, deepened, depth
+from xfcompile.pretend import instead
 from xfcompile.score import B, J, Load, S
 from xfcompile.site import Operand, ScoreSpec
 
@@ -58,13 +59,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", SHAPES)
 def test_products_add_up_enough(name: str, folder: Path) -> None:  # noqa: F811
-    products = torch.backends.cuda.matmul
-    before = products.fp32_precision
-    try:
-        products.fp32_precision = "tf32" if SHAPES[name].direct else before
-        text = made(SHAPES[name], folder)
-    finally:
-        products.fp32_precision = before
+    shape, products = SHAPES[name], torch.backends.cuda.matmul
+    with instead(products, "fp32_precision", "tf32" if shape.direct else products.fp32_precision):
+        text = made(shape, folder)
     assert "kWidth = 8" in text and shallow(text) == []
 
 
@@ -79,19 +76,15 @@ def test_what_is_looked_for_is_found(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def made(shape: Shape, folder: Path, spec: ScoreSpec = DROPPED) -> str:  # noqa: F811
     """All that was compiled for a forward and a backward, in Triton's language for GPUs."""
-    q = outline(2, 4, shape.length, shape.dim, dtype=shape.dtype)
-    lse, seed = outline(2, 4, shape.length, dtype=torch.float32), outline(1, dtype=torch.int64)
-    kept, key, random = outline(2, shape.length, dtype=torch.bool), prepare(spec), {"seed": seed, "stream": 1}
+    q = laid_out(2, 4, shape.length, shape.dim, dtype=shape.dtype)
+    lse, seed = laid_out(2, 4, shape.length, dtype=torch.float32), laid_out(1, dtype=torch.int64)
+    kept, key, random = laid_out(2, shape.length, dtype=torch.bool), prepare(spec), {"seed": seed, "stream": 1}
     needs = (True, True, True, False)
     forward = (q, q, q, (kept,), (), (), key)
     backward = (q, q, q, q, q, lse, (kept,), (), (), key, needs)
     for op, args in (("attention", forward), ("attention_backward", backward)):
         compiled(ahead.call_of(getattr(torch.ops.xfcompile, op).default, args, random, shape.gpu))
     return "\n".join(path.read_text() for path in sorted(folder.glob("*/attention_*.ttgir")))
-
-
-def outline(*shape: int, dtype: torch.dtype) -> Outline:
-    return Outline.of(shape, torch.empty(shape, device="meta").stride(), 0, dtype)
 
 
 def test_which_sites_take_more() -> None:
