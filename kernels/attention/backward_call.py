@@ -22,9 +22,9 @@ from xfcompile.kernels.attention.tiles import (
     deepened,
     depth,
     device_generation,
-    divides,
     neighbours,
     smaller,
+    usable,
     within,
 )
 
@@ -196,15 +196,11 @@ class Call:
             traits = [few, *traits] if few is not None else traits
             least, over_queries = depth(self.program.spec), name in ADD_QUERIES
             first = choose_backward(_source(name), kind_of_gpu, self.q.dtype, self.dq, self.dv, traits)
-            first = deepened(first, least, over_queries=over_queries)
-            first = within(first, listed)
+            first = within(deepened(first, least, over_queries=over_queries), listed)
             # The first that fits: the loops' tiles are chosen for what they hold, spilled or not.
             timed = neighbours(first) if _source(name) in ("dq", "dkdv") else ()  # the two main kernels
-            ways = [
-                [t for t in way if divides(t, listed) and t == deepened(t, least, over_queries=over_queries)]
-                for way in (smaller(first), timed)
-            ]
-            return fit.Candidates((first,), *ways)
+            ways = (smaller(first), timed)
+            return fit.Candidates((first,), *(usable(way, listed, least, over_queries=over_queries) for way in ways))
 
         return fit.remembered(
             self.program.fitting, kind, launch_with, candidates, self.q, self.dv, self.program.forward

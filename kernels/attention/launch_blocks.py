@@ -20,10 +20,10 @@ from xfcompile.kernels.attention.tiles import (
     deepened,
     depth,
     device_generation,
-    divides,
     neighbours,
     padded,
     smaller,
+    usable,
     within,
 )
 
@@ -121,6 +121,6 @@ def _fitting(
         first = deepened(choose(device_generation(q.device), q.dtype, q.shape[3], dv, q.shape[2], few), least)
         first = within(first, listed)
         ways = (alternatives(first), smaller(first), neighbours(first))
-        return fit.Candidates(*([t for t in way if divides(t, listed) and t.block_n >= least] for way in ways))
+        return fit.Candidates(*(usable(way, listed, least) for way in ways))
 
     return fit.remembered(prepared.fitting, kind, launch, candidates, q, dv, prepared.key)

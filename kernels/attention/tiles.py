@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -279,6 +279,13 @@ def within(tiles: Tiles, listed: tuple[int, int] | None) -> Tiles:
 def divides(tiles: Tiles, listed: tuple[int, int] | None) -> bool:
     """Whether tiles of a list, where there is one, are made up of these."""
     return listed is None or not (listed[0] % tiles.block_m or listed[1] % tiles.block_n)
+
+
+def usable(
+    way: Iterable[Tiles], listed: tuple[int, int] | None, least: int, *, over_queries: bool = False
+) -> list[Tiles]:
+    """Those that tiles of a list are made up of, and whose products add so many numbers up."""
+    return [t for t in way if divides(t, listed) and t == deepened(t, least, over_queries=over_queries)]
 
 
 def neighbours(tiles: Tiles) -> Iterator[Tiles]:
