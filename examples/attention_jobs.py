@@ -48,6 +48,8 @@ NAMES = {
 BACKWARD = ("dq", "dkdv")
 LOAD = "load0"
 """The backward's kernel of the first tensor that a score loads."""
+DQ_LOAD = "dq_load0"
+"""That for dq where it writes the gradient of that tensor, too."""
 DEAD = ("dead_rows", "dead_keys")
 
 LENGTH = 4096
@@ -90,10 +92,11 @@ def compile_attention(
     kind = kind_of(target)
     if kernel.startswith(WINDOW):
         return compile_window(WINDOW_KEYS[program], kernel.removeprefix(f"{WINDOW}_"), dtype, target, kind)
-    if kernel in (*BACKWARD, LOAD, *DEAD):
+    if kernel in (*BACKWARD, LOAD, DQ_LOAD, *DEAD):
         backward = backward_of(program, kernel, dtype, dim)
-        tiles = choose_backward(kernel, kind, dtype, dim, dim, backward.traits(kernel, None))
-        return compile_backward(backward, kernel, dtype, dim, target, tiles), tiles
+        name, writes = kernel.removesuffix("_load0"), kernel == DQ_LOAD
+        tiles = choose_backward(name, kind, dtype, dim, dim, backward.traits(name, None))
+        return compile_backward(backward, name, dtype, dim, target, tiles, writes), tiles
     if kernel == "attention_forward":
         spec = spec_of(program, kernel, dtype, dim)
         candidates = list(alternatives(choose(kind, dtype, dim, dim, LENGTH)))  # as a launch does
@@ -179,16 +182,22 @@ def compile_kernel(
 
 
 def backward_of(program: str, kernel: str, dtype: torch.dtype, dim: int) -> backward_layout.Program:
-    """Gradients of operands are wanted where the kernel is that of a load."""
+    """Gradients of operands are wanted where the kernel writes that of a load."""
     spec = spec_of(program, kernel, dtype, dim)
-    needed = tuple(range(len(spec.operands))) if kernel == LOAD else ()
+    needed = tuple(range(len(spec.operands))) if kernel.endswith(LOAD) else ()
     return backward_layout.prepare(prepare(spec), needed)
 
 
 def compile_backward(
-    backward: backward_layout.Program, name: str, dtype: torch.dtype, dim: int, target: GPUTarget, tiles: Tiles
+    backward: backward_layout.Program,
+    name: str,
+    dtype: torch.dtype,
+    dim: int,
+    target: GPUTarget,
+    tiles: Tiles,
+    writes: bool = False,
 ) -> Any:
-    """As a launch would."""
+    """As a launch would. writes: whether what computes dq writes what each score has of its own."""
     kernel = backward.kernel(name, False)
     wide_q, wide_v = columns(dim, dim, narrow=dim == WINDOW_DIM)
     constants: dict[str, object] = {
@@ -198,7 +207,8 @@ def compile_backward(
         "LISTED": True, "PARTS_M": 1, "PARTS_N": 1, "LOOP": True, "ALWAYS": False, "EDGE_M": False, "EDGE_N": False,
         "CHUNK": backward_dead.CHUNK, "MARKED": backward_dead.MARKED,
         **dict.fromkeys(("NEED_DQ", "NEED_DK", "NEED_DV", "NEED_DX"), True),
-        **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_([a-z]d|ln)", name)},
+        **{name: 1 for name in kernel.arg_names if re.fullmatch(r"stride_([a-z]d|l\d*n)", name)},
+        **{name: writes for name in kernel.arg_names if name.startswith("WRITE")},
         **{f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(backward.spec.operands)},
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

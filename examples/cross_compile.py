@@ -16,7 +16,7 @@ import gemm_jobs
 import hopper_attention_jobs
 import torch
 import triton
-from attention_jobs import BACKWARD, CACHES, DEAD, LEAKING, LOAD, NAMES, WINDOW, WINDOW_DIM, WINDOW_KEYS
+from attention_jobs import BACKWARD, CACHES, DEAD, DQ_LOAD, LEAKING, LOAD, NAMES, WINDOW, WINDOW_DIM, WINDOW_KEYS
 from resources import loads, resources, shallow
 from rich.console import Console
 from rich.progress import track
@@ -94,12 +94,14 @@ def jobs(all_programs: bool) -> Iterator[Job]:
                 yield Job("causal", torch.bfloat16, dim, target, "hopper")
                 yield Job("key padding", torch.bfloat16, dim, target, "hopper")
                 yield Job("causal", torch.bfloat16, dim, target, "hopper_backward")
+                yield Job("dense bias", torch.bfloat16, dim, target, hopper_attention_jobs.WRITING)
                 if all_programs:
                     yield Job("key padding", torch.bfloat16, dim, target, "hopper_backward")
         for dim in (64, 128):
             for kernel in BACKWARD:
                 yield Job("soft-cap, causal", torch.bfloat16, dim, target, kernel)
-            yield Job("dense bias", torch.bfloat16, dim, target, LOAD)
+            for kernel in (LOAD, DQ_LOAD):
+                yield Job("dense bias", torch.bfloat16, dim, target, kernel)
         for kernel in DEAD if all_programs or target in ("sm_90", "gfx942") else ():
             yield Job("added padding, dropout", torch.bfloat16, 64, target, kernel)
         for dim in (64, 128):

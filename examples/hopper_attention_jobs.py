@@ -20,13 +20,15 @@ from xfcompile.kernels.attention import (
 from xfcompile.kernels.attention.tiles import Tiles
 from xfcompile.site import ScoreSpec
 
-KERNELS = ("hopper", "hopper_backward")
+WRITING = "hopper_backward_load0"
+"""The backward where it writes the gradient of a bias, too."""
+KERNELS = ("hopper", "hopper_backward", WRITING)
 TARGET = GPUTarget("cuda", 90, 32)
 
 
 def compile_hopper(program: str, kernel: str, dtype: torch.dtype, dim: int) -> tuple[Any, Tiles] | None:
     """A kernel, and its tiles; None where another one is launched for such a program."""
-    if kernel == "hopper_backward":
+    if kernel in ("hopper_backward", WRITING):
         compiled = compile_backward(backward_of(program, kernel, dtype, dim), dtype, dim)
         rows, keys = hopper_backward.ROWS, hopper_backward.KEYS
         tiles = Tiles(rows, keys, hopper_backward.WARPS, hopper_backward.STAGES[dim])
@@ -78,13 +80,13 @@ def compile_backward(backward: backward_layout.Program, dtype: torch.dtype, dim:
         "ROWS": rows, "KEYS": keys, "STAGES": hopper_backward.stages(writer, dim), "LISTED_ROWS": hopper.ROWS,
         "EACH_HEAD": writer.listed, "AHEAD": hopper_backward.AHEAD[dim], "LATER": hopper_backward.LATER[dim],
         "FAST": 2, "DQ": dim, "DV": dim, "PRODUCER_REGISTERS": hopper_backward.PRODUCER_REGISTERS,
-        "stride_dd": 1, "stride_ed": 1,
+        "stride_dd": 1, "stride_ed": 1, "WRITE": True,
     }  # fmt: skip
     constants |= {f"t{n}_stride{operand.ndim - 1}": 1 for n, operand in enumerate(spec.operands)}
     types = {f"{name}_desc": descriptor([1, 1, rows, dim], dtype) for name in ("q", "dout")}
     types |= {f"{name}_desc": descriptor([1, 1, keys, dim], dtype) for name in "kv"}
     types |= {f"{name}_desc": descriptor([1, rows], torch.float32) for name in ("top", "delta", "shift")}
-    types["bias_desc"] = descriptor([1, 1, rows, keys], dtype)
+    types |= {f"{name}_desc": descriptor([1, 1, rows, keys], dtype) for name in ("bias", "dbias")}
     types["dq_desc"] = descriptor([1, 1, rows, dim], torch.float32)
     return compiled_with(kernel, constants, types, dtype, spec, TARGET, GluonASTSource, hopper_backward.WARPS)
 

@@ -17,6 +17,7 @@ THINNED = {
     "test_attention.py": 7,
     "test_attention_dropout.py::test_values_and_gradients": 6,
     "test_backward.py": 9,
+    "test_backward_bias.py": 5,
     "test_backward_distances.py": 2,
     "test_backward_work.py::test_tiles_that_the_forward_leaves_out_are_left_out_of_every_gradient": 3,
     "test_bias_act_dropout.py": 6,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
 from xfcompile.evaluate import Evaluator
 from xfcompile.kernels.attention import backward_dead, fit, lists, programs, reference
 from xfcompile.kernels.attention.arguments import mask_values
+from xfcompile.kernels.attention.backward_dq import writes_of
 from xfcompile.kernels.attention.backward_layout import Layout, Needs, Program
 from xfcompile.kernels.attention.exactness import precision, speed
 from xfcompile.kernels.attention.repeat import Launch
@@ -78,6 +80,14 @@ class Call:
             tiles, tiles_by_key = (lists.run(self.q, *about, bool(n), own.sites[n]) for n in (0, 1))
         self.lists, self.sizes = (tiles, tiles_by_key), (block_m, block_n)
 
+    def clear(self, written: Sequence[Tensor]) -> None:
+        """Zeros, where tiles without a kept score are not visited."""
+        spec = self.program.spec
+        bounded = spec.keep != sympy.true and (spec.band.lower is not None or spec.band.upper is not None)
+        if bounded or self.lists is not None:
+            for x in written:
+                x.zero_()
+
     def launch(self, name: str, tensors: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         """One of the two main kernels, or what finds of each row what others read of it ("pair"), which is that for dq
         without its loop. made: what it writes to and has strides of."""
@@ -101,9 +111,11 @@ class Call:
         flags: dict[str, Any]
         if name != "dkdv":
             alone = name == "pair"
+            own = [] if alone else self.layout.each_score
             flags = {
                 "NEED_DQ": self.needs.q and not alone,
-                "LOOP": (self.needs.q or bool(self.layout.rows)) and not alone,
+                **{writes_of(n): n in own for n in self.program.dense},
+                "LOOP": bool(self.needs.q or self.layout.rows or own) and not alone,
                 "ALWAYS": self.q.dtype == torch.float32,
             }
             strided = [self.q, self.k, self.v, self.out, self.dout, *made]
@@ -189,7 +201,8 @@ class Call:
             launch_with(wanted)
             return wanted
         few = self.layout.few
-        kind = (name, self.q.device, self.q.dtype, self.dq, self.dv, listed, self.needs, few)
+        own = tuple(self.layout.each_score)
+        kind = (name, self.q.device, self.q.dtype, self.dq, self.dv, listed, self.needs, few, own)
 
         def candidates() -> fit.Candidates:
             kind_of_gpu, traits = device_generation(self.q.device), self.program.traits(name, listed)

@@ -1,14 +1,15 @@
-"""The text of the kernel for dq, which also finds what the others read of a row."""
+"""The text of the kernel for dq, which also finds what others read of a row, and writes what each score has alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sympy
 
 from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, MOST_ROWS, SCORES, TALL
+from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, MOST_ROWS, QUERIES, SCORES, TALL
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, constexprs, indented
+from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.loops import bounded_loops
 from xfcompile.kernels.lines import wrapped
 from xfcompile.kernels.printing.arithmetic import LOG2E
@@ -17,11 +18,15 @@ from xfcompile.kernels.printing.arithmetic import LOG2E
 def dq(w: Writer) -> str:
     sums = w.found.of("rows")
     names = [f"drow{n}" for n, _ in sums]
+    dense = w.found.of("dense")
     loaded = ["k_ptr", "v_ptr", "stride_kn", "stride_kd", "stride_vn", "stride_vd"]
     free = [*w.pointers, *w.strides, *w.scalars, *(t.text for t in w.rows.values()), *w.random]
     constants = [*CONSTANTS, *w.flags, "NEED_DQ"]
-    arguments = ["dq", *names, "q", "dout", "top", "inverse", "delta", "start", "b", "h", "i", "lk", *loaded, *free]
-    signature = wrapped("def dq_tile", [*arguments, *constexprs([*constants, "MASKED", "EDGE"])], ":")
+    writes = [writes_of(n) for n, _ in dense]
+    places = ["offs_m", "lq", *(f"{x}{n}{d}" for n, _ in dense for x, d in PLACES)] if dense else []
+    of_tile = [*names, "q", "dout", "top", "inverse", "delta", "start", "b", "h", "i", "lk"]
+    arguments = ["dq", *of_tile, *loaded, *places, *free]
+    signature = wrapped("def dq_tile", [*arguments, *constexprs([*constants, *writes, "MASKED", "EDGE"])], ":")
     lines = [
         "k = load_rows(k_ptr, start, lk, stride_kn, stride_kd, DQ, BLOCK_N, BLOCK_DQ, EDGE)",
         "v = load_rows(v_ptr, start, lk, stride_vn, stride_vd, DV, BLOCK_N, BLOCK_DV, EDGE)",
@@ -39,6 +44,7 @@ def dq(w: Writer) -> str:
         *w.dropped("dp"),
         "dx = p * (dp - delta[:, None])",
         *w.sums("drow", sums, 1, KEYS),
+        *_written(w, dense),
         "if NEED_DQ:",
         *(f"    {line}" for line in w.ds(KEYS)),
         "    dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)",
@@ -75,7 +81,7 @@ def dq(w: Writer) -> str:
 
     def step(*, masked: bool, edge: bool | str) -> str:
         target = f"    {', '.join(['dq', *names])} = dq_tile"
-        return wrapped(target, [*arguments, *constants, str(masked), str(edge)])
+        return wrapped(target, [*arguments, *constants, *writes, str(masked), str(edge)])
 
     def first_step(*, masked: bool, edge: bool | str) -> str:
         return wrapped("    m, l = row_tile", [*first_arguments, *constants[:-1], str(masked), str(edge)])
@@ -84,13 +90,15 @@ def dq(w: Writer) -> str:
     tensors = ["q_ptr", "k_ptr", "v_ptr", "out_ptr", "dout_ptr", "lse_ptr", "pair_ptr", "inverse_ptr"]
     tensors.append("dq_ptr")
     tensors += [f"{name}_ptr" for name in names]
-    axes = (("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd"), ("g", "bhmd"), ("d", "bhmd"))
+    tensors += [f"dload{n}_ptr" for n, _ in dense]
+    axes = [("q", "bhmd"), ("k", "bhnd"), ("v", "bhnd"), ("o", "bhmd"), ("g", "bhmd"), ("d", "bhmd")]
+    axes += [(f"l{n}", "bhmn") for n, _ in dense]
     upper = w.spec.keep != sympy.true and w.spec.band.upper is not None
     stores = [f"tl.store({name}_ptr + vector + offs_m, {name}, mask=offs_m < lq)" for name in names]
     kernel = DQ_KERNEL.format(
         options=w.options(),
-        signature=w.signature("attention_backward_dq", tensors, axes, [*constants, "LOOP", "ALWAYS"]),
-        more=", and sums of gradients over its keys" if names else "",
+        signature=w.signature("attention_backward_dq", tensors, axes, [*constants, *writes, "LOOP", "ALWAYS"]),
+        more=_more(bool(names), bool(dense)),
         # The last rows see most keys under a causal mask: they start first.
         block="blocks - 1 - pid % blocks" if upper else "pid % blocks",
         place=w.place("heads", "h"),
@@ -99,12 +107,47 @@ def dq(w: Writer) -> str:
         steep=_steep(w),
         state=indented(state, 4),
         first_loops=indented(_key_loops(w, first_step).splitlines(), 4),
-        sums=indented([f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names], 2),
+        sums=indented(
+            [
+                *(f"{name} = tl.full([BLOCK_M], 0.0, tl.float32)" for name in names),
+                *(f"dload{n}_ptr += wide_b * stride_l{n}b + wide_h * stride_l{n}h" for n, _ in dense),
+            ],
+            2,
+        ),
         loops=indented(loops.splitlines(), 2),
         stores=indented(stores, 2),
         slope=w.times_slope(),
     )
     return f"{first}\n\n{tile}\n\n{kernel}"
+
+
+PLACES = ("dload", "_ptr"), ("stride_l", "m"), ("stride_l", "n")
+"""What a tile's gradient is written by, around the number of its load."""
+
+
+def writes_of(n: int) -> str:
+    """The constant that says whether the kernel writes the gradient by a dense load, which has then an element of its
+    own for each score: nothing is to be added up, and no other kernel has to compute all tiles once more."""
+    return f"WRITE{n}"
+
+
+def _written(w: Writer, dense: Sequence[tuple[int, LoadGradient]]) -> list[str]:
+    inside = f"({QUERIES.replace('offs_m', 'offs_m[:, None]')}) & ({KEYS})"
+    lines = []
+    for n, x in dense:
+        lines += [
+            f"if {writes_of(n)}:",
+            f"    places = offs_m[:, None].to(tl.int64) * stride_l{n}m + offs_n.to(tl.int64) * stride_l{n}n",
+            f"    more = (dx * {w.by(n, x)}).to(dload{n}_ptr.dtype.element_ty)",
+            f"    tl.store(dload{n}_ptr + places, more, mask={inside})",
+        ]
+    return lines
+
+
+def _more(sums: bool, dense: bool) -> str:
+    found = [", and sums of gradients over its keys"] if sums else []
+    found += [", and gradients that are each score's own, where WRITE"] if dense else []
+    return "".join(found)
 
 
 def _steep(w: Writer) -> str:

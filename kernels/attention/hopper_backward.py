@@ -105,6 +105,14 @@ def writer(spec: ScoreSpec, found: Gradients, dtype: torch.dtype) -> Writer:
     return Writer(spec, found, () if bias is None else (bias,))
 
 
+def written(w: Writer) -> int | None:
+    """The load of a bias whose gradient is that of the scores, which is there to be written, by its number; None if it
+    is not."""
+    if w.bend is not None:
+        return None
+    return next((n for n, x in w.found.of("dense") if x.load in w.tiles and x.derivative == 1), None)
+
+
 def module(w: Writer) -> str:
     """The whole text, of a site that `why_not` has nothing against."""
     head = PREAMBLE.format(meaning=template.meaning(w.spec), slope=w.found.slope, imports=gluon.IMPORTS)
@@ -122,9 +130,10 @@ def _kernels(w: Writer) -> str:
     own = [*w.pointers, *w.strides, *w.scalars]
     tiling = ["n", "masked", "x0", "x1", "x2", "x3"]
     of_rows = ["top", "delta", *(["shift"] if w.exact else [])]
-    tensors = ["q", "k", "v", "dout", *of_rows, *(["bias"] if w.tiles else []), "dq"]
-    descriptors = [f"{name}_desc" for name in tensors]
-    smem = [f"{name}_smem" for name in tensors if name != "dq"]
+    read = ["q", "k", "v", "dout", *of_rows, *(["bias"] if w.tiles else [])]
+    writes = ["dq_desc", *([] if written(w) is None else ["dbias_desc"])]
+    descriptors = [*(f"{name}_desc" for name in read), *writes]
+    smem = [f"{name}_smem" for name in read]
     barriers = ["full", "empty", "own"]
     place = ["b", "kv_head", "block"]
     sizes = ["heads", "group", "lq", "lk"]
@@ -141,13 +150,13 @@ def _kernels(w: Writer) -> str:
     bounds_constants = ["ROWS", "KEYS", "LISTED_ROWS"]
     tile = ["t", *tiling, *listed[:1]]
     tile_constants = ["ROWS", "LISTED_ROWS"]
-    produce = [*descriptors[:-1], *smem, *barriers, *place, *sizes, *w.scalars, *listed]
+    produce = [*descriptors[: len(read)], *smem, *barriers, *place, *sizes, *w.scalars, *listed]
     pointers = ["dk_ptr", "dv_ptr"]
     consume = [
         *smem,
         "ds_smem",
         "dq_smem",
-        "dq_desc",
+        *writes,
         *barriers,
         *place,
         *sizes,
@@ -159,11 +168,12 @@ def _kernels(w: Writer) -> str:
     ]
     hoisted = [t.text for t in w.columns.values()]
     advance = [
-        "t", "step", "s", "dk", "dv", *smem, "ds_smem", "dq_smem", "dq_desc", "full", "empty", *tiling, "b", "h", "j",
-        "offs_n", "lq", "lk", "before", *own, *hoisted, *listed[:1],
+        "t", "step", "s", "dk", "dv", *smem, "ds_smem", "dq_smem", *writes, "full", "empty", *tiling, "b", "h", "j",
+        "offs_n", "lq", "lk", "before", *(["first"] if len(writes) > 1 else []), *own, *hoisted, *listed[:1],
     ]  # fmt: skip
-    advance_constants = [*constants, "AHEAD", "LATER", *w.flags, "S_MMA", "O_MMA", "Q_MMA"]
-    consume_constants = [*constants, "AHEAD", "LATER", *w.flags, "DQ", "DV"]
+    own_constants = [*constants, "AHEAD", "LATER", *(["WRITE"] if written(w) is not None else []), *w.flags]
+    advance_constants = [*own_constants, "S_MMA", "O_MMA", "Q_MMA"]
+    consume_constants = [*own_constants, "DQ", "DV"]
     kernel = [*descriptors, *pointers, *w.pointers, *listed[:1], *sizes, "padded", *strides, *w.strides, *w.scalars]
     kernel += listed[1:]
     finish = ["sum_ptr", "dq_ptr", *(f"stride_d{d}" for d in "bhmd"), "heads", "lq", "padded", *w.scalars]
@@ -173,7 +183,7 @@ def _kernels(w: Writer) -> str:
 
     more_smem: list[str] = []
     load_more: list[str] = []
-    row_bytes, exponent, read_bias = "8", "x - top", ""
+    row_bytes, exponent, read_bias, store, send = "8", "x - top", "", "", ""
     if w.exact:
         exponent = "gl.fma(x - top, LOG2E, shift_smem.index(at).load(S_MMA))"
         more_smem.append("shift_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], shift_desc.layout)")
@@ -187,9 +197,14 @@ def _kernels(w: Writer) -> str:
         at_bias = f"[{b}, {h}, start, first]"
         more_smem.append("bias_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, ROWS, KEYS], bias_desc.layout)")
         load_more.append(f"tma.async_copy_global_to_shared(bias_desc, {at_bias}, bar, bias_smem.index(at))")
-        read_bias = "bias_smem.index(at).reshape([ROWS, KEYS]).permute((1, 0)).load(S_MMA)"
-        read_bias = f"    tile0 = {read_bias}.to(gl.float32)"
+        stage = "bias_smem.index(at).reshape([ROWS, KEYS]).permute((1, 0))"
+        read_bias = f"    tile0 = {stage}.load(S_MMA).to(gl.float32)"
         row_bytes = f"({row_bytes} + KEYS * 2)"
+        if written(w) is not None:
+            # In the stage's own memory, which all have read by then; it is given back behind the next wait for TMA.
+            store = f"\n    if WRITE:\n        {stage}.store(ds_)"
+            send = f"tma.async_copy_shared_to_global(dbias_desc, {at_bias}, bias_smem.index(at))"
+            send = f"\n    if WRITE:\n        {send}"
     keep = "offs_n < lk" if w.spec.keep == sympy.true else f"keep({w.site}) & (offs_n < lk)"
     first_bounds = ["b", "kv_head * group", *bounds[2:], *bounds_constants]
     return KERNELS.format(
@@ -217,6 +232,8 @@ def _kernels(w: Writer) -> str:
         row_bytes=row_bytes,
         more_smem=indented("\n".join(more_smem)),
         bias=read_bias,
+        store_scores=store,
+        send_scores=send,
         consume=define("consume", consume, consume_constants),
         columns=indented("\n".join(w.column_lines), 2),
         call_advance_masked=advanced(True),

@@ -173,8 +173,8 @@ def prepare_rows(out_ptr, dout_ptr, lse_ptr, pair_ptr, inverse_ptr, top_ptr, del
         dp = warpgroup_mma_wait(1, deps=[dp_])
     ds = p * (dp - delta)
     ds_ = ds.to(dtype)
-    ds_smem.store(ds_)
-    fence_async_shared()
+    ds_smem.store(ds_){store_scores}
+    fence_async_shared(){send_scores}
     dq_ = warpgroup_mma(ds_smem.permute((1, 0)), k, none, use_acc=False, is_async=True)
     a2 = gl.convert_layout(ds_, gl.DotOperandLayout(0, O_MMA, 2))
     dk_ = warpgroup_mma(a2, q, dk, is_async=True)

@@ -89,12 +89,18 @@ def _fill(call: Call, made: Gradients) -> None:
     """Launches the kernels, which write the gradients."""
     dq, dk, dv, doperands = made
     needs, layout = call.needs, call.layout
+    loads = call.program.made.gradients.loads
+    direct = {n: doperands[loads[n].load.operand].as_strided(*place) for n, place in layout.direct.items()}
     rows = {n: layout.row() for n in layout.rows}
     columns_ = {n: layout.column() for n in layout.columns}
-    if not launch_hopper_backward.run(call, dq, dk, dv):
+    written = launch_hopper_backward.run(call, dq, dk, dv, direct)
+    if written is None:
+        written = layout.each_score
+        call.clear([direct[n] for n in written])
         dq = dq if needs.q else call.q
         own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, dq]
-        call.launch("dq", [*own, *rows.values()], (dq,))
+        of_scores = [direct[n] if n in written else call.q for n in call.program.dense]
+        call.launch("dq", [*own, *rows.values(), *of_scores], (dq, *of_scores))
         if needs.k or needs.v or columns_:
             outer = (dk if needs.k else call.k, dv if needs.v else call.v)
             own = [call.q, call.k, call.v, call.dout, call.pair, call.inverse, *outer]
@@ -103,10 +109,12 @@ def _fill(call: Call, made: Gradients) -> None:
         dead_rows.add(call, made[0], dk, dv)
     for n in layout.added_to:
         doperands[n].zero_()
-    for n, x in enumerate(call.program.made.gradients.loads):
-        if n in layout.direct:
+    for n, x in enumerate(loads):
+        if n in written:
+            continue
+        if n in direct:
             write = backward_loads.launch_load if x.kind == "dense" else backward_loads.fold
-            write(call, n, doperands[x.load.operand].as_strided(*layout.direct[n]))
+            write(call, n, direct[n])
         else:
             backward_loads.add(call, x, backward_loads.of_load(call, n, x, rows, columns_), doperands)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,27 +53,29 @@ def _module(forward: str, needed: tuple[int, ...], dtype: torch.dtype) -> Any:
     return cache.load(cache.store(text), f"xfcompile_attention_hopper_backward_{cache.key_of(text)}")
 
 
-def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> bool:
-    """Whether it was this kernel that computed the three gradients. It adds dq up in an order that is not the same
-    every time: not where PyTorch is asked for what is."""
+def run(call: Call, dq: Tensor, dk: Tensor, dv: Tensor, direct: Mapping[int, Tensor]) -> Sequence[int] | None:
+    """The loads whose gradients this kernel wrote, in `direct`, beside the three that it computed; None where it did
+    not. It adds dq up in an order that is not the same every time: not where PyTorch is asked for what is."""
     layout = call.layout
     if layout.hopper is None or torch.are_deterministic_algorithms_enabled():
-        return False
+        return None
     if layout.hopper is UNKNOWN:
         reason = _why_not_these(call)
-        layout.hopper = HopperBackward(call, dq, dk, dv) if reason is None else None
+        layout.hopper = HopperBackward(call, dq, dk, dv, direct) if reason is None else None
         if reason is not None:
             log.debug("a backward that is not for Hopper's kernel: %s", reason)
-            return False
-    if not aligned(call.q, call.k, call.v, call.dout, *(call.operands[n] for n in layout.hopper.biases)):
-        return False
+            return None
+    hopper: HopperBackward = layout.hopper
+    written = [direct[n] for n in hopper.written]
+    if not aligned(call.q, call.k, call.v, call.dout, *(call.operands[n] for n in hopper.biases), *written):
+        return None
     try:
-        layout.hopper(call, dq, dk, dv)
+        hopper(call, dq, dk, dv, written)
     except fit.Unavailable as error:
         log.warning("the backward for Hopper does not run (%s): other kernels take its place", error)
         layout.hopper = None
-        return False
-    return True
+        return None
+    return hopper.written
 
 
 def _why_not_these(call: Call) -> str | None:
@@ -109,7 +112,7 @@ def _programs(call: Call) -> int:
 class HopperBackward:
     """Launches of the kernel, and of those before and after it, with tensors of one layout."""
 
-    def __init__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def __init__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor, direct: Mapping[int, Tensor]) -> None:
         forward, needed = call.program.forward, call.program.needed
         dtype = call.q.dtype
         module, w = _module(forward, needed, dtype), _writer(forward, needed, dtype)
@@ -152,21 +155,34 @@ class HopperBackward:
             described_for_gluon(seen(call.operands[n], call.lq, call.lk), [1, 1, rows, keys]) for n in self.biases
         ]
         tiles.append(described_for_gluon(torch.empty(self.sum.shape, device="meta"), [1, 1, rows, columns]))
+        writes = hopper_backward.written(w)
+        self.writes = writes is not None
+        self.written = [writes] if writes in call.layout.each_score and described(direct[writes]) else []
+        if self.writes:
+            constants["WRITE"] = bool(self.written)
+            made = [direct[n] for n in self.written] or [seen(call.operands[self.biases[0]], call.lq, call.lk)]
+            tiles.append(described_for_gluon(made[0], [1, 1, rows, keys]))
         self.main = Launch(
             module.attention_backward, _programs(call), numbers, constants,
             {"num_warps": hopper_backward.WARPS, **alike(self.exact)}, tiles,
         )  # fmt: skip
 
-    def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def __call__(self, call: Call, dq: Tensor, dk: Tensor, dv: Tensor, written: Sequence[Tensor]) -> None:
+        """written: what it writes of the gradients by loads."""
+        call.clear(written)
         if self.paired:
             own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, call.q]
-            call.launch("pair", own, (call.q,))
+            unused = [call.q for _ in call.program.dense]
+            call.launch("pair", [*own, *unused], (call.q, *unused))
         of_rows = [self.rows() for _ in range(3 if self.exact else 2)]
         total = self.sum()
         shift = of_rows[-1]  # not written to where there is none
         self.before([call.out, call.dout, call.lse, call.pair, call.inverse, *of_rows[:2], shift, total])
-        tensors = [call.q, call.k, call.v, call.dout, *of_rows, *(call.operands[n] for n in self.biases), total, dk, dv]
-        tensors += call.operands
+        biases = [call.operands[n] for n in self.biases]
+        tensors = [call.q, call.k, call.v, call.dout, *of_rows, *biases, total]
+        if self.writes:
+            tensors += written or biases
+        tensors += [dk, dv, *call.operands]
         free = call.scalars
         if call.program.made.listed:
             assert call.lists is not None

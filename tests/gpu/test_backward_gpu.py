@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 from attention_cases import CAUSAL, Case, Inputs, Sizes, inputs, named
 from attention_cases import check as check_forward
 from backward_cases import BIAS, BOTH, DIFFERENTIABLE, check, distances
+from bias_cases import AXES, MASKS, biased
 from dropout_cases import check as check_dropout
 
 from xfcompile.kernels.attention import lists_sizes
@@ -104,6 +105,26 @@ def test_tiles_of_a_list_that_end_beyond_the_last_row_or_key(
     check_forward(case, x)
     check(case, x)
     check_dropout(case, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 128, 192])
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_bias_of_each_score(
+    mask: str, axes: str, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That has an element for each is written where dq is computed, others by kernels of their own."""
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    case = biased(mask, axes, dtype)
+    x = inputs(case, dtype, "transposed", Sizes(1 if axes == "of heads" else 2, 4, 2, 330, 264, dim, dim))
+    check(case, on_gpu(x))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_bias_of_each_score_where_weights_are_dropped_out(mask: str) -> None:
+    case = biased(mask, "each", torch.bfloat16)
+    check_dropout(case, on_gpu(inputs(case, torch.bfloat16, "transposed", Sizes(2, 4, 2, 144, 130, 32, 32))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

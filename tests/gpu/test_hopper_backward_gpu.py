@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 from attention_cases import CASES, Case, Inputs, Sizes, call, inputs, named
 from backward_cases import CAPPED, DIFFERENTIABLE, check, floating
+from bias_cases import AXES, MASKS, biased
 
 from xfcompile.kernels.attention import launch_backward, launch_hopper_backward, lists_sizes, prepare
 from xfcompile.kernels.attention.backward_layout import Needs
@@ -129,6 +130,22 @@ def test_a_learned_bias_of_each_score(
     x = dataclasses.replace(x, operands=[x.operands[0].to(dtype)])
     check(case, x)
     assert ran == [True]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if "window" not in mask])
+def test_a_learned_bias_beside_a_mask(
+    mask: str, axes: str, dtype: torch.dtype, dim: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has an element for each score, or is added up by a kernel of its own; of more tiles than stages."""
+    monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
+    case = biased(mask, axes, dtype)
+    for batch, heads, lengths in ((2, (4, 2), (330, 264)), (1, (2, 2), (1000, 712))):
+        x = inputs(case, dtype, "transposed", Sizes(batch, *heads, *lengths, dim, dim))
+        check(case, on_gpu(x))
+    assert mask in ("documents", "padding_mean") or ran == [True, True]  # whose lists may be of smaller tiles
 
 
 def test_it_gives_way_to_kernels_with_the_same_numbers_every_time(ran: Ran) -> None:

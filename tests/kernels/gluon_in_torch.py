@@ -61,7 +61,9 @@ def scope(
         "gl": language,
         "tl": language,
         "mbarrier": Barrier,
-        "tma": SimpleNamespace(async_copy_global_to_shared=_copy, store_wait=_sums_waited_for),
+        "tma": SimpleNamespace(
+            async_copy_global_to_shared=_copy, async_copy_shared_to_global=_write, store_wait=_writes_waited_for
+        ),
         "fence_async_shared": _fence,
         "warpgroup_mma": _multiply,
         "warpgroup_mma_wait": _products_waited_for,
@@ -213,7 +215,7 @@ def _allocate(
 
 
 class Descriptor:
-    """A tensor of which TMA reads blocks, and adds to."""
+    """A tensor of which TMA reads blocks, and writes or adds to."""
 
     def __init__(self, made: Any) -> None:
         base = made.base
@@ -233,35 +235,43 @@ def _copy(source: Descriptor, at: Sequence[int], barrier: Barrier, made: Shared,
         barrier.coming.append((source.inside(at), made))
 
 
-class Sum:
-    """What TMA adds to a tensor."""
+class Write:
+    """What TMA writes to a tensor, or adds to it."""
 
-    def __init__(self, target: Tensor, block: Shared) -> None:
+    def __init__(self, target: Tensor, block: Shared, add: bool) -> None:
         self.target, self.block, self.x, self.writes = target, block, block.seen().clone(), block.writes()
+        self.add = add
 
     def end(self) -> None:
         x = self.x[tuple(slice(n) for n in self.target.shape)]
-        self.target += x if self.writes == self.block.writes() else torch.nan
+        if self.writes != self.block.writes():
+            x = torch.full_like(x, torch.nan)
+        self.target.copy_(self.target + x if self.add else x)
 
 
 def _add(target: Descriptor, at: Sequence[int], block: Shared) -> None:
-    _own.sums.append(Sum(target.inside(at), block))
+    _own.writes.append(Write(target.inside(at), block, add=True))
 
 
-def _sums_waited_for(n: int) -> None:
-    while len(_own.sums) > n:
-        _own.sums.popleft().end()
+def _write(target: Descriptor, at: Sequence[int], block: Shared) -> None:
+    assert list(block.shape) == list(target.block_type.shape) and block.dtype == target.dtype
+    _own.writes.append(Write(target.inside(at), block, add=False))
+
+
+def _writes_waited_for(n: int) -> None:
+    while len(_own.writes) > n:
+        _own.writes.popleft().end()
 
 
 # -- threads -------------------------------------------------------------------------------------------------------
 
 
 class _Own(threading.local):
-    """What a thread has begun: products, sums in memory, and what it wrote to shared memory without a fence since."""
+    """What a thread has begun: products, what TMA writes, and what it wrote to shared memory without a fence since."""
 
     def __init__(self) -> None:
         self.products: deque[Product] = deque()
-        self.sums: deque[Sum] = deque()
+        self.writes: deque[Write] = deque()
         self.unfenced: list[Stage] = []
 
 

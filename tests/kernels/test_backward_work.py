@@ -75,23 +75,27 @@ def test_tiles_that_the_forward_leaves_out_are_left_out_of_every_gradient(name: 
 
 
 @pytest.mark.parametrize(
-    ("wanted", "launched"),
+    ("batch", "wanted", "launched"),
     [
-        ((True, True, True, ()), ["dq", "dkdv"]),
-        ((True, False, False, ()), ["dq"]),
-        ((False, True, False, ()), ["dq", "dkdv"]),
-        ((False, False, True, ()), ["dq", "dkdv"]),
-        ((True, False, False, (0,)), ["dq", "load0"]),
-        ((False, False, False, (0,)), ["dq", "load0"]),
+        (2, (True, True, True, ()), ["dq", "dkdv"]),
+        (2, (True, False, False, ()), ["dq"]),
+        (2, (False, True, False, ()), ["dq", "dkdv"]),
+        (2, (False, False, True, ()), ["dq", "dkdv"]),
+        (2, (True, False, False, (0,)), ["dq", "load0"]),
+        (2, (False, False, False, (0,)), ["dq", "load0"]),
+        (1, (True, False, False, (0,)), ["dq"]),
+        (1, (False, False, False, (0,)), ["dq"]),
+        (1, (False, True, True, ()), ["dq", "dkdv"]),
     ],
     ids=str,
 )
 def test_kernels_of_gradients_that_nobody_wants_are_not_launched(
-    wanted: tuple[bool, bool, bool, tuple[int, ...]], launched: list[str], monkeypatch: pytest.MonkeyPatch
+    batch: int, wanted: tuple[bool, bool, bool, tuple[int, ...]], launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That for dq finds delta first, which all others read: where dq is not wanted it has no loop over keys."""
+    """That for dq finds delta first, which all others read: where dq is not wanted it has no loop over keys, if it does
+    not write what a bias has of each score."""
     case = named("bias_hij")
-    x = inputs(case, torch.float32, sizes=Sizes(batch=1, heads=2, kv_heads=2, lq=40, lk=40, dq=8, dv=8))
+    x = inputs(case, torch.float32, sizes=Sizes(batch, heads=2, kv_heads=2, lq=40, lk=40, dq=8, dv=8))
     kernels: list[tuple[str, dict[str, object]]] = []
     call = Launch.__call__
 
@@ -107,7 +111,9 @@ def test_kernels_of_gradients_that_nobody_wants_are_not_launched(
         made = launch_backward.run(torch.randn(x.q.shape), x.q, x.k, x.v, out, lse, *more)
     assert [name for name, _ in kernels] == launched
     constants = dict(kernels)
-    assert constants["dq"]["NEED_DQ"] == constants["dq"]["LOOP"] == wanted[0]
+    writes = bool(wanted[3]) and batch == 1
+    assert constants["dq"]["NEED_DQ"] == wanted[0] and constants["dq"]["LOOP"] == (wanted[0] or writes)
+    assert constants["dq"].get("WRITE0", False) == writes
     if "dkdv" in constants:
         assert (constants["dkdv"]["NEED_DK"], constants["dkdv"]["NEED_DV"]) == wanted[1:3]
     sizes = [bool(y.numel()) for y in (*made[:3], *made[3])]
