@@ -32,6 +32,18 @@ def test_rounds_end_with_the_time_but_not_before_the_least() -> None:
     assert interleaved({"a": lambda: None}, "cpu", Rounds(0, 3, 1000, 0.0))["a"].rounds == 3
 
 
+def test_what_takes_longer_than_all_rounds_is_timed_once() -> None:
+    calls: list[str] = []
+
+    def slow() -> None:
+        calls.append("slow")
+        time.sleep(0.06)
+
+    found = interleaved({"slow": slow, "fast": lambda: calls.append("fast")}, "cpu", Rounds(2, 5, 50, 0.05))
+    assert calls.count("slow") == 2 and found["slow"].rounds == 1 and found["slow"].ms >= 60
+    assert found["fast"].rounds >= 5
+
+
 def test_a_median_has_its_quartiles() -> None:
     assert Times.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Times(3.0, 2.0, 4.0, 1.0, 5.0, 5)
     assert Times.of([2.0]) == Times(2.0, 2.0, 2.0, 2.0, 2.0, 1)

@@ -33,7 +33,8 @@ DISTURBED = 1.3
 
 @dataclass(frozen=True)
 class Rounds:
-    """How long is measured: `most` rounds, and fewer, but at least `least`, once `seconds` are over."""
+    """How long is measured: `most` rounds, and fewer, but at least `least`, once `seconds` are over. A call that takes
+    longer than that alone is warmed up once, and timed once."""
 
     warmup: int = 2
     least: int = 5
@@ -92,9 +93,17 @@ def interleaved(
                 failed(name, error)
 
     launching: dict[str, float] = {}
+    slow: set[str] = set()
 
     def warm(name: str, call: Call) -> None:
+        if name in slow:
+            return
+        start = time.perf_counter()
         launching[name] = wall(call) / 1e3
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if time.perf_counter() - start > rounds.seconds:
+            slow.add(name)
 
     for _ in range(rounds.warmup):
         attempt(warm)
@@ -104,7 +113,9 @@ def interleaved(
             break
         events: dict[str, tuple[Any, Any]] = {}
 
-        def step(name: str, call: Call, events: dict[str, tuple[Any, Any]] = events) -> None:
+        def step(name: str, call: Call, events: dict[str, tuple[Any, Any]] = events, first: bool = done == 0) -> None:
+            if name in slow and not first:
+                return
             if device == "cuda":
                 events[name] = _recorded(call, cold, launching.get(name, 0.0))
             else:
