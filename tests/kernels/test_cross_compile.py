@@ -32,7 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return compiled(tmp_path_factory.mktemp("cross") / "results.json")
 
 
-BACKWARD = ("dq", "dkdv", "load0", "dq_load0")
+BACKWARD = ("dq", "dkdv", "load0")
 KERNELS = ("attention_forward", "decode_split", "decode_combine")
 
 
@@ -46,7 +46,7 @@ def test_every_target_compiles(kernel: str, results: list[dict[str, Any]]) -> No
 TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 
 
-@pytest.mark.parametrize("kernel", ["attention_forward", *BACKWARD, "bias_linear", "gated_forward"])
+@pytest.mark.parametrize("kernel", ["attention_forward", *BACKWARD, "dq_load0", "bias_linear", "gated_forward"])
 def test_products_are_those_of_the_tensor_cores(kernel: str, results: list[dict[str, Any]]) -> None:
     found = {r["target"]: r["matrix"] for r in results if r["kernel"] == kernel}
     assert found == TENSOR_CORES
@@ -89,7 +89,7 @@ def test_bias_activation_and_dropout_compile_for_every_target(results: list[dict
         assert mine[target, "bias_forward"]["narrow"] <= 2, "the seed, and the bias, once"
 
 
-LEAVES_FEW = {("hopper", "key padding"), ("hopper_backward", "causal")}
+LEAVES_FEW = {("hopper", "key padding"), ("hopper_backward", "causal"), ("hopper_backward_load0", "dense bias")}
 """Kernels whose accumulators leave few registers: what is spilled, most of it outside of the loop, was measured."""
 
 
@@ -99,7 +99,7 @@ def test_main_configurations_do_not_spill(results: list[dict[str, Any]]) -> None
     # Older assemblers leave few registers on sm_100.
     few = FEW_SPILLS if triton.__version__ < "3.7" else 0
     assert [r for r in main if r["spills"] > (few if r["target"] == "sm_100" else 0)] == []
-    assert [r for r in forward if r["spills"] > (80 if r["kernel"] == "hopper_backward" else 64)] == []
+    assert [r for r in forward if r["spills"] > (80 if r["kernel"].startswith("hopper_backward") else 64)] == []
 
 
 def test_the_backward_compiles_for_every_target(results: list[dict[str, Any]]) -> None:
@@ -194,7 +194,8 @@ def test_every_program_compiles_for_hopper_and_hardly_spills(tmp_path: Path) -> 
     measured.add(("hopper_backward", "documents", 128))  # it is not launched there: their lists are of smaller tiles
     measured.add(("hopper_backward", "soft-cap, causal", 128))
     measured.add(("hopper_backward", "sliding window", 128))  # no more than others of 128 columns
-    measured.add(("hopper", "no mask", 64))  # in three warpgroups, which have fewer registers each
+    measured |= {("hopper", name, 64) for name in ("no mask", "soft-cap")}  # in three warpgroups: fewer registers each
+    measured.add(("hopper_backward_load0", "dense bias", 64))
     others = [r for r in results if r["program"] != "T5 bias" and (r["kernel"], r["program"], r["dim"]) not in measured]
     # The tiles of these stand in `tiles.BACKWARD`, as they were measured to be fastest, spilled or not.
     others = [r for r in others if r["kernel"] not in ("dq", "dkdv")]
