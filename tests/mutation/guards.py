@@ -17,9 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 
 FILES = tuple(
-    "patterns/attention.py patterns/gated_mlp.py patterns/bias_act_dropout.py xfcompile/read.py "
-    "xfcompile/interpret.py xfcompile/memory.py xfcompile/example.py xfcompile/called.py xfcompile/scope.py "
-    "xfcompile/programs.py "
+    "patterns/attention.py patterns/gated_mlp.py patterns/bias_act_dropout.py patterns/pointwise.py "
+    "xfcompile/read.py xfcompile/interpret.py xfcompile/memory.py xfcompile/example.py xfcompile/called.py "
+    "xfcompile/scope.py xfcompile/programs.py "
     "xfcompile/operands.py xfcompile/masks.py xfcompile/masking.py xfcompile/liveness.py "
     "xfcompile/elementwise/elements.py xfcompile/elementwise/constants.py xfcompile/elementwise/digits.py "
     "xfcompile/elementwise/arithmetic.py xfcompile/elementwise/logic.py xfcompile/elementwise/casts.py "

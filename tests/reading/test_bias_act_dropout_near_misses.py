@@ -15,7 +15,7 @@ from bias_programs import FAMILY, Bloom, Fn, as_text, found, given
 from equivalence import check
 from torch import Tensor
 
-from xfcompile.patterns import bias_act_dropout as pattern
+from xfcompile.patterns import pointwise
 from xfcompile.site import BiasActDropoutSite
 
 NEAR_MISSES: dict[str, tuple[str, Fn]] = {
@@ -143,7 +143,7 @@ def test_a_formula_ends_before_it_is_too_long() -> None:
 
     (site,) = found(program, *given()[:2])
     assert isinstance(site, BiasActDropoutSite)
-    assert pattern.LONGEST / 3 < site.formula.count_ops(visual=False) <= pattern.LONGEST
+    assert pointwise.LONGEST / 3 < site.formula.count_ops(visual=False) <= pointwise.LONGEST
 
 
 def test_a_bias_may_be_added_to_another_view_of_what_is_no_projection() -> None:
