@@ -25,7 +25,7 @@ FILES = tuple(
     "xfcompile/elementwise/arithmetic.py xfcompile/elementwise/logic.py xfcompile/elementwise/casts.py "
     "xfcompile/elementwise/rows.py xfcompile/elementwise/views.py xfcompile/elementwise/positions.py "
     "xfcompile/elementwise/pieces.py xfcompile/elementwise/gathering.py xfcompile/elementwise/sequences.py "
-    "xfcompile/magnitude.py xfcompile/activation.py xfcompile/projections.py xfcompile/rewrite.py "
+    "xfcompile/magnitude.py xfcompile/activation.py xfcompile/projections.py xfcompile/rewrite.py xfcompile/makers.py "
     "xfcompile/replace.py xfcompile/contraction.py xfcompile/indexing.py xfcompile/emit.py xfcompile/trace.py "
     "xfcompile/unfold.py xfcompile/plan.py xfcompile/layout.py xfcompile/layout_seen.py xfcompile/gated_routes.py "
     "xfcompile/diagonal.py xfcompile/query_key.py "
