@@ -15,6 +15,7 @@ from attention_cases import FLOAT, Case, Inputs, Sizes, inputs, named, normal
 from backward_cases import check
 from bias_cases import AXES, MASKS, biased
 from dropout_cases import check as check_dropout
+from hopper_cases import dense
 from torch import Tensor
 
 from xfcompile.kernels.attention import backward_call, launch_hopper_backward, lists_sizes, tiles
@@ -136,6 +137,16 @@ def test_by_the_kernel_for_hopper(
     ran = on_hopper(case, x, monkeypatch)
     assert [name for name in ran if "pair" not in name][:2] == ["prepare_rows", "attention_backward"]
     assert any("_load" in name for name in ran) == (axes != "each")
+
+
+@pytest.mark.parametrize("shared", ["", "b"])
+@pytest.mark.parametrize("masked", [-1e4, -torch.inf])
+def test_a_bias_that_masks(masked: float, shared: str, interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose scores may be far away, and rows without keys."""
+    case = dense(torch.float16, shared, masked)
+    x = inputs(case, torch.float16, "contiguous", Sizes(1 if shared else 2, 2, 2, 200, 264, 64, 64))
+    ran = on_hopper(case, x, monkeypatch)
+    assert "attention_backward" in ran and not any("_load" in name for name in ran)
 
 
 def test_strides_that_tma_does_not_write(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
