@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,15 @@ def test_a_bias_of_each_score(
     case = biased(mask, axes, dtype)
     x = inputs(case, dtype, "transposed", Sizes(1 if axes == "of heads" else 2, 4, 2, 330, 264, dim, dim))
     check(case, on_gpu(x))
+
+
+@pytest.mark.parametrize("lengths", [(2, 16), (70, 90), (300, 310)])
+def test_scores_of_thousands_are_rounded_alike_by_all_kernels(lengths: tuple[int, int]) -> None:
+    """X-CLIP's prompts: in fp32, where a row sees one key. One kernel multiplies q by k and another k by q, in the same
+    order of columns (which the interpreter's products of matrices are not in)."""
+    case = named("plain")
+    x = inputs(case, torch.float32, "transposed", Sizes(2, 8, 8, *lengths, 64, 64))
+    check(case, on_gpu(replace(x, q=30 * x.q, k=30 * x.k)))
 
 
 @pytest.mark.parametrize("mask", MASKS)
