@@ -129,10 +129,11 @@ class Emitter:
         return None if node is None else self.instead.get(node, node)
 
     def held(self, value: Value) -> fx.Node:
-        """The node that holds an operand here; `Miss` if its memory holds something else by now."""
+        """The node that holds an operand here; `Miss` if its memory holds something else by now, or if it stands in a
+        transform."""
         node = self.holder(value)
         if node is None:
-            raise Miss("an operand is changed before the result is computed", value)
+            raise Miss("an operand is changed before the result is computed, or stands in a transform alone", value)
         return node
 
     def indexed(self, table: fx.Node, at: list[Any]) -> fx.Node:

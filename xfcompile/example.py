@@ -35,6 +35,13 @@ def example_or_shape(node: fx.Node) -> Any:
     return None
 
 
+def is_transformed(node: fx.Node) -> bool:
+    """Whether a result is a tensor of a transform of `torch.func`, as of one element of a batch in `vmap`, that means
+    nothing outside of it."""
+    example = example_of(node)
+    return isinstance(example, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(example)
+
+
 def stand_in(node: fx.Node, meta: Meta) -> Any:
     """A fake tensor like a node's, of which so much is read."""
     example = example_or_shape(node)

@@ -19,7 +19,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from xfcompile.called import attribute_of, is_random, may_write, name_of, opened
-from xfcompile.example import example_or_shape
+from xfcompile.example import example_or_shape, is_transformed
 from xfcompile.interpret import Run
 from xfcompile.memory import Cell, Memory, write
 from xfcompile.programs import Programs
@@ -118,11 +118,12 @@ class Reading:
 
     def holder(self, value: Value, time: int) -> fx.Node | None:
         """A node, older than number `time`, whose tensor still holds `value` when node number `time` runs, and, where
-        gradients are on then, passes them on."""
+        gradients are on then, passes them on; and that is a tensor outside of transforms of `torch.func`, too."""
         grad = self._grad_at[time]
         for node, cell in self.holders.get(value, ()):
             if self.time[node] < time and cell.at(time) is value and not (grad and cell in self._without_grad):
-                return node
+                if not (self.scope[node].transforms and is_transformed(node)):
+                    return node
         return None
 
     def memories(self, nodes: Iterable[fx.Node]) -> Iterator[Memory]:

@@ -242,3 +242,24 @@ def test_what_stands_behind_a_transform_is_found() -> None:
     made = torch.compile(program, backend=rewriting(outcome, ROUTES[0], family=ALL))(*inputs)
     torch.testing.assert_close(made, program(*inputs), rtol=1e-4, atol=1e-5)
     assert [site.route for site in outcome.sites] == ["triton"]
+
+
+@pytest.mark.parametrize("route", ["triton", "sdpa", "inductor"])
+def test_a_mask_of_tensors_that_only_a_transform_has_is_made_as_it_was(route: str) -> None:
+    """T5Gemma2's merged masks: what stands for a sequence in `torch.vmap` is no tensor outside of it."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+        def keep(b: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            numbers = documents[b].cumsum(0)
+            return (numbers[i] == numbers[j]) & (j <= i)
+
+        b, i = torch.arange(documents.shape[0]), torch.arange(documents.shape[1])
+        mask = torch.vmap(torch.vmap(torch.vmap(keep, (None, None, 0)), (None, 0, None)), (0, None, None))(b, i, i)
+        scores = (q @ k.mT * 0.25).masked_fill(~mask[:, None], torch.finfo(q.dtype).min)
+        return scores.softmax(-1) @ v
+
+    documents = torch.randint(0, 2, (2, 24), generator=torch.Generator().manual_seed(1))
+    inputs, outcome = [*tensors(*3 * [(2, 2, 24, 16)]), documents], Outcome()
+    made = torch.compile(masked, backend=rewriting(outcome, {"attention": route}, family=ALL))(*inputs)
+    torch.testing.assert_close(made, masked(*inputs), rtol=1e-4, atol=1e-5)
+    assert [site.route for site in outcome.sites] in (["inductor"], [None])
