@@ -121,9 +121,9 @@ class Reading:
         gradients are on then, passes them on; and that is a tensor outside of transforms of `torch.func`, too."""
         grad = self._grad_at[time]
         for node, cell in self.holders.get(value, ()):
-            if self.time[node] < time and cell.at(time) is value and not (grad and cell in self._without_grad):
-                if not (self.scope[node].transforms and is_transformed(node)):
-                    return node
+            lost = (grad and cell in self._without_grad) or is_transformed(node)
+            if self.time[node] < time and cell.at(time) is value and not lost:
+                return node
         return None
 
     def memories(self, nodes: Iterable[fx.Node]) -> Iterator[Memory]:

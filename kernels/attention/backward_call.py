@@ -114,7 +114,7 @@ class Call:
             own = [] if alone else self.layout.each_score
             flags = {
                 "NEED_DQ": self.needs.q and not alone,
-                **{writes_of(n): n in own for n in self.program.dense},
+                **{writes_of(n): n in own for n in self.layout.dense},
                 "LOOP": bool(self.needs.q or self.layout.rows or own) and not alone,
                 "ALWAYS": self.q.dtype == torch.float32,
             }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import sympy
 
 from xfcompile.kernels.attention import template
-from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, MOST_ROWS, QUERIES, SCORES, TALL
+from xfcompile.kernels.attention.backward_text import DQ_KERNEL, KEYS, MOST_ROWS, SCORES, TALL
 from xfcompile.kernels.attention.backward_writer import CONSTANTS, Writer, constexprs, indented
 from xfcompile.kernels.attention.gradient import LoadGradient
 from xfcompile.kernels.attention.loops import bounded_loops
@@ -23,7 +23,8 @@ def dq(w: Writer) -> str:
     free = [*w.pointers, *w.strides, *w.scalars, *(t.text for t in w.rows.values()), *w.random]
     constants = [*CONSTANTS, *w.flags, "NEED_DQ"]
     writes = [writes_of(n) for n, _ in dense]
-    places = ["offs_m", "lq", *(f"{x}{n}{d}" for n, _ in dense for x, d in PLACES)] if dense else []
+    places = [name for n, _ in dense for name in (f"dload{n}_ptr", f"stride_l{n}m", f"stride_l{n}n")]
+    places += ["offs_m", "lq"] if dense else []
     of_tile = [*names, "q", "dout", "top", "inverse", "delta", "start", "b", "h", "i", "lk"]
     arguments = ["dq", *of_tile, *loaded, *places, *free]
     signature = wrapped("def dq_tile", [*arguments, *constexprs([*constants, *writes, "MASKED", "EDGE"])], ":")
@@ -121,10 +122,6 @@ def dq(w: Writer) -> str:
     return f"{first}\n\n{tile}\n\n{kernel}"
 
 
-PLACES = ("dload", "_ptr"), ("stride_l", "m"), ("stride_l", "n")
-"""What a tile's gradient is written by, around the number of its load."""
-
-
 def writes_of(n: int) -> str:
     """The constant that says whether the kernel writes the gradient by a dense load, which has then an element of its
     own for each score: nothing is to be added up, and no other kernel has to compute all tiles once more."""
@@ -132,14 +129,13 @@ def writes_of(n: int) -> str:
 
 
 def _written(w: Writer, dense: Sequence[tuple[int, LoadGradient]]) -> list[str]:
-    inside = f"({QUERIES.replace('offs_m', 'offs_m[:, None]')}) & ({KEYS})"
     lines = []
     for n, x in dense:
         lines += [
             f"if {writes_of(n)}:",
             f"    places = offs_m[:, None].to(tl.int64) * stride_l{n}m + offs_n.to(tl.int64) * stride_l{n}n",
             f"    more = (dx * {w.by(n, x)}).to(dload{n}_ptr.dtype.element_ty)",
-            f"    tl.store(dload{n}_ptr + places, more, mask={inside})",
+            f"    tl.store(dload{n}_ptr + places, more, mask=(offs_m[:, None] < lq) & ({KEYS}))",
         ]
     return lines
 

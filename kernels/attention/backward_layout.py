@@ -61,11 +61,6 @@ class Program:
             found.append("dense")
         return [*found, "linear" if self.made.linear else "other"]
 
-    @property
-    def dense(self) -> list[int]:
-        """The numbers of the loads whose gradients are one for each score."""
-        return [n for n, _ in self.made.gradients.of("dense")]
-
     def kernel(self, name: str, interpreted: bool) -> Any:
         return getattr(_module(self.forward, self.needed, interpreted), f"attention_backward_{name}")
 
@@ -163,9 +158,10 @@ class Layout:
 
     launches: of its kernels by their names, with tiles that fit. hopper: a `HopperBackward`, None where that is not for
     these tensors, or UNKNOWN. direct: where kernels write operands' gradients as they are, by the numbers of loads;
-    each_score: those of them that have an element for each score, which are not added up. lists: that it makes.
-    totals: of a kernel for a load the memory that it writes to, where that is no operand's gradient. unavailable: why
-    its kernels cannot be launched, once that is known. few: what is said of windows, which have tiles of their own.
+    dense: the loads of each score; each_score: those of them of which an operand's gradient has an element for each
+    score, which are not added up. lists: that it makes. totals: of a kernel for a load the memory that it writes to,
+    where that is no operand's gradient. unavailable: why its kernels cannot be launched, once that is known. few: what
+    is said of windows, which have tiles of their own.
     """
 
     def __init__(
@@ -197,7 +193,8 @@ class Layout:
         self.direct = {
             n: place for n, x in enumerate(found.loads) if (place := _direct(found, x, doperands, shape)) is not None
         }
-        self.each_score = [n for n, x in found.of("dense") if n in self.direct and self.direct[n][0] == [*shape]]
+        self.dense = [n for n, _ in found.of("dense")]
+        self.each_score = [n for n in self.dense if n in self.direct and self.direct[n][0] == [*shape]]
         whole = {found.loads[n].load.operand for n in self.direct}
         self.added_to = [n for n in needs.operands if n not in whole]
         self.launches: dict[str, Launch] = {}

@@ -131,7 +131,8 @@ def _kernels(w: Writer) -> str:
     tiling = ["n", "masked", "x0", "x1", "x2", "x3"]
     of_rows = ["top", "delta", *(["shift"] if w.exact else [])]
     read = ["q", "k", "v", "dout", *of_rows, *(["bias"] if w.tiles else [])]
-    writes = ["dq_desc", *([] if written(w) is None else ["dbias_desc"])]
+    own_bias = written(w) is not None
+    writes = ["dq_desc", *(["dbias_desc"] if own_bias else [])]
     descriptors = [*(f"{name}_desc" for name in read), *writes]
     smem = [f"{name}_smem" for name in read]
     barriers = ["full", "empty", "own"]
@@ -169,9 +170,9 @@ def _kernels(w: Writer) -> str:
     hoisted = [t.text for t in w.columns.values()]
     advance = [
         "t", "step", "s", "dk", "dv", *smem, "ds_smem", "dq_smem", *writes, "full", "empty", *tiling, "b", "h", "j",
-        "offs_n", "lq", "lk", "before", *(["first"] if len(writes) > 1 else []), *own, *hoisted, *listed[:1],
+        "offs_n", "lq", "lk", "before", *(["first"] if own_bias else []), *own, *hoisted, *listed[:1],
     ]  # fmt: skip
-    own_constants = [*constants, "AHEAD", "LATER", *(["WRITE"] if written(w) is not None else []), *w.flags]
+    own_constants = [*constants, "AHEAD", "LATER", *(["WRITE"] if own_bias else []), *w.flags]
     advance_constants = [*own_constants, "S_MMA", "O_MMA", "Q_MMA"]
     consume_constants = [*own_constants, "DQ", "DV"]
     kernel = [*descriptors, *pointers, *w.pointers, *listed[:1], *sizes, "padded", *strides, *w.strides, *w.scalars]
@@ -200,7 +201,7 @@ def _kernels(w: Writer) -> str:
         stage = "bias_smem.index(at).reshape([ROWS, KEYS]).permute((1, 0))"
         read_bias = f"    tile0 = {stage}.load(S_MMA).to(gl.float32)"
         row_bytes = f"({row_bytes} + KEYS * 2)"
-        if written(w) is not None:
+        if own_bias:
             # In the stage's own memory, which all have read by then; it is given back behind the next wait for TMA.
             store = f"\n    if WRITE:\n        {stage}.store(ds_)"
             send = f"tma.async_copy_shared_to_global(dbias_desc, {at_bias}, bias_smem.index(at))"

@@ -99,7 +99,7 @@ def _fill(call: Call, made: Gradients) -> None:
         call.clear([direct[n] for n in written])
         dq = dq if needs.q else call.q
         own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, dq]
-        of_scores = [direct[n] if n in written else call.q for n in call.program.dense]
+        of_scores = [direct[n] if n in written else call.q for n in layout.dense]
         call.launch("dq", [*own, *rows.values(), *of_scores], (dq, *of_scores))
         if needs.k or needs.v or columns_:
             outer = (dk if needs.k else call.k, dv if needs.v else call.v)

@@ -172,7 +172,7 @@ class HopperBackward:
         call.clear(written)
         if self.paired:
             own = [call.q, call.k, call.v, call.out, call.dout, call.lse, call.pair, call.inverse, call.q]
-            unused = [call.q for _ in call.program.dense]
+            unused = [call.q for _ in call.layout.dense]
             call.launch("pair", [*own, *unused], (call.q, *unused))
         of_rows = [self.rows() for _ in range(3 if self.exact else 2)]
         total = self.sum()

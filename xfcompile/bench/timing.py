@@ -113,9 +113,7 @@ def interleaved(
             break
         events: dict[str, tuple[Any, Any]] = {}
 
-        def step(name: str, call: Call, events: dict[str, tuple[Any, Any]] = events, first: bool = done == 0) -> None:
-            if name in slow and not first:
-                return
+        def step(name: str, call: Call, events: dict[str, tuple[Any, Any]] = events) -> None:
             if device == "cuda":
                 events[name] = _recorded(call, cold, launching.get(name, 0.0))
             else:
@@ -127,6 +125,8 @@ def interleaved(
             for name, (before, after) in events.items():
                 if name in times:
                     times[name].append(before.elapsed_time(after))
+        for name in slow:
+            running.pop(name, None)
     return {name: Times.of(found) for name, found in times.items() if found}
 
 
